@@ -1,0 +1,146 @@
+"""The contract between one-shot methods and the driver: statistics in, weight and mask out.
+
+A method sees one matrix at a time and no model. It names the statistics that it `needs`; the driver measures them in
+one pass over the calibration text. Adding a method: one class as below in a file of its own, one line in `registry.py`;
+the contract tests, the command line and the benchmark then pick it up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+from .pattern import Pattern
+
+Log = Callable[[str], None]
+
+
+def silent(message: str) -> None:
+    """The default log: drops the message."""
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """Tokens set aside from the statistics, to choose between candidates: x [tokens, in] and y [tokens, out], float32.
+
+    y is the dense layer's output without bias, on the dense model's own input.
+    """
+
+    x: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What the calibration text says about one input of a linear map. x is the input that the pruned-so-far model sees.
+
+    Attributes:
+        tokens: number of token vectors summed over.
+        norm: float32 [in]: sqrt(sum x_j^2).
+        gram: float32 [in, in]: sum x x^T.
+        target: float32 [out, in]: sum y x^T, with y the dense output without bias. None means W @ gram.
+        holdout: tokens kept apart (the last tenth of every window); they are not in `gram` and `target`.
+    """
+
+    tokens: int
+    norm: Tensor | None = None
+    gram: Tensor | None = None
+    target: Tensor | None = None
+    holdout: Holdout | None = None
+
+
+class Method(Protocol):
+    """A one-shot pruning method.
+
+    Attributes:
+        name: its key in the registry.
+        needs: statistics that must not be None, of "norm", "gram", "target", "holdout".
+        order: "block": all statistics of a decoder block at once; "input": measured again after each group of matrices
+            that share an input.
+        scopes: scopes that the method honours for an unstructured pattern, its default first.
+    """
+
+    name: str
+    needs: frozenset[str]
+    order: str
+    scopes: tuple[str, ...]
+
+    def prune(self, weight: Tensor, stats: LayerStats, pattern: Pattern, log: Log = silent) -> tuple[Tensor, Tensor]:
+        """Prune one matrix.
+
+        Args:
+            weight: [out, in], any float dtype. Not modified, like everything in `stats`.
+            stats: at least what `needs` names.
+            pattern: must fit the shape (`pattern.check`).
+            log: told about fallbacks, one sentence each.
+
+        Returns:
+            The new weight, float32 [out, in], +0.0 wherever pruned; and the mask, bool [out, in], True = kept, with
+            exactly `pattern.zeros(out, in)` False. At zero zeros the weight comes back bit for bit.
+
+        Raises:
+            ModelError: the weight or the statistics are not finite.
+        """
+        ...
+
+
+def prepare(weight: Tensor, stats: LayerStats, needs: frozenset[str], pattern: Pattern) -> Tensor:
+    """The checks that every method starts with; a float32 copy of the weight that may be modified.
+
+    Raises:
+        ModelError: NaN or infinite entries.
+        RecipeError: the pattern does not fit the shape.
+        ValueError: a statistic is missing or has the wrong shape.
+    """
+    rows, cols = weight.shape
+    pattern.check(rows, cols, "the matrix")
+    _check_finite(weight, "the weight", "the checkpoint is damaged, or its dtype overflows")
+    shapes = {"norm": (cols,), "gram": (cols, cols), "target": (rows, cols)}
+    for name in sorted(needs & shapes.keys()):
+        value = getattr(stats, name)
+        if value is None:
+            raise ValueError(f"the statistic {name!r} is needed but was not measured")
+        if tuple(value.shape) != shapes[name]:
+            raise ValueError(f"the statistic {name!r} must be {list(shapes[name])}, got {list(value.shape)}")
+        _check_finite(value, f"the statistic {name!r}", "activations overflow; calibrate with --dtype float32")
+    return weight.to(torch.float32, copy=True)
+
+
+def relative_error(weight: Tensor, pruned: Tensor, stats: LayerStats) -> float:
+    """||(W - W') X||^2 / ||W X||^2 on the calibration inputs, from the Gram matrix: tr(D G D^T) / tr(W G W^T).
+
+    Without a Gram matrix its diagonal is taken (from `norm`), without any statistic the identity. 0 / 0 is 0.
+    """
+    dense = weight.to(torch.float32)
+    change = _energy(dense - pruned.to(torch.float32), stats)
+    whole = _energy(dense, stats)
+    if whole > 0:
+        return change / whole
+    return 0.0 if change == 0 else math.inf
+
+
+def _energy(matrix: Tensor, stats: LayerStats) -> float:
+    """tr(A G A^T), summed in float64, a slab of rows at a time."""
+    total = 0.0
+    for slab in matrix.split(1024):
+        if stats.gram is not None:
+            products = (slab @ stats.gram).mul_(slab)
+        elif stats.norm is not None:
+            products = (slab * stats.norm).square_()
+        else:
+            products = slab.square()
+        total += float(products.sum(dtype=torch.float64))
+    return max(total, 0.0)
+
+
+def _check_finite(tensor: Tensor, what: str, hint: str) -> None:
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        bad = tensor.numel() - int(finite.sum())
+        raise ModelError(f"{what} has {bad} NaN or infinite entries of {tensor.numel()}", hint=hint)
