@@ -1,0 +1,171 @@
+"""Perplexity and KL to the dense model, streamed block by block like calibration.
+
+Protocol (GPTQ, SparseGPT, Wanda): the text is tokenised in one go and cut into non-overlapping windows of `seqlen` tokens,
+the tail dropped; the model predicts tokens 2..seqlen of every window; perplexity = exp(mean token cross-entropy). The
+protocol travels with every figure.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+from . import distributed, memory
+from .blocks import BlockArgs, StreamedModel
+from .hidden import HiddenStore
+from .progress import BlockDone, Progress
+from .timing import Clock
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything that must be equal before two perplexities may be compared."""
+
+    dataset: str
+    seqlen: int
+    windows: int
+    predicted_tokens: int
+    stride: int
+    bos: str
+    dtype: str
+    method: str = "non-overlapping windows (GPTQ/SparseGPT/Wanda)"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Perplexity with the standard error of the mean cross-entropy over windows (nats)."""
+
+    perplexity: float
+    cross_entropy: float
+    standard_error: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model beside the dense one on the same windows. `kl`: mean KL(dense || model) per token in nats."""
+
+    before: Score
+    after: Score
+    kl: float
+
+
+def score(
+    model: StreamedModel, windows: Tensor, *, memory_bytes: int, progress: Progress, label: str, scratch: Path | None
+) -> Score:
+    """Perplexity of one model over windows [n, length]; hidden states beyond `memory_bytes` spill below `scratch`."""
+    with _final_states(model, windows, memory_bytes, progress, label, scratch) as (hidden, args), model.outer():
+        losses = [
+            _cross_entropy(model.logits(hidden.get(w), args, w), windows[w]) for w in distributed.my_share(len(windows))
+        ]
+    return _summarise(_everywhere(losses))
+
+
+def compare(
+    dense: StreamedModel,
+    model: StreamedModel,
+    windows: Tensor,
+    *,
+    memory_bytes: int,
+    progress: Progress,
+    scratch: Path | None,
+) -> Comparison:
+    """Perplexity of both models and the KL divergence between them, token by token, over windows [n, length]."""
+    half = memory_bytes // 2
+    rows: list[tuple[float, float, float]] = []
+    with (
+        _final_states(dense, windows, half, progress, "evaluate before", scratch) as (dense_hidden, dense_args),
+        _final_states(model, windows, half, progress, "evaluate after", scratch) as (hidden, args),
+    ):
+        with dense.outer(), model.outer():
+            for w in distributed.my_share(len(windows)):
+                reference = dense.logits(dense_hidden.get(w), dense_args, w)
+                before = _cross_entropy(reference, windows[w])
+                reference = reference.log_softmax(-1)
+                logits = model.logits(hidden.get(w), args, w)
+                after = _cross_entropy(logits, windows[w])
+                rows.append((before, after, _kl(reference, logits.log_softmax(-1))))
+    columns = [_everywhere([row[k] for row in rows]) for k in range(3)]
+    return Comparison(_summarise(columns[0]), _summarise(columns[1]), _mean(columns[2]))
+
+
+@contextmanager
+def _final_states(
+    model: StreamedModel, windows: Tensor, memory_bytes: int, progress: Progress, label: str, scratch: Path | None
+) -> Iterator[tuple[HiddenStore, BlockArgs]]:
+    """Hidden states after the last block, for this rank's windows."""
+    with tempfile.TemporaryDirectory(prefix="evaluate-", dir=scratch) as folder:
+        hidden = HiddenStore(Path(folder) / "hidden", memory_bytes)
+        try:
+            args = capture(model, windows, hidden)
+            clock = Clock(model.num_blocks)
+            progress.stage(label, model.num_blocks)
+            for index in range(model.num_blocks):
+                block = model.load_block(index)
+                propagate(model, index, block, hidden, args, len(windows))
+                del block
+                memory.release()
+                seconds, left = clock.tick()
+                progress.block(
+                    BlockDone(label, index, model.num_blocks, model.block_names[index], None, None, seconds, left)
+                )
+            yield hidden, args
+        finally:
+            hidden.close()
+
+
+def capture(model: StreamedModel, windows: Tensor, hidden: HiddenStore) -> BlockArgs:
+    """Embed this rank's windows into `hidden` and record the arguments of every block."""
+    mine = distributed.my_share(len(windows))
+    with model.outer():
+        args = model.capture(windows, hidden.put, indices=mine)
+    for window in mine:
+        if not bool(torch.isfinite(hidden.get(window)).all()):
+            raise ModelError("the embeddings hold NaN or infinite values", hint="the checkpoint is damaged; download it again")
+    return args
+
+
+def propagate(
+    model: StreamedModel, index: int, block: torch.nn.Module, hidden: HiddenStore, args: BlockArgs, windows: int
+) -> None:
+    """Replace the hidden state of every window of this rank by the block's output."""
+    for window in distributed.my_share(windows):
+        hidden.put(window, model.run_block(index, block, hidden.get(window), args, window))
+
+
+def _cross_entropy(logits: Tensor, ids: Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(logits[:-1], ids[1:].to(logits.device)))
+
+
+def _kl(reference: Tensor, log_probabilities: Tensor) -> float:
+    """Mean over tokens of sum_v p log(p / q), from log p and log q [tokens, vocabulary]."""
+    total = torch.nn.functional.kl_div(log_probabilities[:-1], reference[:-1], log_target=True, reduction="sum")
+    return float(total) / (reference.shape[0] - 1)
+
+
+def _everywhere(values: list[float]) -> list[float]:
+    rows = torch.tensor(values, dtype=torch.float64).reshape(-1, 1)
+    return distributed.gather_rows(rows).flatten().tolist()
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _summarise(losses: list[float]) -> Score:
+    mean = _mean(losses)
+    spread = math.fsum((loss - mean) ** 2 for loss in losses)
+    error = math.sqrt(spread / (len(losses) - 1) / len(losses)) if len(losses) > 1 else math.nan
+    perplexity = math.exp(mean) if mean < 700 else math.inf
+    return Score(perplexity, mean, error)

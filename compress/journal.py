@@ -1,0 +1,97 @@
+"""The journal of a run: who it belongs to, and what is finished and safe on disk.
+
+`OUT.partial/journal.jsonl`: the first line is the identity of the run, every further line one finished unit of work
+(a block of a stage, a whole stage, a phase of the export). A line is written only after its files are durable, and is
+itself flushed to disk before the run goes on. A last line cut short by a kill does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import ResumeError
+from .failpoint import failpoint
+
+NAME = "journal.jsonl"
+
+
+class Journal:
+    """Append-only record of finished work in the folder `partial`."""
+
+    def __init__(self, partial: Path, identity: dict[str, Any]) -> None:
+        self.path = partial / NAME
+        self.identity = identity
+        self._done: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def start(cls, partial: Path, identity: dict[str, Any]) -> Journal:
+        """Create `partial` and its journal. The folder must not exist."""
+        partial.mkdir(parents=True)
+        journal = cls(partial, identity)
+        journal._append({"identity": identity})
+        return journal
+
+    @classmethod
+    def resume(cls, partial: Path, identity: dict[str, Any]) -> Journal:
+        """Open the journal of an earlier run. ResumeError names whatever differs from `identity`."""
+        journal = cls(partial, identity)
+        lines = journal._read()
+        if not lines or "identity" not in lines[0]:
+            raise ResumeError(f"{journal.path} holds no usable journal", hint="start afresh with --overwrite")
+        _compare(lines[0]["identity"], identity)
+        for line in lines[1:]:
+            journal._done[line["done"]] = line["result"]
+        journal._rewrite(lines)
+        return journal
+
+    def done(self, unit: str) -> dict[str, Any] | None:
+        """The result of a finished unit, or None."""
+        return self._done.get(unit)
+
+    def finish(self, unit: str, result: dict[str, Any]) -> None:
+        """Record that `unit` is finished. Its files must be on disk already."""
+        failpoint("journal")
+        self._append({"done": unit, "result": result})
+        self._done[unit] = result
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read(self) -> list[dict[str, Any]]:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ResumeError(f"{self.path} cannot be read: {error.strerror}", hint="start afresh with --overwrite") from error
+        lines = []
+        for row in text.splitlines(keepends=True):
+            if not row.endswith("\n"):
+                break  # cut short by a kill: that unit is done again
+            try:
+                lines.append(json.loads(row))
+            except json.JSONDecodeError as error:
+                raise ResumeError(f"{self.path} is damaged: {error}", hint="start afresh with --overwrite") from error
+        return lines
+
+    def _rewrite(self, lines: list[dict[str, Any]]) -> None:
+        """Drop a line cut short, so that the next one starts on a line of its own."""
+        temporary = self.path.with_suffix(".tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+
+
+def _compare(before: dict[str, Any], now: dict[str, Any]) -> None:
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise ResumeError(
+                f"the partial run had {key} = {before.get(key)!r}, this one has {now.get(key)!r}",
+                hint="repeat the first command exactly and add --resume, or start afresh with --overwrite",
+            )

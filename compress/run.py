@@ -1,0 +1,208 @@
+"""The whole job: plan, stages, export, verification, report, and one rename at the end.
+
+Everything is written below `OUT.partial`; OUT appears only when its files were read back and found right. A run that was
+killed leaves `OUT.partial` with its journal, and `resume` goes on after the last finished unit.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import RecipeError, ResourceError
+from . import distributed, memory
+from .blocks import StreamedModel
+from .export import FILES, export
+from .failpoint import failpoint
+from .journal import Journal
+from .plan import EvaluatePlan, Plan, PrunePlan, check_output, make_plan, partial_of
+from .progress import Progress, Recorder
+from .recipe import Machine, Recipe
+from .report import Report, environment
+from .source import open_source
+from .stages.base import Context, StageReport
+from .stages.evaluate import run_evaluate
+from .stages.prune import PruneRun
+from .summary import build_report
+
+
+def plan(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    machine: Machine | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Plan:
+    """Find every mistake and list every job without reading a weight. Raises a GossamerError naming them all."""
+    machine = machine or Machine()
+    device = resolve_device(machine.device)
+    distributed.start(device)
+    _check_place(Path(out), model, overwrite=overwrite, resume=resume)
+    source = open_source(str(model), revision=revision, token=token)
+    skeleton = StreamedModel.open(source, source.folder, device=device, trust_remote_code=trust_remote_code)
+    return make_plan(str(model), recipe, machine, source=source, skeleton=skeleton, device=device)
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    machine: Machine | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Report:
+    """Run `recipe` on `model` and write a verified checkpoint to `out`.
+
+    `command` is what the model card quotes. Raises a GossamerError for everything a user can mend; OUT then does not
+    exist, and `out.partial` holds what was finished.
+    """
+    out = Path(out).absolute()
+    recorder = Recorder((progress if distributed.is_main() else None) or Progress())
+    with memory.PeakMemory() as peak:
+        started = time.monotonic()
+        job = plan(
+            model, out, recipe, machine,
+            revision=revision, token=token, trust_remote_code=trust_remote_code, resume=resume, overwrite=overwrite,
+        )  # fmt: skip
+        partial = partial_of(out)
+        with _storage_errors(partial):
+            context = Context(job, partial, _journal(partial, job, resume, recorder), recorder)
+            if context.journal.done("verify") is not None and not (partial / FILES).exists():
+                return _finish_published(partial, out)
+            reports = [_stage(context, stage) for stage in job.stages]
+            files = export(context, revision=revision)
+            report = build_report(
+                context, reports, files,
+                seconds=time.monotonic() - started, peak=lambda: peak.peak, command=command, out=out,
+            )  # fmt: skip
+            distributed.barrier()
+            if distributed.is_main():
+                _publish(context, files.folder, out, overwrite)
+            distributed.barrier()
+    return report
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" is the first GPU when there is one. RecipeError for a device this machine does not have."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"--device {device} is not available: {str(error).splitlines()[0]}", hint="use --device cpu") from error
+    return device
+
+
+def _check_place(out: Path, model: str | Path, *, overwrite: bool, resume: bool) -> None:
+    check_output(out, overwrite=overwrite, resume=resume)
+    if Path(model).exists() and Path(model).resolve() == out.resolve():
+        raise RecipeError(f"{out} is the model itself", hint="write to another folder")
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise ResourceError(f"no permission to write in {parent}", hint="choose an output folder that you may write to")
+
+
+def identity(job: Plan) -> dict[str, Any]:
+    """What must be equal before a partial run may be continued."""
+    facts: dict[str, Any] = {
+        "version": __version__,
+        "recipe": job.recipe.sha256(),
+        "model": job.source.digest(),
+        "device": job.device,
+        "dtype": job.machine.dtype,
+        "processes": distributed.world(),
+    }
+    facts |= {key: value for key, value in environment().items() if key not in ("gossamer", "platform", "python")}
+    for stage in job.stages:
+        facts[f"text of stage {stage.index}"] = stage.digest
+    return facts
+
+
+def _journal(partial: Path, job: Plan, resume: bool, progress: Progress) -> Journal:
+    facts = identity(job)
+    if not distributed.is_main():
+        distributed.barrier()
+        return Journal.resume(partial, facts)
+    if partial.exists() and resume:
+        journal = Journal.resume(partial, facts)
+    else:
+        if resume:
+            progress.note(f"nothing to resume: {partial.name} does not exist, starting afresh")
+        if partial.exists():
+            shutil.rmtree(partial)
+        journal = Journal.start(partial, facts)
+    distributed.barrier()
+    return journal
+
+
+def _stage(context: Context, stage: PrunePlan | EvaluatePlan) -> StageReport:
+    """Run a stage, or take its report from the journal when it is finished."""
+    done = context.journal.done(stage.name)
+    if done is not None:
+        if isinstance(stage, PrunePlan):
+            context.finished.append(context.work / stage.name)
+        return StageReport(**done)
+    report = PruneRun(context, stage).run() if isinstance(stage, PrunePlan) else run_evaluate(context, stage)
+    if distributed.is_main():
+        context.journal.finish(stage.name, asdict(report))
+    distributed.barrier()
+    return report
+
+
+def _publish(context: Context, files: Path, out: Path, overwrite: bool) -> None:
+    """Rename the verified folder to OUT and remove the rest of the partial run."""
+    failpoint("publish")
+    if out.exists() and files.exists():
+        old = context.partial / "replaced"
+        out.rename(old) if overwrite or any(out.iterdir()) else out.rmdir()
+    if files.exists():
+        files.rename(out)
+    failpoint("published")
+    shutil.rmtree(context.partial)
+
+
+def _finish_published(partial: Path, out: Path) -> Report:
+    """The run was killed after the rename: only the rest of the partial folder is left to remove."""
+    report = Report(json.loads((out / "report.json").read_text(encoding="utf-8")))
+    distributed.barrier()
+    if distributed.is_main():
+        shutil.rmtree(partial)
+    return report
+
+
+@contextmanager
+def _storage_errors(partial: Path) -> Iterator[None]:
+    """Disk full and permission problems as ResourceError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise ResourceError(
+                f"{error.filename or partial}: {error.strerror}",
+                hint="free disk space or choose another folder, then repeat the command with --resume",
+            ) from error
+        raise

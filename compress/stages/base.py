@@ -1,0 +1,73 @@
+"""What every stage works with: the plan, the partial folder, the journal, and the tensors as they stand so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import GossamerError
+from ..blocks import StreamedModel
+from ..journal import Journal
+from ..plan import Plan
+from ..progress import Recorder
+from ..source import OverlaySource, TensorSource
+
+
+@dataclass
+class Context:
+    """State of one run. `finished`: part folders of the prune stages that are complete, in order."""
+
+    plan: Plan
+    partial: Path
+    journal: Journal
+    progress: Recorder
+    finished: list[Path] = field(default_factory=list)
+
+    @property
+    def work(self) -> Path:
+        """Parts and spilled hidden states; removed before the checkpoint is published."""
+        return self.partial / "work"
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for files that no resumed run needs."""
+        folder = self.work / "scratch"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def current(self) -> TensorSource:
+        """The model's tensors after the stages finished so far."""
+        source: TensorSource = self.plan.source
+        for folder in self.finished:
+            source = OverlaySource(source, folder)
+        return source
+
+    def open(self, source: TensorSource, dtype: torch.dtype | None) -> StreamedModel:
+        """A streamed model over `source`, on the run's device."""
+        return self.plan.skeleton.over(source, dtype=dtype, device=self.plan.device)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Compute dtype of pruning: None means the checkpoint's own."""
+        name = self.plan.machine.dtype
+        return None if name == "auto" else getattr(torch, name)
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage adds to the report: `kind`, seconds, and rows or figures of its own."""
+
+    kind: str
+    index: int
+    seconds: float
+    result: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"stage": self.kind, "index": self.index, "seconds": round(self.seconds, 3), **self.result}
+
+
+class StageFailed(GossamerError):
+    """A stage cannot go on for a reason the user must know about."""

@@ -1,0 +1,296 @@
+"""One-shot pruning, streamed: one decoder block in memory at a time, its result durable before the next one starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import ModelError
+from ...pruning.base import LayerStats, relative_error
+from ...pruning.pattern import Pattern
+from ...pruning.registry import get_method
+from .. import distributed, memory
+from ..blocks import BlockArgs, Prunable, StreamedModel
+from ..calibration import collect
+from ..evaluate import capture, propagate
+from ..failpoint import failpoint
+from ..hidden import HiddenStore
+from ..masks import MaskSource
+from ..plan import MatrixJob, PrunePlan
+from ..progress import BlockDone
+from ..timing import Clock
+from .base import Context, StageReport
+from .budget import budgets
+from .parts import part_path, write_block
+
+
+@dataclass
+class _Streams:
+    """Calibration state: hidden states of the model as pruned so far, and of the dense model when targets need them."""
+
+    windows: int
+    args: BlockArgs
+    hidden: HiddenStore
+    dense: HiddenStore | None
+
+    def close(self) -> None:
+        self.hidden.close()
+        if self.dense is not None:
+            self.dense.close()
+
+
+class PruneRun:
+    """Runs one prune stage; `run` returns its report."""
+
+    def __init__(self, context: Context, plan: PrunePlan) -> None:
+        self.context = context
+        self.plan = plan
+        self.method = get_method(plan.stage.method)
+        self.folder = context.work / plan.name
+        before = context.current()
+        self.model = context.open(before, context.dtype)
+        self.dense = self.model if not context.finished else context.open(context.plan.source, context.dtype)
+        self.masks = context.open(MaskSource(before), None) if MaskSource.any(before) else None
+        self.needs = self._needs()
+        self.patterns: dict[str, Pattern] = {}
+
+    def _needs(self) -> frozenset[str]:
+        if self.plan.windows is None:
+            return frozenset()
+        return self.method.needs | {"gram"}  # the Gram matrix also measures the error in the report
+
+    @property
+    def _asymmetric(self) -> bool:
+        return "target" in self.needs or self.plan.stage.reconstruct
+
+    def run(self) -> StageReport:
+        """Prune every block that the journal does not hold yet."""
+        started = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.patterns = budgets(self.context, self.plan, self.model)
+        rows: list[dict[str, Any]] = []
+        blocks = self.model.num_blocks
+        self.context.progress.stage(f"prune with {self.method.name}", blocks)
+        streams = self._open_streams() if self.plan.windows is not None else None
+        clock = Clock(blocks)
+        try:
+            for index in range(blocks):
+                done = self.context.journal.done(self._unit(index))
+                if done is None:
+                    block_rows = self._block(index, streams)
+                    distributed.barrier()
+                    self._finish(index, block_rows, clock)
+                else:
+                    block_rows = done["rows"]
+                    self._replay(index, streams)
+                    clock.skip()
+                rows += block_rows
+                memory.release()
+            rows += self._head(streams)
+        finally:
+            if streams is not None:
+                streams.close()
+        self.context.finished.append(self.folder)
+        return StageReport("prune", self.plan.index, time.monotonic() - started, {"layers": rows})
+
+    def _unit(self, index: int) -> str:
+        return f"{self.plan.name}/block-{index:05d}"
+
+    def _open_streams(self) -> _Streams:
+        assert self.plan.windows is not None
+        total = self.context.plan.machine.max_memory_bytes // 2
+        share = total // 2 if self._asymmetric else total
+        scratch = self.context.scratch
+        hidden = HiddenStore(scratch / f"hidden-{distributed.rank()}", share)
+        args = capture(self.model, self.plan.windows, hidden)
+        dense = None
+        if self._asymmetric:
+            dense = HiddenStore(scratch / f"dense-{distributed.rank()}", share)
+            for window in distributed.my_share(len(self.plan.windows)):
+                dense.put(window, hidden.get(window))
+        return _Streams(len(self.plan.windows), args, hidden, dense)
+
+    def _block(self, index: int, streams: _Streams | None) -> list[dict[str, Any]]:
+        block = self.model.load_block(index)
+        _check_finite(block, self.model.block_names[index])
+        jobs = {job.name: job for job in self.plan.jobs if job.prunable.block == index}
+        keep = self._masks_so_far(index)
+        dense_block = self.dense.load_block(index) if self._asymmetric else None
+        masks: dict[str, Tensor] = {}
+        rows: list[dict[str, Any]] = []
+        for groups in self._groups(index, block, streams, jobs):
+            stats: dict[str, LayerStats] = {}
+            if streams is not None:
+                self.context.progress.working(f"measure {groups[0][0].name}")
+                stats = collect(
+                    self.model, index, block, dense_block, groups,
+                    streams.hidden, streams.dense, streams.args, self.needs, streams.windows,
+                )  # fmt: skip
+                failpoint("calibration")
+            members = [member for group in groups for member in group if member.name in jobs]
+            for position, member in enumerate(members):
+                self.context.progress.working(f"prune {member.name}")
+                row, mask = self._matrix(block, jobs[member.name], stats.pop(member.name, None), keep, position)
+                masks[member.name] = mask
+                rows.append(row)
+        self._propagate(index, block, dense_block, streams)
+        if distributed.is_main():
+            write_block(part_path(self.folder, index), self.model, index, block, masks, self.patterns, keep)
+        return rows
+
+    def _groups(
+        self, index: int, block: torch.nn.Module, streams: _Streams | None, jobs: dict[str, MatrixJob]
+    ) -> Sequence[Sequence[Sequence[Prunable]]]:
+        """Lists of groups whose statistics are gathered together, in the order in which they are pruned."""
+        if not jobs:
+            return []
+        if streams is None:
+            return [[[job.prunable] for job in jobs.values()]]
+        first = distributed.my_share(streams.windows)[0]
+        steps = self.model.input_steps(index, block, streams.hidden.get(first), streams.args, first)
+        steps = [[[m for m in group if m.name in jobs] for group in step] for step in steps]
+        steps = [[group for group in step if group] for step in steps]
+        steps = [step for step in steps if step]
+        missing = jobs.keys() - {m.name for step in steps for group in step for m in group}
+        for name in sorted(missing):
+            raise ModelError(
+                f"{name} is never called in the forward pass, so it has no calibration input",
+                hint=f"leave it out with --exclude '{name.split('.', 3)[-1]}', or use --method magnitude",
+            )
+        if self.method.order == "block":
+            return [[group for step in steps for group in step]]
+        return steps
+
+    def _matrix(
+        self,
+        block: torch.nn.Module,
+        job: MatrixJob,
+        stats: LayerStats | None,
+        keep: dict[str, Tensor],
+        position: int,
+    ) -> tuple[dict[str, Any], Tensor]:
+        """Prune one matrix on the rank that owns it and set the result on every rank."""
+        started = time.monotonic()
+        weight = self.model.weight(block, job.prunable)
+        pattern = self.patterns[job.name]
+        owner = position % distributed.world()
+        method, name = self._method_for(job, stats)
+        if owner == distributed.rank():
+            new, mask = _solve(method, weight, stats, pattern, keep.get(job.name))
+        else:
+            new, mask = torch.empty(weight.shape), torch.empty(weight.shape, dtype=torch.bool)
+        bits = mask.to(torch.uint8)
+        distributed.broadcast_([new, bits], owner)
+        mask = bits.bool()
+        new = new.to(weight.dtype).masked_fill_(~mask, 0)
+        self.model.set_weight(block, job.prunable, new)
+        row = {
+            "name": job.name,
+            "shape": list(job.prunable.shape),
+            "pattern": str(pattern),
+            "method": name,
+            "zeros": int((~mask).sum()),
+            "sparsity": round(float((~mask).float().mean()), 6),
+            "tokens": None if stats is None else stats.tokens,
+            "error_before": _error(weight, weight.masked_fill(~mask, 0), stats),
+            "error_after": _error(weight, new, stats),
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        return row, mask
+
+    def _method_for(self, job: MatrixJob, stats: LayerStats | None) -> tuple[Any, str]:
+        """The stage's method, or magnitude for an expert that saw too few tokens to say anything."""
+        columns = job.prunable.shape[1]
+        if stats is not None and job.prunable.kind == "expert" and stats.tokens < columns and self.method.needs:
+            self.context.progress.note(
+                f"{job.name}: {stats.tokens} calibration tokens for {columns} inputs, pruned by magnitude instead"
+            )
+            return get_method("magnitude"), "magnitude"
+        return self.method, self.method.name
+
+    def _masks_so_far(self, index: int) -> dict[str, Tensor]:
+        """Masks [out, in] that this stage may only shrink."""
+        if self.masks is None:
+            return {}
+        block = self.masks.load_block(index)
+        masks = {p.name: self.masks.weight(block, p) != 0 for p in self.masks.prunables(index)}
+        return {name: mask for name, mask in masks.items() if not bool(mask.all())}
+
+    def _propagate(
+        self, index: int, block: torch.nn.Module, dense_block: torch.nn.Module | None, streams: _Streams | None
+    ) -> None:
+        if streams is None or index == self.model.num_blocks - 1 and not self._head_jobs():
+            return
+        self.context.progress.working(f"run {self.model.block_names[index]}")
+        propagate(self.model, index, block, streams.hidden, streams.args, streams.windows)
+        if dense_block is not None and streams.dense is not None:
+            propagate(self.dense, index, dense_block, streams.dense, streams.args, streams.windows)
+
+    def _replay(self, index: int, streams: _Streams | None) -> None:
+        """A block finished by an earlier run: only the hidden states have to go through it again."""
+        if streams is None:
+            return
+        block = self.context.open(self._so_far(), self.context.dtype).load_block(index)
+        dense_block = self.dense.load_block(index) if self._asymmetric else None
+        self._propagate(index, block, dense_block, streams)
+
+    def _so_far(self) -> Any:
+        from ..source import OverlaySource
+
+        return OverlaySource(self.context.current(), self.folder)
+
+    def _finish(self, index: int, rows: list[dict[str, Any]], clock: Clock) -> None:
+        if distributed.is_main():
+            self.context.journal.finish(self._unit(index), {"rows": rows})
+        distributed.barrier()
+        seconds, left = clock.tick()
+        errors = [row["error_after"] for row in rows if row["error_after"] is not None]
+        size = sum(row["shape"][0] * row["shape"][1] for row in rows)
+        zeros = sum(row["zeros"] for row in rows)
+        self.context.progress.block(
+            BlockDone(
+                stage="prune",
+                block=index,
+                blocks=self.model.num_blocks,
+                name=self.model.block_names[index],
+                error=sum(errors) / len(errors) if errors else None,
+                sparsity=zeros / size if size else None,
+                seconds=seconds,
+                seconds_left=left,
+            )
+        )
+
+    def _head_jobs(self) -> list[MatrixJob]:
+        return [job for job in self.plan.jobs if job.prunable.kind == "head"]
+
+    def _head(self, streams: _Streams | None) -> list[dict[str, Any]]:
+        return []
+
+
+def _solve(
+    method: Any, weight: Tensor, stats: LayerStats | None, pattern: Pattern, kept: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return method.prune(weight, stats, pattern)
+
+
+def _error(weight: Tensor, pruned: Tensor, stats: LayerStats | None) -> float | None:
+    if stats is None or stats.gram is None or stats.tokens == 0:
+        return None
+    return round(relative_error(weight.float(), pruned.float(), stats), 6)
+
+
+def _check_finite(block: torch.nn.Module, name: str) -> None:
+    for key, parameter in block.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ModelError(f"{name}.{key} holds NaN or infinite values", hint="the checkpoint is damaged")
+
+
+def part_folder(path: Path) -> Path:
+    """Kept for symmetry with `part_path`."""
+    return path

@@ -1,0 +1,129 @@
+"""From a finished run to its report: figures are counted again in the written files, never taken from the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from . import distributed
+from .card import write_card
+from .census import Census, census
+from .export import Exported
+from .plan import Plan
+from .report import SCHEMA, Report, environment
+from .source import open_source
+from .stages.base import Context, StageReport
+
+
+def build_report(
+    context: Context,
+    reports: list[StageReport],
+    files: Exported,
+    *,
+    seconds: float,
+    peak: Callable[[], int],
+    command: str | None,
+    out: Path,
+) -> Report:
+    """Assemble the report and write report.json, recipe.yaml and the model card beside the weights."""
+    plan = context.plan
+    prunable = prunable_keys(plan)
+    before = census(plan.source, prunable)
+    after = census(open_source(str(files.folder)), prunable)
+    report = Report(
+        {
+            "schema": SCHEMA,
+            "gossamer": __version__,
+            "model": plan.model,
+            "output": out.name,
+            "command": command,
+            "recipe": plan.recipe.model_dump(mode="json"),
+            "machine": plan.machine.model_dump(mode="json") | {"device": plan.device},
+            "evaluation": _last_evaluation(reports),
+            "evaluations": [report.as_dict() for report in reports if report.kind == "evaluate"],
+            "calibration": _calibration(plan),
+            "overlap": {"share": plan.overlap, "allowed": plan.recipe.allow_overlap},
+            "bytes": _bytes(before, after, files),
+            "sparsity": _sparsity(before, after),
+            "stages": [{"stage": r.kind, "index": r.index, "seconds": round(r.seconds, 3)} for r in reports],
+            "layers": [row | {"stage": r.index} for r in reports if r.kind == "prune" for row in r.result["layers"]],
+            "skipped": [{"name": n, "reason": why} for stage in plan.prunes for n, why in stage.skipped],
+            "masks": files.mask_digest,
+            "notes": _notes(context),
+            "time_s": round(seconds, 3),
+            "peak_memory_bytes": peak(),
+            "environment": environment(),
+        }
+    )
+    if distributed.is_main():
+        report.save(files.folder)
+        write_card(files.folder, report, plan)
+    return report
+
+
+def prunable_keys(plan: Plan) -> set[str]:
+    """Checkpoint tensors that hold prunable matrices: all in the decoder blocks, the head only when it was pruned."""
+    model = plan.skeleton
+    keys = {key for i in range(model.num_blocks) for p in model.prunables(i) for key in model.source_keys(p)}
+    return keys | {key for stage in plan.prunes for job in stage.jobs for key in job.keys}
+
+
+def _last_evaluation(reports: list[StageReport]) -> dict[str, Any] | None:
+    found = [report.result for report in reports if report.kind == "evaluate"]
+    return found[-1] if found else None
+
+
+def _calibration(plan: Plan) -> dict[str, Any] | None:
+    stages = [stage for stage in plan.prunes if stage.windows is not None]
+    if not stages:
+        return None
+    stage = stages[-1]
+    assert stage.windows is not None
+    nsamples, seqlen = stage.windows.shape
+    return {
+        "dataset": stage.calibration,
+        "digest": stage.digest,
+        "nsamples": nsamples,
+        "seqlen": seqlen,
+        "seed": plan.recipe.seed,
+        "description": f"{stage.calibration}, {nsamples} windows of {seqlen} tokens, seed {plan.recipe.seed}",
+    }
+
+
+def _bytes(before: Census, after: Census, files: Exported) -> dict[str, Any]:
+    return {
+        "before": before.dense_bytes,
+        "after": sum(files.payload.values()),
+        "ratio": sum(files.payload.values()) / before.dense_bytes,
+        "prunable_before": after.masked_dense_bytes,
+        "prunable_after": after.masked_stored_bytes,
+        "prunable_ratio": after.masked_stored_bytes / after.masked_dense_bytes if after.masked_dense_bytes else 1.0,
+        "files": files.sizes,
+        "payload": files.payload,
+    }
+
+
+def _sparsity(before: Census, after: Census) -> dict[str, Any]:
+    return {
+        "prunable": after.prunable_sparsity,
+        "all": after.sparsity,
+        "before": before.prunable_sparsity,
+        "all_before": before.sparsity,
+        "zeros": after.prunable_zeros,
+        "prunable_parameters": after.prunable_parameters,
+        "parameters": after.parameters,
+    }
+
+
+def _notes(context: Context) -> list[str]:
+    plan = context.plan
+    notes = list(context.progress.notes)
+    if plan.overlap is not None and plan.recipe.allow_overlap and plan.overlap > 0:
+        notes.append(f"calibration and evaluation text overlap ({100 * plan.overlap:.1f} % of the windows); allowed by option")
+    if plan.recipe.export.format == "both":
+        notes.append("only transformers reads this folder's dense file without complaint: config.json names the sparse format")
+    return notes
+
+

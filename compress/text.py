@@ -1,0 +1,101 @@
+"""Texts of a recipe as token windows: the tokenizer is loaded once, and only when some stage needs text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from .data import calibration_windows, evaluation_windows, load_text, token_ids
+from .evaluate import Protocol
+from .overlap import check_overlap
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from .blocks import StreamedModel
+    from .data import TextData
+
+
+class Texts:
+    """Calibration and evaluation windows of one recipe, and the check that they do not overlap."""
+
+    def __init__(self, folder: Path, recipe: Recipe, model: StreamedModel) -> None:
+        self.folder = folder
+        self.recipe = recipe
+        self.vocabulary = model.vocab_size
+        self._tokenizer: Any = None
+        self._read: dict[tuple[str, str], tuple[TextData, Tensor]] = {}
+        self._calibration: list[tuple[TextData, Tensor]] = []
+        self._evaluation: list[tuple[TextData, Tensor]] = []
+
+    def calibration(self, data: str, nsamples: int, seqlen: int) -> tuple[Tensor, str, str]:
+        """(windows [nsamples, seqlen], name, digest)."""
+        text, ids = self._tokens(data, "calibration")
+        windows = calibration_windows(ids, nsamples, seqlen, self.recipe.seed)
+        self._calibration.append((text, windows))
+        return windows, text.name, text.digest
+
+    def evaluation(self, data: str, seqlen: int, limit: int | None, dtype: torch.dtype) -> tuple[Tensor, Protocol, str]:
+        """(windows [n, seqlen], protocol, digest)."""
+        text, ids = self._tokens(data, "evaluation")
+        windows = evaluation_windows(ids, seqlen, limit)
+        self._evaluation.append((text, windows))
+        bos = self._bos(ids)
+        protocol = Protocol(
+            dataset=text.name,
+            seqlen=seqlen,
+            windows=len(windows),
+            predicted_tokens=len(windows) * (seqlen - 1),
+            stride=seqlen,
+            bos=bos,
+            dtype=str(dtype).removeprefix("torch."),
+        )
+        return windows, protocol, text.digest
+
+    def check_overlap(self) -> float | None:
+        """Largest share of evaluation text found in calibration text; DataError above 1 % unless allowed."""
+        shares = [
+            check_overlap(evaluation, evaluation_ids, calibration, calibration_ids, allow=self.recipe.allow_overlap)
+            for evaluation, evaluation_ids in self._evaluation
+            for calibration, calibration_ids in self._calibration
+        ]
+        return max(shares, default=None)
+
+    def _tokens(self, data: str, role: str) -> tuple[TextData, Tensor]:
+        if (data, role) not in self._read:
+            text = load_text(data, role)
+            ids = token_ids(self.tokenizer, text)
+            if int(ids.max()) >= self.vocabulary:
+                raise DataError(
+                    f"the tokenizer gives token {int(ids.max())}, the model has {self.vocabulary} embeddings",
+                    hint="tokenizer and model do not belong together",
+                )
+            self._read[data, role] = (text, ids)
+        return self._read[data, role]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The folder's tokenizer. DataError when there is none."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.folder)
+        return self._tokenizer
+
+    def _bos(self, ids: Tensor) -> str:
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        return "one at the start of the text" if bos is not None and int(ids[0]) == bos else "none"
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer saved in `folder`. DataError when it is missing or cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder} has no usable tokenizer ({str(error).splitlines()[0]})",
+            hint="copy the tokenizer files into the model folder; only `--method magnitude --no-eval` works without",
+        ) from error
