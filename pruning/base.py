@@ -112,6 +112,12 @@ def prepare(weight: Tensor, stats: LayerStats, needs: frozenset[str], pattern: P
     return weight.to(torch.float32, copy=True)
 
 
+def select(weight: Tensor, scores: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """Keep the entries that `pattern` picks by score; no weight changes. `weight` float32, from `prepare`."""
+    keep = pattern.mask(scores)
+    return weight.masked_fill_(~keep, 0.0), keep
+
+
 def relative_error(weight: Tensor, pruned: Tensor, stats: LayerStats) -> float:
     """||(W - W') X||^2 / ||W X||^2 on the calibration inputs, from the Gram matrix: tr(D G D^T) / tr(W G W^T).
 

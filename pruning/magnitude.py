@@ -1,0 +1,25 @@
+"""Magnitude pruning: the smallest |w| go.
+
+Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import LayerStats, Log, prepare, select, silent
+from .pattern import Pattern
+
+
+class Magnitude:
+    """score = |w|. Needs no statistics; the only method whose scores compare across matrices (scope "model")."""
+
+    name = "magnitude"
+    needs: frozenset[str] = frozenset()
+    order = "block"
+    scopes = ("row", "matrix", "model")
+
+    def prune(self, weight: Tensor, stats: LayerStats, pattern: Pattern, log: Log = silent) -> tuple[Tensor, Tensor]:
+        """See `Method.prune`."""
+        dense = prepare(weight, stats, self.needs, pattern)
+        return select(dense, dense.abs(), pattern)
