@@ -1,0 +1,494 @@
+"""A model that is never whole in memory: a meta skeleton, one decoder block at a time, the outer modules when needed.
+
+The loop that a layerwise stage runs:
+
+    model = StreamedModel.open(source, folder)
+    with model.outer():
+        args = model.capture(windows, store)               # embeddings of every window; arguments of every block
+    for i in range(model.num_blocks):
+        block = model.load_block(i)
+        for step in model.input_steps(i, block, hidden[0], args):
+            with model.observe(block, step, gather, stop_after=True):
+                for w in range(n):
+                    model.run_block(i, block, hidden[w], args, w, allow_stop=True)
+            ... model.weight / model.set_weight ...
+        exported = model.export_block(i, block, masks)
+        for w in range(n):
+            hidden[w] = model.run_block(i, block, hidden[w], args, w)
+    with model.outer():
+        logits = model.logits(hidden[w], args, w)
+
+Nothing here knows a model family; how each part works is said in skeleton, keymap, prunable, experts, capture, observe.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+from .capture import BlockArgs, CaptureStub, Recorder, Returns, Stop, injecting_stub, returns_of, stubbed
+from .keymap import KeyMap, Piece, Tensors
+from .observe import Group, InputLog, See, Step, observing, seeing
+from .prunable import Prunable, find_prunables, matrix_of, matrix_view, owner_of, stored_transposed
+from .skeleton import build_skeleton, find_blocks, load_config, share_equal_buffers
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HEAD = -1  # Prunable.block of the output matrix
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A tensor for the checkpoint, under the source's key, in its shape, orientation and dtype.
+
+    `mask`: True = kept, shaped like `tensor`; None when only weights changed. `transposed`: its matrices are [in, out].
+    """
+
+    key: str
+    tensor: torch.Tensor
+    mask: torch.Tensor | None
+    transposed: bool
+
+
+class StreamedModel:
+    """A causal language model streamed from a TensorSource; made by `StreamedModel.open`."""
+
+    def __init__(
+        self, model: Any, source: Tensors, dtype: torch.dtype, device: torch.device, *, untie: bool = False
+    ) -> None:
+        self.config = model.config
+        self.dtype = dtype
+        self.device = device
+        self._model = model
+        self._untie = untie
+        self._source = source
+        self._blocks_path, self._blocks = find_blocks(model)
+        self._keys = KeyMap(model, source, dtype, device)
+        self._found = [find_prunables(b, name, i) for i, (b, name) in enumerate(zip(self._blocks, self.block_names))]
+        self._returns: dict[tuple[Any, ...], Returns] = {}
+        self._calls: dict[str, int] = {}
+        self._outer_depth = 0
+        share_equal_buffers(self._blocks)
+        self._buffers_to_device()
+        self._check_complete()
+
+    @classmethod
+    def open(
+        cls,
+        source: Tensors,
+        folder: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        trust_remote_code: bool = False,
+        untie: bool = False,
+    ) -> StreamedModel:
+        """Skeleton of the model in `folder`, weights from `source`; reads config.json and headers only.
+
+        `dtype`: None = the checkpoint's (config.json, else the first float tensor), as `from_pretrained` decides.
+        `untie`: give the output matrix its own weights although the checkpoint ties it to the embedding.
+        Raises ModelError for a model that cannot be built, has no blocks, or whose checkpoint lacks tensors.
+        """
+        config = load_config(Path(folder), trust_remote_code=trust_remote_code)
+        chosen = dtype or _checkpoint_dtype(config, source)
+        model = build_skeleton(config, chosen, trust_remote_code=trust_remote_code, untie=untie)
+        return cls(model, source, chosen, torch.device(device), untie=untie)
+
+    # ---- what is there -------------------------------------------------------------------------------------------
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of decoder blocks."""
+        return len(self._blocks)
+
+    @property
+    def block_names(self) -> list[str]:
+        """["model.layers.0", ...]: names as in transformers' model."""
+        return [f"{self._blocks_path}.{i}" for i in range(len(self._blocks))]
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest window the model was made for; None where the config sets no limit (ALiBi)."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return int(self.config.get_text_config().vocab_size)
+
+    def block_keys(self, i: int) -> list[str]:
+        """Checkpoint keys of block i, natural order."""
+        return self._keys.sources(f"{self.block_names[i]}.")
+
+    def outer_keys(self) -> list[str]:
+        """All other checkpoint keys, those the model does not use included."""
+        inside = {key for i in range(self.num_blocks) for key in self.block_keys(i)}
+        return [key for key in self._source.keys() if key not in inside]
+
+    def prunables(self, i: int) -> list[Prunable]:
+        """Matrices of block i that can be pruned, in module order; needs no weights."""
+        return list(self._found[i][0])
+
+    def unprunable(self, i: int) -> list[tuple[str, str]]:
+        """(name, reason) of every other weight of >= 2 dimensions in block i."""
+        return list(self._found[i][1])
+
+    def head(self) -> Prunable | None:
+        """The output matrix (block = HEAD); None when the model has no linear one."""
+        module = self._model.get_output_embeddings()
+        name = next((n for n, m in self._model.named_modules() if m is module), None) if module is not None else None
+        if name is None or not isinstance(module, nn.Linear):
+            return None
+        return Prunable(name, HEAD, (module.out_features, module.in_features), "linear")
+
+    @property
+    def head_tied(self) -> bool:
+        """True when the output matrix is the embedding: pruning it needs `open(..., untie=True)`."""
+        head = self.head()
+        return head is not None and self._tied_to(head.parameter) is not None
+
+    def source_keys(self, prunable: Prunable) -> list[str]:
+        """Checkpoint keys that hold this matrix; needs no weights. An untied head may have none yet."""
+        if prunable.parameter not in self._keys.groups:
+            return []
+        return [piece.key for piece in self._pieces(prunable)]
+
+    # ---- weights -------------------------------------------------------------------------------------------------
+
+    def load_block(self, i: int) -> nn.Module:
+        """A fresh copy of block i with its weights, on the device, eval, without gradients; freed with its last name."""
+        return self._load(self.block_names[i], self._blocks[i], self.block_keys(i))
+
+    def load_head(self) -> nn.Module:
+        """A fresh copy of the output layer with its weights (those of the embedding while the checkpoint ties them)."""
+        head = self._head()
+        owner = self._model.get_submodule(head.name)
+        keys = self._keys.sources(f"{head.name}.")
+        if keys:
+            return self._load(head.name, owner, keys)
+        embedding = self._model.get_input_embeddings()
+        tied = self._load(self._name_of(embedding), embedding, self._keys.sources(f"{self._name_of(embedding)}."))
+        clone = copy.deepcopy(owner)
+        clone.weight = nn.Parameter(cast(torch.Tensor, tied.weight).data, requires_grad=False)
+        return clone
+
+    def weight(self, block: nn.Module, prunable: Prunable) -> torch.Tensor:
+        """Copy of the matrix as [out, in], in the block's dtype. `block`: from load_block, or load_head for the head."""
+        return matrix_view(block, self._root(prunable), prunable).clone(memory_format=torch.contiguous_format)
+
+    def set_weight(self, block: nn.Module, prunable: Prunable, tensor: torch.Tensor) -> None:
+        """Write [out, in] into the block, cast to its dtype."""
+        with torch.no_grad():
+            matrix_view(block, self._root(prunable), prunable).copy_(tensor)
+
+    def export_block(self, i: int, block: nn.Module, masks: Mapping[str, torch.Tensor | None]) -> list[Exported]:
+        """Every checkpoint tensor that holds a matrix named in `masks`, as the source has it.
+
+        `masks`: Prunable name -> bool [out, in], True = kept; None for a matrix whose weights changed without a mask.
+        Keys of untouched tensors are not exported. Pruned entries are +0.0, all others the block's weights.
+        """
+        by_name = {p.name: p for p in self.prunables(i)}
+        return self._export(block, [by_name[name] for name in masks], masks)
+
+    def export_head(self, head: nn.Module, mask: torch.Tensor | None) -> list[Exported]:
+        """The output matrix of `load_head`, like export_block. Untied heads come under transformers' own name."""
+        prunable = self._head()
+        if prunable.parameter in self._keys.groups:
+            return self._export(head, [prunable], {prunable.name: mask})
+        key = self._keys.sources(f"{self._name_of(self._model.get_input_embeddings())}.")[0]
+        tensor = self.weight(head, prunable).to(self._source.meta(key).dtype).cpu()
+        return [_exported(prunable.parameter, tensor, None if mask is None else mask.cpu(), False)]
+
+    # ---- running -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def outer(self) -> Iterator[None]:
+        """Inside: everything outside the blocks (embeddings, norms, head) is in memory; freed after. May be nested."""
+        if self._outer_depth == 0:
+            kept = _snapshot(self._model, skip=self._blocks)
+            self._load_outer()
+        self._outer_depth += 1
+        try:
+            yield
+        finally:
+            self._outer_depth -= 1
+            if self._outer_depth == 0:
+                _restore(kept)
+
+    def capture(self, windows: torch.Tensor, sink: Callable[[int, torch.Tensor], None]) -> BlockArgs:
+        """Run the real forward over `windows` [n, L] with stubs for blocks; nothing after the last block runs.
+
+        `sink(w, hidden)` gets the first block's input, [1, L, d] on the CPU. Returns every block's arguments.
+        ModelError when the model does not simply call its blocks once each, one after the other.
+        """
+        recorder = Recorder(windows.cpu(), self.num_blocks)
+        stub = CaptureStub(self.block_names, recorder, sink, lambda i, hidden: self._structure(i, hidden, recorder))
+        with self.outer(), stubbed(self._blocks, stub), torch.no_grad():
+            for w, window in enumerate(recorder.record.windows):
+                stub.start(w)
+                if self._forward(window) is not None:
+                    raise ModelError(f"{self._class} never calls {self.block_names[-1]}")
+        recorder.record.returns = [self._returns[self._kind(i)] for i in range(self.num_blocks)]
+        return recorder.record
+
+    def run_block(
+        self, i: int, block: nn.Module, hidden: torch.Tensor, args: BlockArgs, w: int, *, allow_stop: bool = False
+    ) -> torch.Tensor | None:
+        """Block i's output for window w: [1, L, d] on the device of `hidden`, which is left as it is.
+
+        `allow_stop`: None when an observation with `stop_after` ended the pass.
+        """
+        x = hidden.to(self.device, copy=True)
+        positional, named = args.arguments(i, w, x)
+        try:
+            with torch.no_grad():
+                output = block(*positional, **named)
+        except Stop:
+            if not allow_stop:
+                raise
+            return None
+        return args.returns[i].unpack(output).to(hidden.device)
+
+    def logits(self, hidden: torch.Tensor, args: BlockArgs, w: int) -> torch.Tensor:
+        """float32 [L, vocab] on the device: the model's own final norm, head and soft-capping on `hidden`."""
+        stub = injecting_stub(self.block_names, args.returns, hidden.to(self.device))
+        with self.outer(), stubbed(self._blocks, stub), torch.no_grad():
+            output = self._forward(args.windows[w])
+        return output.logits[0].float()
+
+    def head_input(self, hidden: torch.Tensor, args: BlockArgs, w: int) -> torch.Tensor:
+        """[L, d] on the device: what the output matrix multiplies when the last block gives `hidden`."""
+        seen: list[torch.Tensor] = []
+
+        def note(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            seen.append(inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
+            raise Stop
+
+        handle = self._model.get_submodule(self._head().name).register_forward_pre_hook(note)
+        stub = injecting_stub(self.block_names, args.returns, hidden.to(self.device))
+        try:
+            with self.outer(), stubbed(self._blocks, stub), torch.no_grad():
+                self._forward(args.windows[w])
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def input_steps(self, i: int, block: nn.Module, hidden: torch.Tensor, args: BlockArgs, w: int = 0) -> list[Step]:
+        """Steps in the order of computation; a step is a list of groups; a group's matrices share one input.
+
+        Llama: [[[q, k, v]], [[o]], [[gate, up]], [[down]]]. A mixture of fused experts ends in
+        [[[e0.gate_up], [e1.gate_up], ...], [[e0.down], [e1.down], ...]]. Found by running window w once.
+        """
+        log = InputLog(self.block_names[i], self.prunables(i))
+        with seeing(block, self.block_names[i], self.prunables(i), log.see):
+            self.run_block(i, block, hidden, args, w)
+        self._calls.update(log.calls)
+        return log.steps()
+
+    def input_groups(self, i: int, block: nn.Module, hidden: torch.Tensor, args: BlockArgs, w: int = 0) -> list[Group]:
+        """The groups of `input_steps` in one list."""
+        return [group for step in self.input_steps(i, block, hidden, args, w) for group in step]
+
+    def observe(
+        self, block: nn.Module, which: Iterable[Prunable | Group], callback: See, *, stop_after: bool = False
+    ) -> AbstractContextManager[None]:
+        """Inside: `callback(prunable, x [tokens, in])` for every input of the listed matrices while the block runs.
+
+        `which`: prunables or groups; of a group only the first member is watched (its input is everyone's). Fused
+        experts are called with their own tokens only, also when there are none; their block output then agrees with
+        the model's default to rounding, so propagate outside this context. `stop_after`: end the pass once all have
+        been seen (`run_block(..., allow_stop=True)` then returns None).
+        """
+        first = [item[0] if isinstance(item, list) else item for item in which]
+        path = self.block_names[first[0].block] if first else ""
+        return observing(block, path, first, callback, self._calls, stop_after)
+
+    # ---- inside --------------------------------------------------------------------------------------------------
+
+    @property
+    def _class(self) -> str:
+        return type(self._model).__name__
+
+    def _forward(self, window: torch.Tensor) -> Any:
+        """The real forward on one window; None when a stub or hook ended it."""
+        ids = window.view(1, -1).to(self.device)
+        try:
+            return self._model(input_ids=ids, use_cache=False)
+        except Stop:
+            return None
+        except (TypeError, AttributeError, NotImplementedError) as error:
+            raise ModelError(
+                f"{self._class}.forward(input_ids, use_cache=False) with {self._blocks_path} replaced by stubs "
+                f"failed: {error}"
+            ) from error
+
+    def _kind(self, i: int) -> tuple[Any, ...]:
+        return tuple((name, type(module)) for name, module in self._blocks[i].named_modules())
+
+    def _structure(self, i: int, hidden: torch.Tensor, recorder: Recorder) -> Returns:
+        """What block i returns, seen by running one real block of its kind once."""
+        kind = self._kind(i)
+        if kind not in self._returns:
+            args, kwargs = recorder.replay(i, hidden.clone())
+            self._returns[kind] = returns_of(self.block_names[i], self.load_block(i)(*args, **kwargs), hidden)
+        return self._returns[kind]
+
+    def _load(self, path: str, module: nn.Module, keys: Iterable[str]) -> nn.Module:
+        """Fill the skeleton's `module`, hand its tensors to a copy, and make the skeleton empty again."""
+        kept = _snapshot(module)
+        try:
+            self._keys.load(keys)
+            tensors = [*module.parameters(), *module.buffers()]
+            clone = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+        finally:
+            _restore(kept)
+        clone.__dict__.pop("forward", None)
+        empty = next((name for name, p in clone.named_parameters() if p.is_meta), None)
+        if empty is not None:
+            raise ModelError(f"the checkpoint has no tensor for {path}.{empty}")
+        for part in clone.modules():
+            part._buffers.update({k: b.to(self.device) for k, b in part._buffers.items() if b is not None})
+        return clone.requires_grad_(False).eval()
+
+    def _load_outer(self) -> None:
+        inside = f"{self._blocks_path}."
+        groups = [group for name, group in self._keys.groups.items() if not name.startswith(inside)]
+        missing = self._keys.load({key for group in groups for key in group.sources})
+        self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        head = self.head()
+        if head is not None and head.parameter in missing and not self.head_tied:
+            self._model.get_output_embeddings().weight = self._model.get_input_embeddings().weight
+        self._model.requires_grad_(False)
+
+    def _buffers_to_device(self) -> None:
+        inside = {id(module) for module in self._blocks.modules()}
+        for module in self._model.modules():
+            if id(module) not in inside:
+                module._buffers.update({k: b.to(self.device) for k, b in module._buffers.items() if b is not None})
+
+    def _check_complete(self) -> None:
+        """Every parameter has its tensor, and every prunable one is a float matrix."""
+        head = self.head()
+        untied = head.parameter if head is not None and self._untie else None
+        missing = [n for n in self._keys.missing() if self._tied_to(n) is None and n != untied]
+        if missing:
+            raise ModelError(
+                f"the checkpoint has no tensor for {missing[0]} ({len(missing)} missing)",
+                hint="config.json and weights belong to different models, or the head was not saved",
+            )
+        for prunables, _ in self._found:
+            for name in {p.parameter for p in prunables}:
+                self._check_float(name)
+
+    def _check_float(self, parameter: str) -> None:
+        for key in self._keys.groups[parameter].sources:
+            dtype = self._source.meta(key).dtype
+            if dtype not in _FLOATS:
+                raise ModelError(
+                    f"tensor {key} is {dtype}; Gossamer prunes {', '.join(str(d) for d in _FLOATS)}",
+                    hint="give the original model, or dequantise it first",
+                )
+
+    def _tied_to(self, parameter: str) -> str | None:
+        """The parameter that `parameter` shares its tensor with, in either direction, if any."""
+        tied = self._model.all_tied_weights_keys
+        return tied.get(parameter) or next((a for a, b in tied.items() if b == parameter), None)
+
+    def _head(self) -> Prunable:
+        head = self.head()
+        if head is None:
+            raise ModelError(f"{self._class} has no linear output layer")
+        return head
+
+    def _name_of(self, module: nn.Module) -> str:
+        return next(name for name, m in self._model.named_modules() if m is module)
+
+    def _root(self, prunable: Prunable) -> str:
+        return prunable.name if prunable.block == HEAD else self.block_names[prunable.block]
+
+    def _pieces(self, prunable: Prunable) -> list[Piece]:
+        owner = self._model.get_submodule(prunable.parameter.rpartition(".")[0])
+        pieces = self._keys.pieces(prunable.parameter, transposed=stored_transposed(prunable, owner))
+        return [p for p in pieces if p.experts is None or prunable.expert is None or prunable.expert in p.experts]
+
+    def _export(
+        self, root: nn.Module, prunables: list[Prunable], masks: Mapping[str, torch.Tensor | None]
+    ) -> list[Exported]:
+        by_group: dict[int, list[Prunable]] = {}
+        for prunable in prunables:
+            by_group.setdefault(id(self._keys.groups[prunable.parameter]), []).append(prunable)
+        return [item for members in by_group.values() for item in self._export_group(root, members, masks)]
+
+    def _export_group(
+        self, root: nn.Module, members: list[Prunable], masks: Mapping[str, torch.Tensor | None]
+    ) -> Iterator[Exported]:
+        path = f"{self._root(members[0])}."
+        targets = self._keys.groups[members[0].parameter].targets
+        weights = {t: root.get_parameter(t.removeprefix(path)).data for t in targets}
+        kept = {t: torch.ones(w.shape, dtype=torch.bool) for t, w in weights.items()}
+        masked: set[str] = set()
+        transposed: dict[str, bool] = {}
+        for p in members:
+            pieces = self._pieces(p)
+            transposed.update({piece.key: piece.transposed for piece in pieces})
+            mask = masks[p.name]
+            if mask is not None:
+                _check_mask(p, mask)
+                matrix_of(kept[p.parameter], p, owner_of(root, self._root(p), p)).copy_(mask)
+                masked.update(piece.key for piece in pieces)
+        tensors = self._keys.revert(weights)
+        bits = self._keys.revert(kept) if masked else {}
+        for key, swapped in transposed.items():
+            meta = self._source.meta(key)
+            if tuple(tensors[key].shape) != tuple(meta.shape):
+                raise ModelError(
+                    f"{key} would change its shape from {tuple(meta.shape)} to {tuple(tensors[key].shape)}"
+                )
+            yield _exported(key, tensors[key].to("cpu", meta.dtype), bits[key] if key in masked else None, swapped)
+
+
+def _exported(key: str, tensor: torch.Tensor, mask: torch.Tensor | None, transposed: bool) -> Exported:
+    if mask is None:
+        return Exported(key, tensor.contiguous(), None, transposed)
+    mask = mask.contiguous()
+    return Exported(key, tensor.masked_fill(~mask, 0.0).contiguous(), mask, transposed)
+
+
+def _check_mask(prunable: Prunable, mask: torch.Tensor) -> None:
+    if mask.dtype != torch.bool or tuple(mask.shape) != prunable.shape:
+        raise ValueError(f"mask of {prunable.name}: bool {prunable.shape} needed, got {mask.dtype} {tuple(mask.shape)}")
+
+
+_State = list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]
+
+
+def _snapshot(root: nn.Module, skip: nn.Module | None = None) -> _State:
+    inside = {id(module) for module in skip.modules()} if skip is not None else set()
+    return [(m, dict(m._parameters), dict(m._buffers)) for m in root.modules() if id(m) not in inside]
+
+
+def _restore(state: _State) -> None:
+    for module, parameters, buffers in state:
+        module._parameters.update(parameters)
+        module._buffers.update(buffers)
+
+
+def _checkpoint_dtype(config: Any, source: Tensors) -> torch.dtype:
+    """config.json's dtype, else that of the first float tensor."""
+    named = getattr(config, "dtype", None)
+    if isinstance(named, str):
+        named = getattr(torch, named, None)
+    if isinstance(named, torch.dtype):
+        return named
+    for key in source.keys():
+        dtype = source.meta(key).dtype
+        if dtype.is_floating_point:
+            return dtype
+    raise ModelError("the checkpoint holds no float tensor")
