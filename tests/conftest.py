@@ -1,0 +1,54 @@
+"""Fixtures for all tests: no network, fixed seeds, the shared models when present, one small trained model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # helper modules beside the tests, such as families.py
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    """Every test starts from the same random state; a test that needs other numbers seeds its own generator."""
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with `models/` and `data/` beside the checkout. Skips where absent: the repository holds no weights."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "models").is_dir():
+        pytest.skip(f"no models and texts beside the checkout ({folder})")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A very small trained Llama with tokenizer, calibration.txt and heldout.txt: `make_demo` with few steps.
+
+    Session-wide and read-only: tests write elsewhere.
+    """
+    from gossamer.compress.demo import make_demo
+
+    folder = tmp_path_factory.mktemp("demo") / "model"
+    make_demo(folder, seed=0, steps=DEMO_STEPS, size="tiny")
+    return folder
+
+
+DEMO_STEPS = 40
