@@ -24,9 +24,8 @@ Nothing here knows a model family; how each part works is said in skeleton, keym
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,26 +34,15 @@ from torch import nn
 
 from ..errors import ModelError
 from .capture import BlockArgs, CaptureStub, Recorder, Returns, Stop, injecting_stub, returns_of, stubbed
-from .keymap import KeyMap, Piece, Tensors
+from .export import Exported, Exporter, exported
+from .keymap import KeyMap, Tensors
+from .materialise import Materialiser
 from .observe import Group, InputLog, See, Step, observing, seeing
-from .prunable import Prunable, find_prunables, matrix_of, matrix_view, owner_of, stored_transposed
+from .prunable import Prunable, find_prunables, matrix_view
 from .skeleton import build_skeleton, find_blocks, load_config, share_equal_buffers
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HEAD = -1  # Prunable.block of the output matrix
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A tensor for the checkpoint, under the source's key, in its shape, orientation and dtype.
-
-    `mask`: True = kept, shaped like `tensor`; None when only weights changed. `transposed`: its matrices are [in, out].
-    """
-
-    key: str
-    tensor: torch.Tensor
-    mask: torch.Tensor | None
-    transposed: bool
 
 
 class StreamedModel:
@@ -71,12 +59,14 @@ class StreamedModel:
         self._source = source
         self._blocks_path, self._blocks = find_blocks(model)
         self._keys = KeyMap(model, source, dtype, device)
-        self._found = [find_prunables(b, name, i) for i, (b, name) in enumerate(zip(self._blocks, self.block_names))]
+        self._found = [
+            find_prunables(b, name, i) for i, (b, name) in enumerate(zip(self._blocks, self.block_names, strict=True))
+        ]
         self._returns: dict[tuple[Any, ...], Returns] = {}
         self._calls: dict[str, int] = {}
-        self._outer_depth = 0
         share_equal_buffers(self._blocks)
-        self._buffers_to_device()
+        self._parts = Materialiser(model, self._keys, self._blocks_path, device, untie=untie)
+        self._exporter = Exporter(model, self._keys, source)
         self._check_complete()
 
     @classmethod
@@ -130,7 +120,8 @@ class StreamedModel:
     def outer_keys(self) -> list[str]:
         """All other checkpoint keys, those the model does not use included."""
         inside = {key for i in range(self.num_blocks) for key in self.block_keys(i)}
-        return [key for key in self._source.keys() if key not in inside]
+        every = self._source.keys()
+        return [key for key in every if key not in inside]
 
     def prunables(self, i: int) -> list[Prunable]:
         """Matrices of block i that can be pruned, in module order; needs no weights."""
@@ -158,29 +149,27 @@ class StreamedModel:
         """Checkpoint keys that hold this matrix; needs no weights. An untied head may have none yet."""
         if prunable.parameter not in self._keys.groups:
             return []
-        return [piece.key for piece in self._pieces(prunable)]
+        return [piece.key for piece in self._exporter.pieces(prunable)]
 
     # ---- weights -------------------------------------------------------------------------------------------------
 
     def load_block(self, i: int) -> nn.Module:
-        """A fresh copy of block i with its weights, on the device, eval, without gradients; freed with its last name."""
-        return self._load(self.block_names[i], self._blocks[i], self.block_keys(i))
+        """A fresh copy of block i with its weights, on the device, eval; freed with its last reference."""
+        return self._parts.part(self.block_names[i], self.block_keys(i))
 
     def load_head(self) -> nn.Module:
-        """A fresh copy of the output layer with its weights (those of the embedding while the checkpoint ties them)."""
-        head = self._head()
-        owner = self._model.get_submodule(head.name)
-        keys = self._keys.sources(f"{head.name}.")
+        """A fresh copy of the output layer with its weights (the embedding's where the checkpoint ties them)."""
+        name = self._head().name
+        keys = self._keys.sources(f"{name}.")
         if keys:
-            return self._load(head.name, owner, keys)
-        embedding = self._model.get_input_embeddings()
-        tied = self._load(self._name_of(embedding), embedding, self._keys.sources(f"{self._name_of(embedding)}."))
-        clone = copy.deepcopy(owner)
-        clone.weight = nn.Parameter(cast(torch.Tensor, tied.weight).data, requires_grad=False)
+            return self._parts.part(name, keys)
+        embedding = self._parts.part(self._embedding, self._keys.sources(f"{self._embedding}."))
+        clone = copy.deepcopy(self._model.get_submodule(name))
+        clone.weight = nn.Parameter(cast(torch.Tensor, embedding.weight).data, requires_grad=False)
         return clone
 
     def weight(self, block: nn.Module, prunable: Prunable) -> torch.Tensor:
-        """Copy of the matrix as [out, in], in the block's dtype. `block`: from load_block, or load_head for the head."""
+        """Copy of the matrix as [out, in], in the block's dtype. `block`: from load_block (load_head for the head)."""
         return matrix_view(block, self._root(prunable), prunable).clone(memory_format=torch.contiguous_format)
 
     def set_weight(self, block: nn.Module, prunable: Prunable, tensor: torch.Tensor) -> None:
@@ -195,32 +184,21 @@ class StreamedModel:
         Keys of untouched tensors are not exported. Pruned entries are +0.0, all others the block's weights.
         """
         by_name = {p.name: p for p in self.prunables(i)}
-        return self._export(block, [by_name[name] for name in masks], masks)
+        return self._exporter.export(block, self.block_names[i], [by_name[name] for name in masks], masks)
 
     def export_head(self, head: nn.Module, mask: torch.Tensor | None) -> list[Exported]:
         """The output matrix of `load_head`, like export_block. Untied heads come under transformers' own name."""
         prunable = self._head()
         if prunable.parameter in self._keys.groups:
-            return self._export(head, [prunable], {prunable.name: mask})
-        key = self._keys.sources(f"{self._name_of(self._model.get_input_embeddings())}.")[0]
-        tensor = self.weight(head, prunable).to(self._source.meta(key).dtype).cpu()
-        return [_exported(prunable.parameter, tensor, None if mask is None else mask.cpu(), False)]
+            return self._exporter.export(head, prunable.name, [prunable], {prunable.name: mask})
+        dtype = self._source.meta(self._keys.sources(f"{self._embedding}.")[0]).dtype
+        return [exported(prunable.parameter, self.weight(head, prunable).to("cpu", dtype), mask, False)]
 
     # ---- running -------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def outer(self) -> Iterator[None]:
+    def outer(self) -> AbstractContextManager[None]:
         """Inside: everything outside the blocks (embeddings, norms, head) is in memory; freed after. May be nested."""
-        if self._outer_depth == 0:
-            kept = _snapshot(self._model, skip=self._blocks)
-            self._load_outer()
-        self._outer_depth += 1
-        try:
-            yield
-        finally:
-            self._outer_depth -= 1
-            if self._outer_depth == 0:
-                _restore(kept)
+        return self._parts.outer()
 
     def capture(self, windows: torch.Tensor, sink: Callable[[int, torch.Tensor], None]) -> BlockArgs:
         """Run the real forward over `windows` [n, L] with stubs for blocks; nothing after the last block runs.
@@ -230,7 +208,7 @@ class StreamedModel:
         """
         recorder = Recorder(windows.cpu(), self.num_blocks)
         stub = CaptureStub(self.block_names, recorder, sink, lambda i, hidden: self._structure(i, hidden, recorder))
-        with self.outer(), stubbed(self._blocks, stub), torch.no_grad():
+        with self.outer(), stubbed(list(self._blocks), stub), torch.no_grad():
             for w, window in enumerate(recorder.record.windows):
                 stub.start(w)
                 if self._forward(window) is not None:
@@ -259,7 +237,7 @@ class StreamedModel:
     def logits(self, hidden: torch.Tensor, args: BlockArgs, w: int) -> torch.Tensor:
         """float32 [L, vocab] on the device: the model's own final norm, head and soft-capping on `hidden`."""
         stub = injecting_stub(self.block_names, args.returns, hidden.to(self.device))
-        with self.outer(), stubbed(self._blocks, stub), torch.no_grad():
+        with self.outer(), stubbed(list(self._blocks), stub), torch.no_grad():
             output = self._forward(args.windows[w])
         return output.logits[0].float()
 
@@ -274,7 +252,7 @@ class StreamedModel:
         handle = self._model.get_submodule(self._head().name).register_forward_pre_hook(note)
         stub = injecting_stub(self.block_names, args.returns, hidden.to(self.device))
         try:
-            with self.outer(), stubbed(self._blocks, stub), torch.no_grad():
+            with self.outer(), stubbed(list(self._blocks), stub), torch.no_grad():
                 self._forward(args.windows[w])
         finally:
             handle.remove()
@@ -340,39 +318,6 @@ class StreamedModel:
             self._returns[kind] = returns_of(self.block_names[i], self.load_block(i)(*args, **kwargs), hidden)
         return self._returns[kind]
 
-    def _load(self, path: str, module: nn.Module, keys: Iterable[str]) -> nn.Module:
-        """Fill the skeleton's `module`, hand its tensors to a copy, and make the skeleton empty again."""
-        kept = _snapshot(module)
-        try:
-            self._keys.load(keys)
-            tensors = [*module.parameters(), *module.buffers()]
-            clone = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
-        finally:
-            _restore(kept)
-        clone.__dict__.pop("forward", None)
-        empty = next((name for name, p in clone.named_parameters() if p.is_meta), None)
-        if empty is not None:
-            raise ModelError(f"the checkpoint has no tensor for {path}.{empty}")
-        for part in clone.modules():
-            part._buffers.update({k: b.to(self.device) for k, b in part._buffers.items() if b is not None})
-        return clone.requires_grad_(False).eval()
-
-    def _load_outer(self) -> None:
-        inside = f"{self._blocks_path}."
-        groups = [group for name, group in self._keys.groups.items() if not name.startswith(inside)]
-        missing = self._keys.load({key for group in groups for key in group.sources})
-        self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
-        head = self.head()
-        if head is not None and head.parameter in missing and not self.head_tied:
-            self._model.get_output_embeddings().weight = self._model.get_input_embeddings().weight
-        self._model.requires_grad_(False)
-
-    def _buffers_to_device(self) -> None:
-        inside = {id(module) for module in self._blocks.modules()}
-        for module in self._model.modules():
-            if id(module) not in inside:
-                module._buffers.update({k: b.to(self.device) for k, b in module._buffers.items() if b is not None})
-
     def _check_complete(self) -> None:
         """Every parameter has its tensor, and every prunable one is a float matrix."""
         head = self.head()
@@ -407,77 +352,13 @@ class StreamedModel:
             raise ModelError(f"{self._class} has no linear output layer")
         return head
 
-    def _name_of(self, module: nn.Module) -> str:
+    @property
+    def _embedding(self) -> str:
+        module = self._model.get_input_embeddings()
         return next(name for name, m in self._model.named_modules() if m is module)
 
     def _root(self, prunable: Prunable) -> str:
         return prunable.name if prunable.block == HEAD else self.block_names[prunable.block]
-
-    def _pieces(self, prunable: Prunable) -> list[Piece]:
-        owner = self._model.get_submodule(prunable.parameter.rpartition(".")[0])
-        pieces = self._keys.pieces(prunable.parameter, transposed=stored_transposed(prunable, owner))
-        return [p for p in pieces if p.experts is None or prunable.expert is None or prunable.expert in p.experts]
-
-    def _export(
-        self, root: nn.Module, prunables: list[Prunable], masks: Mapping[str, torch.Tensor | None]
-    ) -> list[Exported]:
-        by_group: dict[int, list[Prunable]] = {}
-        for prunable in prunables:
-            by_group.setdefault(id(self._keys.groups[prunable.parameter]), []).append(prunable)
-        return [item for members in by_group.values() for item in self._export_group(root, members, masks)]
-
-    def _export_group(
-        self, root: nn.Module, members: list[Prunable], masks: Mapping[str, torch.Tensor | None]
-    ) -> Iterator[Exported]:
-        path = f"{self._root(members[0])}."
-        targets = self._keys.groups[members[0].parameter].targets
-        weights = {t: root.get_parameter(t.removeprefix(path)).data for t in targets}
-        kept = {t: torch.ones(w.shape, dtype=torch.bool) for t, w in weights.items()}
-        masked: set[str] = set()
-        transposed: dict[str, bool] = {}
-        for p in members:
-            pieces = self._pieces(p)
-            transposed.update({piece.key: piece.transposed for piece in pieces})
-            mask = masks[p.name]
-            if mask is not None:
-                _check_mask(p, mask)
-                matrix_of(kept[p.parameter], p, owner_of(root, self._root(p), p)).copy_(mask)
-                masked.update(piece.key for piece in pieces)
-        tensors = self._keys.revert(weights)
-        bits = self._keys.revert(kept) if masked else {}
-        for key, swapped in transposed.items():
-            meta = self._source.meta(key)
-            if tuple(tensors[key].shape) != tuple(meta.shape):
-                raise ModelError(
-                    f"{key} would change its shape from {tuple(meta.shape)} to {tuple(tensors[key].shape)}"
-                )
-            yield _exported(key, tensors[key].to("cpu", meta.dtype), bits[key] if key in masked else None, swapped)
-
-
-def _exported(key: str, tensor: torch.Tensor, mask: torch.Tensor | None, transposed: bool) -> Exported:
-    if mask is None:
-        return Exported(key, tensor.contiguous(), None, transposed)
-    mask = mask.contiguous()
-    return Exported(key, tensor.masked_fill(~mask, 0.0).contiguous(), mask, transposed)
-
-
-def _check_mask(prunable: Prunable, mask: torch.Tensor) -> None:
-    if mask.dtype != torch.bool or tuple(mask.shape) != prunable.shape:
-        raise ValueError(f"mask of {prunable.name}: bool {prunable.shape} needed, got {mask.dtype} {tuple(mask.shape)}")
-
-
-_State = list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]
-
-
-def _snapshot(root: nn.Module, skip: nn.Module | None = None) -> _State:
-    inside = {id(module) for module in skip.modules()} if skip is not None else set()
-    return [(m, dict(m._parameters), dict(m._buffers)) for m in root.modules() if id(m) not in inside]
-
-
-def _restore(state: _State) -> None:
-    for module, parameters, buffers in state:
-        module._parameters.update(parameters)
-        module._buffers.update(buffers)
 
 
 def _checkpoint_dtype(config: Any, source: Tensors) -> torch.dtype:
@@ -487,8 +368,8 @@ def _checkpoint_dtype(config: Any, source: Tensors) -> torch.dtype:
         named = getattr(torch, named, None)
     if isinstance(named, torch.dtype):
         return named
-    for key in source.keys():
-        dtype = source.meta(key).dtype
-        if dtype.is_floating_point:
-            return dtype
-    raise ModelError("the checkpoint holds no float tensor")
+    dtypes = (source.meta(key).dtype for key in [*source.keys()])
+    found = next((dtype for dtype in dtypes if dtype.is_floating_point), None)
+    if found is None:
+        raise ModelError("the checkpoint holds no float tensor")
+    return found

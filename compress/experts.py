@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ Tap = Callable[[str, int, torch.Tensor], None]
 
 
 def observed_experts(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Experts forward with a tap: [tokens, d], [tokens, k], [tokens, k] -> [tokens, d].
 
@@ -44,7 +45,7 @@ def observed_experts(
     return weighted.view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
 
 
-def _one_expert(module: nn.Module, expert: int, x: torch.Tensor, tap: Tap | None) -> torch.Tensor:
+def _one_expert(module: Any, expert: int, x: torch.Tensor, tap: Tap | None) -> torch.Tensor:
     first = "gate_up_proj" if module.has_gate else "up_proj"
     if tap is not None:
         tap(first, expert, x)
@@ -56,14 +57,14 @@ def _one_expert(module: nn.Module, expert: int, x: torch.Tensor, tap: Tap | None
     return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
 
 
-def _linear(module: nn.Module, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+def _linear(module: Any, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
     weight = getattr(module, name)[expert]
     out = x @ weight if module.is_transposed else nn.functional.linear(x, weight)
     return out + getattr(module, f"{name}_bias")[expert] if module.has_bias else out
 
 
 @contextmanager
-def tapped(module: nn.Module, tap: Tap) -> Iterator[None]:
+def tapped(module: Any, tap: Tap) -> Iterator[None]:
     """Inside: the fused experts `module` runs `observed_experts` with `tap`. The module's config must be its own."""
     before = module.config._experts_implementation
     module.config._experts_implementation = IMPLEMENTATION

@@ -51,7 +51,7 @@ def resolve_names(table: dict[str, str]) -> dict[str, Any]:
             found[name] = value
     if missing:
         raise ModelError(
-            f"transformers {transformers.__version__} lacks {', '.join(missing)}, which Gossamer needs to stream models",
+            f"transformers {transformers.__version__} lacks {', '.join(missing)}, needed to stream models",
             hint=f"install a tested release: transformers {', '.join(TESTED_VERSIONS)}",
         )
     return found

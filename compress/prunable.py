@@ -52,7 +52,7 @@ def is_fused_experts(module: nn.Module) -> bool:
 
 
 def find_prunables(block: nn.Module, path: str, index: int) -> tuple[list[Prunable], list[tuple[str, str]]]:
-    """(prunables in module order, [(name, reason)] of everything else with >= 2-D weights). `path`: name of the block."""
+    """(prunables in module order, [(name, reason)] of all other >= 2-D weights). `path`: the block's name."""
     prunables: list[Prunable] = []
     rest: list[tuple[str, str]] = []
     refused = _routers(block) | _inside_attention(block)
