@@ -118,15 +118,26 @@ def _leftovers(module: nn.Module, full: str, skip: tuple[str, ...] = ()) -> list
     elif "router" in kind.lower() or "gate" in kind.lower():
         reason = f"{kind} is a router"
     return [
-        (f"{full}.{name}", reason)
+        (
+            f"{full}.{name}",
+            "a 3-D stack outside transformers' experts interface" if _is_stack(parameter, kind) else reason,
+        )
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() >= 2 and name not in skip and not name.endswith("bias")
     ]
 
 
+def _is_stack(parameter: torch.Tensor, kind: str) -> bool:
+    return parameter.dim() == 3 and "expert" in kind.lower()
+
+
 def _routers(block: nn.Module) -> dict[str, str]:
-    """Linears beside the experts whose outputs are one score per expert, or one gate value."""
-    found = {}
+    """Linears called router, and Linears beside experts that give one score per expert or one gate value."""
+    found = {
+        name: "a router"
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and "router" in f"{name}.{type(module).__name__}".lower()
+    }
     for name, count in _expert_stacks(block):
         holder, _, own = name.rpartition(".")
         parent = block.get_submodule(holder) if holder else block
@@ -134,17 +145,19 @@ def _routers(block: nn.Module) -> dict[str, str]:
             linears = [(n, m) for n, m in child.named_modules() if isinstance(m, nn.Linear)]
             if child_name != own and len(linears) == 1 and linears[0][1].out_features in (count, 1):
                 path = ".".join(part for part in (holder, child_name, linears[0][0]) if part)
-                found[path] = "a linear router or gate of a mixture of experts"
+                found.setdefault(path, "a linear router or gate of a mixture of experts")
     return found
 
 
 def _expert_stacks(block: nn.Module) -> Iterator[tuple[str, int]]:
-    """(path, number of experts) of fused experts and of ModuleLists named or classed as experts."""
+    """(path, number of experts) of modules called experts: lists, and stacks of 3-D parameters."""
     for name, module in block.named_modules():
-        if is_fused_experts(module):
-            stack = next(p for n in FUSED_NAMES if (p := module._parameters.get(n)) is not None)
-            yield name, stack.shape[0]
-        elif isinstance(module, nn.ModuleList) and "expert" in name.rpartition(".")[2].lower():
+        stacks = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+        if "expert" not in f"{name.rpartition('.')[2]}.{type(module).__name__}".lower():
+            continue
+        if stacks:
+            yield name, stacks[0].shape[0]
+        elif isinstance(module, nn.ModuleList):
             yield name, len(module)
 
 

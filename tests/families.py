@@ -80,7 +80,10 @@ GEMMA = {"head_dim": 16, "sliding_window": 7, "layer_types": ["sliding_attention
 FAMILIES: dict[str, Family] = {
     "llama": Family(_llama_like("LlamaConfig"), "model.layers", _attention(48, 24) | MLP, LLAMA_STEPS),
     "mistral": Family(
-        _llama_like("MistralConfig", sliding_window=9, head_dim=16), "model.layers", _attention(64, 32) | MLP, LLAMA_STEPS
+        _llama_like("MistralConfig", sliding_window=9, head_dim=16),
+        "model.layers",
+        _attention(64, 32) | MLP,
+        LLAMA_STEPS,
     ),
     "qwen2": Family(
         _llama_like("Qwen2Config", use_sliding_window=True, sliding_window=8, max_window_layers=1),
@@ -121,7 +124,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt2": Family(
         lambda: transformers.GPT2Config(
-            vocab_size=VOCAB, n_embd=48, n_layer=3, n_head=4, n_positions=128, n_inner=80, bos_token_id=1, eos_token_id=2
+            vocab_size=VOCAB,
+            n_embd=48,
+            n_layer=3,
+            n_head=4,
+            n_positions=128,
+            n_inner=80,
+            bos_token_id=1,
+            eos_token_id=2,
         ),
         "transformer.h",
         {"attn.c_attn": (144, 48), "attn.c_proj": (48, 48), "mlp.c_fc": (80, 48), "mlp.c_proj": (48, 80)},
