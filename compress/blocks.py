@@ -26,6 +26,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -139,11 +140,18 @@ class StreamedModel:
             return None
         return Prunable(name, HEAD, (module.out_features, module.in_features), "linear")
 
-    @property
+    @cached_property
     def head_tied(self) -> bool:
-        """True when the output matrix is the embedding: pruning it needs `open(..., untie=True)`."""
+        """True when the output matrix is the embedding: pruning it needs `open(..., untie=True)`.
+
+        A checkpoint that stores both with different values is not tied, whatever its config says: transformers' rule.
+        """
         head = self.head()
-        return head is not None and self._tied_to(head.parameter) is not None
+        partner = None if head is None else self._tied_to(head.parameter)
+        if head is None or partner is None:
+            return False
+        stored = [self._keys.groups[n].sources[0] for n in (head.parameter, partner) if n in self._keys.groups]
+        return len(stored) < 2 or torch.equal(*(self._source.read(key) for key in stored))
 
     def source_keys(self, prunable: Prunable) -> list[str]:
         """Checkpoint keys that hold this matrix; needs no weights. An untied head may have none yet."""

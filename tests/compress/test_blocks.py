@@ -1,0 +1,485 @@
+"""StreamedModel: what is in memory when, what is recorded, how passes end, how bad models are refused."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import weakref
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from families import VOCAB, FolderTensors, save_family
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from gossamer.compress.blocks import HEAD, StreamedModel
+from gossamer.compress.capture import CaptureStub, Recorder, Returns, Stop, injecting_stub, returns_of
+from gossamer.compress.hf_private import PRIVATE_NAMES, resolve_names
+from gossamer.errors import ModelError
+
+
+def open_model(folder: Path, **options) -> StreamedModel:
+    return StreamedModel.open(FolderTensors(folder), folder, **options)
+
+
+def ids(n: int = 2, length: int = 20) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (n, length), generator=torch.Generator().manual_seed(1))
+
+
+def captured(model: StreamedModel, n: int = 2):
+    hidden: dict[int, torch.Tensor] = {}
+    return model.capture(ids(n), hidden.__setitem__), hidden
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return save_family("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory) -> Path:
+    """Tied embeddings."""
+    return save_family("qwen3", tmp_path_factory.mktemp("qwen3"))
+
+
+def edited(folder: Path, out: Path, *, config=None, tensors=None) -> Path:
+    """A copy of a single-file checkpoint with changes: `config` updates config.json, `tensors(dict)` the weights."""
+    shutil.copytree(folder, out, dirs_exist_ok=True)
+    if config is not None:
+        values = json.loads((out / "config.json").read_text()) | config
+        (out / "config.json").write_text(json.dumps(values))
+    if tensors is not None:
+        save_file(tensors(load_file(out / "model.safetensors")), out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+# ---- what is in memory ----------------------------------------------------------------------------------------------
+
+
+def resident(model: StreamedModel) -> list[str]:
+    return [name for name, p in model._model.named_parameters() if not p.is_meta]
+
+
+def test_opening_reads_no_weights(llama):
+    source = FolderTensors(llama)
+    model = StreamedModel.open(source, llama)
+    for i in range(model.num_blocks):
+        for prunable in model.prunables(i):
+            model.source_keys(prunable)
+    assert not source.reads
+    assert resident(model) == []
+    assert (model.num_blocks, model.vocab_size, model.max_positions) == (3, VOCAB, 128)
+
+
+def test_a_block_reads_its_own_keys_and_is_freed(llama):
+    source = FolderTensors(llama)
+    model = StreamedModel.open(source, llama)
+    block = model.load_block(1)
+    assert sorted(source.reads) == sorted(model.block_keys(1))
+    assert all(key.startswith("model.layers.1.") for key in source.reads)
+    assert resident(model) == []
+    assert not block.training
+    assert not any(p.requires_grad for p in block.parameters())
+    alive = [weakref.ref(p) for p in block.parameters()]
+    del block
+    gc.collect()
+    assert not any(ref() is not None for ref in alive)
+
+
+def test_two_copies_of_a_block_are_independent(llama):
+    model = open_model(llama)
+    first, second = model.load_block(0), model.load_block(0)
+    prunable = model.prunables(0)[0]
+    model.set_weight(first, prunable, torch.zeros(prunable.shape))
+    assert model.weight(second, prunable).abs().min() > 0
+
+
+def test_outer_modules_come_and_go(llama):
+    source = FolderTensors(llama)
+    model = StreamedModel.open(source, llama)
+    with model.outer():
+        with model.outer():
+            pass
+        assert resident(model) == ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+        assert sorted(source.reads) == sorted(model.outer_keys())
+    assert resident(model) == []
+
+
+# ---- what is recorded -----------------------------------------------------------------------------------------------
+
+
+def test_equal_arguments_are_stored_once(tmp_path):
+    model = open_model(save_family("gemma2", tmp_path))
+    one, _ = captured(model, 1)
+    many, hidden = captured(model, 5)
+    assert len(hidden) == 5
+    assert one.nbytes == many.nbytes > 0
+    assert len(many.calls) == 2, "sliding and full layers have their own masks"
+    assert many.index == [[0] * 5, [1] * 5, [0] * 5, [1] * 5]
+
+
+def test_arguments_that_depend_on_the_input_are_kept_per_window(tmp_path):
+    recorder = Recorder(ids(3), 1)
+    for w in range(3):
+        recorder.new_window()
+        hidden, extra = torch.zeros(1, 4, 2), torch.full((2,), float(w == 2))
+        recorder.note(0, (hidden,), {"extra": extra, "same": torch.ones(3), "flag": None}, hidden)
+        extra += 5  # recorded values must not follow
+    record = recorder.record
+    assert record.index == [[0, 0, 1]]
+    assert record.arguments(0, 2, hidden)[1]["extra"].tolist() == [1.0, 1.0]
+    assert len(record.pool) == 3
+
+
+def test_run_block_leaves_its_input_alone(llama):
+    model = open_model(llama)
+    args, hidden = captured(model)
+    before = hidden[0].clone()
+    out = model.run_block(0, model.load_block(0), hidden[0], args, 0)
+    assert torch.equal(hidden[0], before)
+    assert not torch.equal(out, before)
+
+
+# ---- observing ------------------------------------------------------------------------------------------------------
+
+
+def test_observed_inputs_are_those_of_the_loaded_model(llama):
+    model = open_model(llama)
+    args, hidden = captured(model)
+    reference = AutoModelForCausalLM.from_pretrained(llama)
+    truth: dict[str, torch.Tensor] = {}
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        module = reference.get_submodule(f"model.layers.0.{name}")
+        module.register_forward_pre_hook(lambda m, a, n=name: truth.__setitem__(f"model.layers.0.{n}", a[0][0].clone()))
+    with torch.no_grad():
+        reference(input_ids=args.windows[1:2])
+    block, seen = model.load_block(0), {}
+    wanted = [p for p in model.prunables(0) if p.name in truth]
+    assert len(wanted) == 2
+    truth_names = set(truth)
+    with model.observe(block, wanted, lambda p, x: seen.__setitem__(p.name, x.clone())):
+        model.run_block(0, block, hidden[1], args, 1)
+    assert set(seen) == truth_names
+    assert all(torch.equal(seen[name], truth[name]) for name in truth_names)
+
+
+def test_of_a_group_only_the_first_is_called(llama):
+    model = open_model(llama)
+    args, hidden = captured(model)
+    block, seen = model.load_block(0), Counter()
+    steps = model.input_steps(0, block, hidden[0], args)
+    with model.observe(block, steps[0] + steps[2], lambda p, x: seen.update([p.name])):
+        for w in range(2):
+            model.run_block(0, block, hidden[w], args, w)
+    assert seen == {"model.layers.0.self_attn.q_proj": 2, "model.layers.0.mlp.gate_proj": 2}
+
+
+def test_stop_after_ends_the_pass_early(llama):
+    model = open_model(llama)
+    args, hidden = captured(model)
+    block = model.load_block(0)
+    ran = Counter()
+    for name in ("self_attn.o_proj", "mlp.gate_proj"):
+        block.get_submodule(name).register_forward_hook(lambda m, a, o, n=name: ran.update([n]))
+    prunable = next(p for p in model.prunables(0) if p.name.endswith("o_proj"))
+    with model.observe(block, [prunable], lambda p, x: None, stop_after=True):
+        for w in range(2):
+            assert model.run_block(0, block, hidden[w], args, w, allow_stop=True) is None
+        with pytest.raises(Stop):
+            model.run_block(0, block, hidden[0], args, 0)
+    assert not ran
+    assert model.run_block(0, block, hidden[0], args, 0, allow_stop=True) is not None
+    assert ran == {"self_attn.o_proj": 1, "mlp.gate_proj": 1}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_experts_are_seen_one_by_one(family, tmp_path):
+    """Inputs per expert equal a selection by the router's own choice; the block's output equals the default's."""
+    model = open_model(save_family(family, tmp_path))
+    args, hidden = captured(model, 1)
+    block = model.load_block(0)
+    routed: list[tuple[torch.Tensor, torch.Tensor]] = []
+    experts = block.get_submodule("mlp.experts")
+    handle = experts.register_forward_pre_hook(lambda m, a: routed.append((a[0].clone(), a[1].clone())))
+    default = model.run_block(0, block, hidden[0], args, 0)
+    handle.remove()
+    x, chosen = routed[0]
+    seen: dict[str, torch.Tensor] = {}
+    wanted = [p for p in model.prunables(0) if p.kind == "expert"]
+    with model.observe(block, wanted, lambda p, rows: seen.__setitem__(p.name, rows.clone())):
+        observed = model.run_block(0, block, hidden[0], args, 0)
+    torch.testing.assert_close(observed, default, rtol=1e-5, atol=1e-6)
+    count = experts.num_experts
+    assert len(seen) == 2 * count
+    for e in range(count):
+        mine = x[(chosen == e).any(dim=1)]
+        assert torch.equal(seen[f"model.layers.0.mlp.experts.gate_up_proj.{e}"], mine)
+        weight = experts.gate_up_proj[e] if experts.is_transposed else experts.gate_up_proj[e].T
+        bias = experts.gate_up_proj_bias[e] if experts.has_bias else 0.0
+        inner = experts._apply_gate(mine @ weight + bias)
+        torch.testing.assert_close(seen[f"model.layers.0.mlp.experts.down_proj.{e}"], inner)
+    assert torch.equal(model.run_block(0, block, hidden[0], args, 0), default), "the default is back"
+
+
+def test_an_expert_without_tokens_is_called_with_no_rows(tmp_path):
+    model = open_model(save_family("mixtral", tmp_path))
+    args, hidden = captured(model, 1)
+    block = model.load_block(0)
+    with torch.no_grad():  # a constant input makes every token choose the same two experts
+        hidden[0][:] = hidden[0][:, :1]
+    counts: dict[str, int] = {}
+    wanted = [p for p in model.prunables(0) if "gate_up_proj" in p.name]
+    with model.observe(block, wanted, lambda p, x: counts.__setitem__(p.name, len(x)), stop_after=True):
+        model.run_block(0, block, hidden[0].repeat(1, 1, 1)[:, :20], args, 0, allow_stop=True)
+    assert len(counts) == 5
+    assert sum(counts.values()) == 40
+    assert 0 in counts.values()
+
+
+# ---- the head -------------------------------------------------------------------------------------------------------
+
+
+def test_untied_head(llama):
+    model = open_model(llama)
+    head = model.head()
+    assert (head.name, head.block, head.shape, model.head_tied) == ("lm_head", HEAD, (VOCAB, 48), False)
+    assert model.source_keys(head) == ["lm_head.weight"]
+    loaded = model.load_head()
+    truth = load_file(llama / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(model.weight(loaded, head), truth)
+    mask = torch.rand(head.shape) < 0.5
+    model.set_weight(loaded, head, truth * 2)
+    (exported,) = model.export_head(loaded, mask)
+    assert exported.key == "lm_head.weight"
+    assert torch.equal(exported.tensor, torch.where(mask, truth * 2, 0.0))
+
+
+def test_tied_head_and_untying(qwen3):
+    tied, free = open_model(qwen3), open_model(qwen3, untie=True)
+    assert tied.head_tied
+    assert not free.head_tied
+    embedding = load_file(qwen3 / "model.safetensors")["model.embed_tokens.weight"]
+    head = free.load_head()
+    assert torch.equal(free.weight(head, free.head()), embedding)
+    (exported,) = free.export_head(head, None)
+    assert exported.key == "lm_head.weight"
+    assert torch.equal(exported.tensor, embedding)
+    assert free.config.tie_word_embeddings is False
+    args, hidden = captured(tied, 1)
+    assert torch.equal(free.logits(hidden[0], args, 0), tied.logits(hidden[0], args, 0))
+
+
+def test_two_stored_matrices_that_differ_are_not_tied(qwen3, tmp_path):
+    key = "model.embed_tokens.weight"
+    same = edited(qwen3, tmp_path / "same", tensors=lambda t: t | {"lm_head.weight": t[key].clone()})
+    other = edited(qwen3, tmp_path / "other", tensors=lambda t: t | {"lm_head.weight": t[key] + 1})
+    assert open_model(same).head_tied
+    model = open_model(other)
+    assert not model.head_tied
+    args, hidden = captured(model, 1)
+    x = model.head_input(hidden[0], args, 0)
+    assert torch.equal(model.logits(hidden[0], args, 0), nn.functional.linear(x, model.load_head().weight))
+
+
+def test_head_input_gives_the_logits(llama):
+    model = open_model(llama)
+    args, hidden = captured(model, 1)
+    x = model.head_input(hidden[0], args, 0)
+    assert x.shape == (20, 48)
+    logits = nn.functional.linear(x, model.load_head().weight)
+    torch.testing.assert_close(logits, model.logits(hidden[0], args, 0))
+
+
+# ---- dtypes, names, shards ------------------------------------------------------------------------------------------
+
+
+def test_loading_in_another_dtype_equals_from_pretrained_and_exports_the_source_dtype(llama):
+    model, source = open_model(llama, dtype=torch.bfloat16), FolderTensors(llama)
+    args, hidden = captured(model, 1)
+    reference = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
+    x = hidden[0]
+    assert x.dtype == torch.bfloat16
+    for i in range(model.num_blocks):
+        x = model.run_block(i, model.load_block(i), x, args, 0)
+    with torch.no_grad():
+        assert torch.equal(model.logits(x, args, 0), reference(input_ids=args.windows[:1]).logits[0].float())
+    prunable = model.prunables(0)[0]
+    (exported,) = model.export_block(0, model.load_block(0), {prunable.name: None})
+    assert exported.tensor.dtype == torch.float32
+    assert torch.equal(exported.tensor, source.read(exported.key).bfloat16().float())
+
+
+def test_dtype_defaults_to_the_checkpoints(tmp_path):
+    folder = save_family("llama", tmp_path / "a", dtype=torch.bfloat16)
+    assert open_model(folder).dtype == torch.bfloat16
+    bare = edited(folder, tmp_path / "b", config={"dtype": None, "torch_dtype": None})
+    assert open_model(bare).dtype == torch.bfloat16
+
+
+def test_modules_kept_in_float32_are_loaded_as_from_pretrained_does(tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    folder = save_family("llama", tmp_path, dtype=torch.bfloat16)
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["input_layernorm"])
+    block = open_model(folder).load_block(0)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).model.layers[0]
+    assert block.input_layernorm.weight.dtype == torch.float32
+    assert {n: p.dtype for n, p in block.named_parameters()} == {n: p.dtype for n, p in reference.named_parameters()}
+
+
+def test_a_checkpoint_without_the_base_prefix(tmp_path):
+    """gpt2's own files say h.0.attn..., transformers' class transformer.h.0.attn...: exports keep the file's names."""
+    whole = save_family("gpt2", tmp_path / "a")
+    bare = edited(whole, tmp_path / "b", tensors=lambda t: {k.removeprefix("transformer."): v for k, v in t.items()})
+    model, source = open_model(bare), FolderTensors(bare)
+    assert model.block_names[0] == "transformer.h.0"
+    names = [p.name for p in model.prunables(1)]
+    exported = model.export_block(1, model.load_block(1), dict.fromkeys(names))
+    assert sorted(e.key for e in exported) == sorted(
+        k for k in model.block_keys(1) if k[-9:] != "ln.weight" and ".c_" in k and k.endswith("weight")
+    )
+    assert all(e.transposed and torch.equal(e.tensor, source.read(e.key)) for e in exported)
+
+
+def test_only_tensors_that_hold_a_named_matrix_are_exported(tmp_path):
+    folder = save_family("mixtral", tmp_path)
+    model = open_model(folder)
+    expert = next(p for p in model.prunables(0) if p.name.endswith("gate_up_proj.3"))
+    keys = [f"model.layers.0.block_sparse_moe.experts.3.{w}.weight" for w in ("w1", "w3")]
+    assert model.source_keys(expert) == keys
+    mask = torch.rand(expert.shape) < 0.5
+    exported = {e.key: e for e in model.export_block(0, model.load_block(0), {expert.name: mask})}
+    assert sorted(exported) == keys
+    assert torch.equal(exported[keys[0]].mask, mask[:80])
+    assert torch.equal(exported[keys[1]].mask, mask[80:])
+
+
+def test_one_expert_of_a_fused_source_tensor(tmp_path):
+    folder = save_family("gpt_oss", tmp_path)
+    model = open_model(folder)
+    expert = next(p for p in model.prunables(0) if p.name.endswith("down_proj.2"))
+    mask = torch.rand(expert.shape) < 0.5
+    (exported,) = model.export_block(0, model.load_block(0), {expert.name: mask})
+    assert exported.transposed
+    assert exported.mask[[0, 1, 3]].all()
+    assert torch.equal(exported.mask[2], mask.T)
+
+
+def test_sharded_checkpoint(tmp_path):
+    folder = save_family("llama", tmp_path, max_shard_size="60KB")
+    assert len(list(folder.glob("*.safetensors"))) >= 3
+    model = open_model(folder)
+    args, hidden = captured(model, 1)
+    x = hidden[0]
+    for i in range(model.num_blocks):
+        x = model.run_block(i, model.load_block(i), x, args, 0)
+    with torch.no_grad():
+        truth = AutoModelForCausalLM.from_pretrained(folder)(input_ids=args.windows).logits[0]
+    assert torch.equal(model.logits(x, args, 0), truth)
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"model_type": "t5"}, "encoder-decoder"),
+        ({"model_type": "vit"}, "no causal language model"),
+        ({"model_type": "nonsense"}, "cannot be used"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised .gptq."),
+        ({"num_hidden_layers": 4}, "no tensor for model.layers.3"),
+        ({"intermediate_size": 81}, "config.json asks for"),
+    ],
+)
+def test_unsupported_models(llama, tmp_path, config, says):
+    with pytest.raises(ModelError, match=says):
+        open_model(edited(llama, tmp_path / "m", config=config))
+
+
+def test_missing_and_corrupt_config(llama, tmp_path):
+    folder = edited(llama, tmp_path / "m")
+    (folder / "config.json").write_text("{ not json")
+    with pytest.raises(ModelError, match=r"config\.json"):
+        open_model(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        open_model(folder)
+
+
+def test_integer_weights_are_refused(llama, tmp_path):
+    key = "model.layers.1.mlp.up_proj.weight"
+    folder = edited(llama, tmp_path / "m", tensors=lambda t: t | {key: t[key].to(torch.int8)})
+    with pytest.raises(ModelError, match=f"{key} is torch.int8"):
+        open_model(folder)
+
+
+def test_missing_tensor_is_named(llama, tmp_path):
+    key = "model.layers.2.self_attn.v_proj.weight"
+    folder = edited(llama, tmp_path / "m", tensors=lambda t: {k: v for k, v in t.items() if k != key})
+    with pytest.raises(ModelError, match=key):
+        open_model(folder)
+
+
+def test_missing_private_name_is_named():
+    assert set(resolve_names(PRIVATE_NAMES)) == set(PRIVATE_NAMES)
+    with pytest.raises(ModelError, match=r"transformers\.modeling_utils\.no_such_thing"):
+        resolve_names(PRIVATE_NAMES | {"no_such_thing": "transformers.modeling_utils"})
+
+
+def chain(n: int = 3, returns: Returns | None = None) -> CaptureStub:
+    names = [f"b.{i}" for i in range(n)]
+    return CaptureStub(names, Recorder(ids(1), n), lambda w, h: None, lambda i, h: returns or Returns())
+
+
+def test_blocks_out_of_order_or_twice_are_refused():
+    x = torch.ones(1, 4, 2)
+    stub = chain()
+    stub(0, (x,), {})
+    with pytest.raises(ModelError, match=r"calls b\.2 where b\.1"):
+        stub(2, (x,), {})
+    stub = chain()
+    stub(0, (x,), {})
+    with pytest.raises(ModelError, match=r"calls b\.0 where b\.1"):
+        stub(0, (x,), {})
+
+
+def test_a_hidden_state_changed_between_blocks_is_refused():
+    x, stub = torch.ones(1, 4, 2), chain()
+    stub(0, (x,), {})
+    with pytest.raises(ModelError, match=r"changes the hidden state before b\.1"):
+        stub(1, (x * 2,), {})
+
+
+def test_a_second_output_fed_to_the_next_block_is_refused():
+    x = torch.ones(1, 4, 2)
+    stub = chain(returns=returns_of("b", (x, torch.ones(3), None), x))
+    hidden, extra, none = stub(0, (x,), {})
+    assert hidden is x
+    assert none is None
+    with pytest.raises(ModelError, match="another block's second output"):
+        stub(1, (hidden,), {"memory": [extra]})
+
+
+def test_returned_structures():
+    x = torch.ones(1, 4, 2)
+    assert returns_of("b", x, x).pack(x, x) is x
+    listed = returns_of("b", [None, x], x)
+    assert listed.place == 1
+    assert isinstance(listed.pack(x, torch.empty(0)), list)
+    assert listed.unpack([1, x]) is x
+    for odd in (None, {"hidden": x}, torch.ones(1, 4, 3), (torch.ones(2),)):
+        with pytest.raises(ModelError, match="no hidden state"):
+            returns_of("b", odd, x)
+    stub = injecting_stub(["b.0", "b.1"], [Returns(), listed], x * 3)
+    assert stub(0, (x,), {}) is x
+    assert torch.equal(stub(1, (), {"hidden_states": x})[1], x * 3)
+
+
+def test_a_block_called_without_hidden_state_is_refused():
+    with pytest.raises(ModelError, match="first positional argument"):
+        chain()(0, (torch.ones(2, 2),), {"mask": None})
