@@ -7,6 +7,7 @@ tested, instead of an AttributeError in the middle of a run.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.utils import logging as hf_logging
 
 from ..errors import ModelError
 
+_ONE_THREAD = "HF_DEACTIVATE_ASYNC_LOAD"
 TESTED_VERSIONS = ("5.23.0",)
 
 # what we use -> where it lives; "Class.member" is looked up inside the class.
@@ -72,13 +74,20 @@ Conv1D = _found["Conv1D"]
 
 
 @contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """transformers' own "Loading weights" bar off: one per block would bury ours."""
-    enabled = hf_logging.is_progress_bar_enabled()
-    if enabled:
+def quiet_loading() -> Iterator[None]:
+    """transformers' loader without its "Loading weights" bar (one per block would bury ours) and in this thread only:
+    its worker threads would each keep a heap of their own, a tenth of a 1.1B model's resident memory."""
+    bars = hf_logging.is_progress_bar_enabled()
+    threads = os.environ.get(_ONE_THREAD)
+    os.environ[_ONE_THREAD] = "1"
+    if bars:
         hf_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if enabled:
+        if bars:
             hf_logging.enable_progress_bar()
+        if threads is None:
+            del os.environ[_ONE_THREAD]
+        else:
+            os.environ[_ONE_THREAD] = threads

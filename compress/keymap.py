@@ -8,7 +8,6 @@ go back through the very same conversion as 0/1 tensors, so a mask always ends u
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,7 +22,7 @@ from .hf_private import (
     convert_and_load_state_dict_in_model,
     dot_natural_key,
     get_model_conversion_mapping,
-    no_progress_bars,
+    quiet_loading,
     rename_source_key,
     revert_weight_conversion,
 )
@@ -82,7 +81,6 @@ class KeyMap:
         self._source = source
         self._dtype = dtype
         self._device = device
-        self._lock = threading.Lock()
         self._conversions = get_model_conversion_mapping(model)
         self._pieces: dict[tuple[str, ...], list[tuple[int, bool, tuple[int, ...]]]] = {}
         self.groups: dict[str, Group] = {}
@@ -142,14 +140,14 @@ class KeyMap:
 
     def load(self, keys: Iterable[str]) -> set[str]:
         """Read `keys` and put what they make into the skeleton, in place; returns the names still missing."""
-        lazy = {key: _Lazy(self._source, key, self._lock) for key in keys}
+        lazy = {key: _Lazy(self._source, key) for key in keys}
         config = LoadStateDictConfig(
             dtype=self._dtype,
             dtype_plan=self._model._get_dtype_plan(self._dtype),
             device_map={"": self._device},
             weight_mapping=self._conversions,
         )
-        with no_progress_bars():
+        with quiet_loading():
             info, _ = convert_and_load_state_dict_in_model(model=self._model, state_dict=lazy, load_config=config)
         if info.conversion_errors:
             name, text = next(iter(info.conversion_errors.items()))
@@ -228,14 +226,13 @@ class KeyMap:
 
 
 class _Lazy:
-    """Reads its tensor when transformers' loader (several threads) asks for `[...]`, and keeps no reference."""
+    """Reads its tensor when transformers' loader asks for `[...]`, and keeps no reference."""
 
-    def __init__(self, source: Tensors, key: str, lock: threading.Lock) -> None:
-        self._source, self._key, self._lock = source, key, lock
+    def __init__(self, source: Tensors, key: str) -> None:
+        self._source, self._key = source, key
 
     def __getitem__(self, _: object) -> torch.Tensor:
-        with self._lock:
-            return self._source.read(self._key)
+        return self._source.read(self._key)
 
 
 def _digits_out(name: str) -> str:

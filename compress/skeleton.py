@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import ModelError
-from .hf_private import GradientCheckpointingLayer, no_progress_bars
+from .hf_private import GradientCheckpointingLayer, quiet_loading
 
 # Checkpoints whose source hands out dense tensors although config.json speaks of a quantisation.
 _DENSE_FOR_US = frozenset({"gossamer", "compressed-tensors"})
@@ -58,7 +58,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
         config.tie_word_embeddings = False
         config.get_text_config().tie_word_embeddings = False
     try:
-        with init_empty_weights(include_buffers=False), no_progress_bars():
+        with init_empty_weights(include_buffers=False), quiet_loading():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         raise ModelError(
