@@ -69,8 +69,8 @@ def owl(
     return _level(offsets, sizes, sparsity, max(max_sparsity, sparsity))
 
 
-def global_zero_counts(matrices: Callable[[], Iterable[Tensor]], sparsity: float) -> list[int]:
-    """Zeros per matrix when the smallest |w| of the whole model go: exactly round(sparsity * all entries) together.
+def global_counts(matrices: Callable[[], Iterable[Tensor]], zeros: int) -> list[int]:
+    """Zeros per matrix when the `zeros` smallest |w| of the whole model go; they sum to `zeros` exactly.
 
     Radix selection on the bit patterns of |w| in float32, which sort like the numbers: the first pass counts the upper
     16 bits, the second the lower 16 bits of the one bin that holds the threshold, the third counts below it and at it
@@ -79,14 +79,15 @@ def global_zero_counts(matrices: Callable[[], Iterable[Tensor]], sparsity: float
 
     Args:
         matrices: called three times, gives all matrices in the same order each time; one is held at a time.
-        sparsity: in [0, 1).
+        zeros: at most the number of all entries.
     """
     sizes: list[int] = []
     upper = torch.zeros(1 << _LOW_BITS, dtype=torch.int64)
     for matrix in matrices():
         sizes.append(matrix.numel())
         upper += torch.bincount(_magnitude_bits(matrix) >> _LOW_BITS, minlength=1 << _LOW_BITS).cpu()
-    zeros = round(sparsity * sum(sizes))
+    if not 0 <= zeros <= sum(sizes):
+        raise ValueError(f"{zeros} zeros asked of {sum(sizes)} entries")
     if zeros == 0:
         return [0] * len(sizes)
     prefix, inside = _bin_of(upper, zeros)

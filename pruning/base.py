@@ -63,13 +63,14 @@ class Method(Protocol):
         needs: statistics that must not be None, of "norm", "gram", "target", "holdout".
         order: "block": all statistics of a decoder block at once; "input": measured again after each group of matrices
             that share an input.
-        scopes: scopes that the method honours for an unstructured pattern, its default first.
+        scope: "row" or "matrix": the unit of comparison of an unstructured pattern when the user names none. Both must
+            be honoured when asked for.
     """
 
     name: str
     needs: frozenset[str]
     order: str
-    scopes: tuple[str, ...]
+    scope: str
 
     def prune(self, weight: Tensor, stats: LayerStats, pattern: Pattern, log: Log = silent) -> tuple[Tensor, Tensor]:
         """Prune one matrix.

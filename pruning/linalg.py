@@ -8,6 +8,7 @@ from torch import Tensor
 from .base import Log, silent
 
 DAMPING_LADDER = (0.01, 0.1, 1.0)
+_FLOOR = 1e-12  # share of the largest diagonal entry that an input which never fires gets: the factor stays invertible
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
@@ -36,7 +37,7 @@ def upper_factor(gram: Tensor, log: Log = silent) -> Tensor:
     log(
         "the Gram matrix has no Cholesky factor at any damping; only its diagonal is used (Wanda scores, no adjustment)"
     )
-    return torch.diag(diagonal.sqrt())
+    return torch.diag(diagonal.clamp_min(_FLOOR * float(diagonal.max())).sqrt())
 
 
 def _reversed_cholesky(matrix: Tensor) -> Tensor | None:

@@ -12,12 +12,12 @@ from .pattern import Pattern
 
 
 class Magnitude:
-    """score = |w|. Needs no statistics; the only method whose scores compare across matrices (scope "model")."""
+    """score = |w|. Needs no statistics, and is the only method whose scores compare across matrices."""
 
     name = "magnitude"
     needs: frozenset[str] = frozenset()
     order = "block"
-    scopes = ("row", "matrix", "model")
+    scope = "row"
 
     def prune(self, weight: Tensor, stats: LayerStats, pattern: Pattern, log: Log = silent) -> tuple[Tensor, Tensor]:
         """See `Method.prune`."""

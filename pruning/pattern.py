@@ -27,7 +27,7 @@ class Unstructured:
 
     `scope` says which scores are compared: those of one output row (row counts differ by at most one), of one matrix,
     or of the whole model. "model" must be turned into one exact "matrix" pattern per matrix first (`for_count`, counts
-    from `allocation.global_zero_counts`). Sparsity 1 is not a user's choice, but a global threshold may empty a matrix.
+    from `allocation.global_counts`). Sparsity 1 is not a user's choice, but a global threshold may empty a matrix.
     """
 
     sparsity: float

@@ -24,7 +24,7 @@ class RIA:
     name = "ria"
     needs = frozenset({"norm"})
     order = "block"
-    scopes = ("matrix", "row")
+    scope = "matrix"
 
     def prune(self, weight: Tensor, stats: LayerStats, pattern: Pattern, log: Log = silent) -> tuple[Tensor, Tensor]:
         """See `Method.prune`."""

@@ -7,8 +7,10 @@ factor: with H = R R^T (R upper) and e = w - w' the error of a row,
 
     e H e^T = sum_k (sum_{j<=k} e_j R_jk)^2,
 
-so the best value of column k, given the columns before it, is v_k = w_k + sum_{j<k} e_j R_jk / R_kk, and setting it to
-zero costs v_k^2 R_kk^2. No inverse is formed, and a block of columns needs one matrix product with the errors so far.
+so after the columns P before a strip S are settled, the best values of the strip make its terms zero: v_S = w_S +
+e_P R_PS (R_SS)^-1. Inside the strip the paper's own update holds with U = (R_SS)^-1, because the inverse of an upper
+triangular matrix has the inverses of its diagonal blocks on the diagonal. So only 128 x 128 corners are ever inverted,
+and a strip needs one product with the errors so far.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from .pattern import NM, Block, Pattern, Unstructured
 from .selection import keep_all_but, keep_all_but_per_row, keep_blocks
 
 BLOCK = 128
+PANEL = 16
 
 
 class SparseGPT:
-    """score = v_k^2 R_kk^2 on the weights updated so far.
+    """score = v_k^2 / U_kk^2 on the weights updated so far.
 
     Unstructured masks are chosen per block of 128 columns (over all rows together, or per row with scope "row"), N:M
     masks at the start of each group, block masks per strip of columns. Strips end on a group's or block's edge, and
@@ -36,7 +39,7 @@ class SparseGPT:
     name = "sparsegpt"
     needs = frozenset({"gram"})
     order = "block"
-    scopes = ("matrix", "row")
+    scope = "matrix"
 
     def prune(self, weight: Tensor, stats: LayerStats, pattern: Pattern, log: Log = silent) -> tuple[Tensor, Tensor]:
         """See `Method.prune`."""
@@ -45,16 +48,14 @@ class SparseGPT:
         if pattern.zeros(rows, cols) == 0:
             return dense, torch.ones_like(dense, dtype=torch.bool)
         assert stats.gram is not None
-        feedback = upper_factor(stats.gram, log)
-        curvature = feedback.diagonal().clone()
-        feedback /= torch.where(curvature > 0, curvature, 1.0)
+        factor = upper_factor(stats.gram, log)
         values = dense.t().contiguous()
         del dense
-        keep = _sweep(values, feedback, curvature, pattern)
+        keep = _sweep(values, factor, pattern)
         return values.t().contiguous(), keep.t().contiguous()
 
 
-def _sweep(values: Tensor, feedback: Tensor, curvature: Tensor, pattern: Pattern) -> Tensor:
+def _sweep(values: Tensor, factor: Tensor, pattern: Pattern) -> Tensor:
     """Prune `values` [in, out] (the transposed weight: a column is contiguous) in place; the mask, bool [in, out]."""
     cols = len(values)
     errors = torch.empty_like(values)
@@ -63,17 +64,37 @@ def _sweep(values: Tensor, feedback: Tensor, curvature: Tensor, pattern: Pattern
     for start in range(0, cols, width):
         stop = min(start + width, cols)
         strip = slice(start, stop)
-        current = torch.addmm(values[strip], feedback[:start, strip].t(), errors[:start])
-        for k in range(start, stop):
-            if (k - start) % step == 0:
-                chosen = slice(k, min(k + step, stop))
-                scores = (current[k - start : chosen.stop - start] * curvature[chosen, None]).square_()
-                keep[chosen] = _choose(scores.t(), pattern, chosen, cols).t()
-            column = current[k - start].masked_fill_(~keep[k], 0.0)
-            torch.sub(values[k], column, out=errors[k])
-            current[k - start + 1 :].addr_(feedback[k, k + 1 : stop], errors[k])
+        identity = torch.eye(stop - start, dtype=factor.dtype, device=factor.device)
+        inverse = torch.linalg.solve_triangular(factor[strip, strip], identity, upper=True)
+        pivots = inverse.diagonal()
+        pushed = factor[:start, strip].t() @ errors[:start]
+        current = torch.addmm(values[strip], inverse.t(), pushed)
+        spread = inverse / pivots[:, None]
+        for first in range(start, stop, step):
+            chosen = slice(first, min(first + step, stop))
+            local = slice(chosen.start - start, chosen.stop - start)
+            scores = (current[local] / pivots[local, None]).square_()
+            keep[chosen] = _choose(scores.t(), pattern, chosen, cols).t()
+            _eliminate(current, keep[chosen], spread, local)
+        errors[strip] = values[strip] - current
         values[strip] = current
     return keep
+
+
+def _eliminate(current: Tensor, keep: Tensor, spread: Tensor, columns: slice) -> None:
+    """Zero the pruned entries of some columns of a strip [strip, out], spreading each over the later columns.
+
+    spread[k, l]: how much of a unit removed at column k goes to column l. Panels keep the one-column updates in cache.
+    """
+    for first in range(columns.start, columns.stop, PANEL):
+        last = min(first + PANEL, columns.stop)
+        removed = torch.empty_like(current[first:last])
+        for k in range(first, last):
+            kept = keep[k - columns.start]
+            removed[k - first] = current[k].masked_fill(kept, 0.0)
+            current[k].masked_fill_(~kept, 0.0)
+            current[k + 1 : last].addr_(spread[k, k + 1 : last], removed[k - first], alpha=-1)
+        current[last:].addmm_(spread[first:last, last:].t(), removed, alpha=-1)
 
 
 def _widths(pattern: Pattern) -> tuple[int, int]:

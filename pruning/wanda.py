@@ -17,7 +17,7 @@ class Wanda:
     name = "wanda"
     needs = frozenset({"norm"})
     order = "block"
-    scopes = ("row", "matrix")
+    scope = "row"
 
     def prune(self, weight: Tensor, stats: LayerStats, pattern: Pattern, log: Log = silent) -> tuple[Tensor, Tensor]:
         """See `Method.prune`."""
