@@ -8,7 +8,7 @@ The loop that a layerwise stage runs:
     for i in range(model.num_blocks):
         block = model.load_block(i)
         for step in model.input_steps(i, block, hidden[0], args):
-            with model.observe(block, step, gather, stop_after=True):
+            with model.observe(block, step, gather, stop=True):
                 for w in range(n):
                     model.run_block(i, block, hidden[w], args, w, allow_stop=True)
             ... model.weight / model.set_weight ...
@@ -28,22 +28,21 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import nn
 
 from ..errors import ModelError
 from .capture import BlockArgs, CaptureStub, Recorder, Returns, Stop, injecting_stub, returns_of, stubbed
-from .export import Exported, Exporter, exported
 from .keymap import KeyMap, Tensors
 from .materialise import Materialiser
 from .observe import Group, InputLog, See, Step, observing, seeing
-from .prunable import Prunable, find_prunables, matrix_view
+from .prunable import HEAD, Prunable, find_prunables, matrix_view
+from .revert import Exported, Exporter, exported
 from .skeleton import build_skeleton, find_blocks, load_config, share_equal_buffers
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-HEAD = -1  # Prunable.block of the output matrix
 
 
 class StreamedModel:
@@ -138,10 +137,10 @@ class StreamedModel:
         name = next((n for n, m in self._model.named_modules() if m is module), None) if module is not None else None
         if name is None or not isinstance(module, nn.Linear):
             return None
-        return Prunable(name, HEAD, (module.out_features, module.in_features), "linear")
+        return Prunable(name, HEAD, (module.out_features, module.in_features), "head")
 
     @cached_property
-    def head_tied(self) -> bool:
+    def head_is_tied(self) -> bool:
         """True when the output matrix is the embedding: pruning it needs `open(..., untie=True)`.
 
         A checkpoint that stores both with different values is not tied, whatever its config says: transformers' rule.
@@ -208,28 +207,44 @@ class StreamedModel:
         """Inside: everything outside the blocks (embeddings, norms, head) is in memory; freed after. May be nested."""
         return self._parts.outer()
 
-    def capture(self, windows: torch.Tensor, sink: Callable[[int, torch.Tensor], None]) -> BlockArgs:
+    def capture(
+        self,
+        windows: torch.Tensor,
+        sink: Callable[[int, torch.Tensor], None],
+        *,
+        indices: Iterable[int] | None = None,
+    ) -> BlockArgs:
         """Run the real forward over `windows` [n, L] with stubs for blocks; nothing after the last block runs.
 
-        `sink(w, hidden)` gets the first block's input, [1, L, d] on the CPU. Returns every block's arguments.
+        `indices`: only these windows (one rank's share); default all. `sink(w, hidden)` gets the first block's input,
+        [1, L, d] on the CPU. Returns every block's arguments.
         ModelError when the model does not simply call its blocks once each, one after the other.
         """
         recorder = Recorder(windows.cpu(), self.num_blocks)
         stub = CaptureStub(self.block_names, recorder, sink, lambda i, hidden: self._structure(i, hidden, recorder))
         with self.outer(), stubbed(list(self._blocks), stub), torch.no_grad():
-            for w, window in enumerate(recorder.record.windows):
+            for w in range(len(windows)) if indices is None else indices:
                 stub.start(w)
-                if self._forward(window) is not None:
+                if self._forward(recorder.record.windows[w]) is not None:
                     raise ModelError(f"{self._class} never calls {self.block_names[-1]}")
-        recorder.record.returns = [self._returns[self._kind(i)] for i in range(self.num_blocks)]
+        if any(recorder.record.index):  # no window, nothing seen
+            recorder.record.returns = [self._returns[self._kind(i)] for i in range(self.num_blocks)]
         return recorder.record
+
+    @overload
+    def run_block(self, i: int, block: nn.Module, hidden: torch.Tensor, args: BlockArgs, w: int) -> torch.Tensor: ...
+
+    @overload
+    def run_block(
+        self, i: int, block: nn.Module, hidden: torch.Tensor, args: BlockArgs, w: int, *, allow_stop: bool
+    ) -> torch.Tensor | None: ...
 
     def run_block(
         self, i: int, block: nn.Module, hidden: torch.Tensor, args: BlockArgs, w: int, *, allow_stop: bool = False
     ) -> torch.Tensor | None:
         """Block i's output for window w: [1, L, d] on the device of `hidden`, which is left as it is.
 
-        `allow_stop`: None when an observation with `stop_after` ended the pass.
+        `allow_stop`: None when an observation with `stop` ended the pass.
         """
         x = hidden.to(self.device, copy=True)
         positional, named = args.arguments(i, w, x)
@@ -283,18 +298,19 @@ class StreamedModel:
         return [group for step in self.input_steps(i, block, hidden, args, w) for group in step]
 
     def observe(
-        self, block: nn.Module, which: Iterable[Prunable | Group], callback: See, *, stop_after: bool = False
+        self, block: nn.Module, which: Iterable[Prunable | Group], callback: See, *, stop: bool = False
     ) -> AbstractContextManager[None]:
         """Inside: `callback(prunable, x [tokens, in])` for every input of the listed matrices while the block runs.
 
         `which`: prunables or groups; of a group only the first member is watched (its input is everyone's). Fused
         experts are called with their own tokens only, also when there are none; their block output then agrees with
-        the model's default to rounding, so propagate outside this context. `stop_after`: end the pass once all have
-        been seen (`run_block(..., allow_stop=True)` then returns None).
+        the model's default to rounding, so propagate outside this context. `stop`: end each pass once all have been
+        seen: `run_block(..., allow_stop=True)` then returns None; without allow_stop the context itself ends there.
+        x may be a view of a live activation: copy it to keep it.
         """
         first = [item[0] if isinstance(item, list) else item for item in which]
-        path = self.block_names[first[0].block] if first else ""
-        return observing(block, path, first, callback, self._calls, stop_after)
+        path = self._root(first[0]) if first else ""
+        return observing(block, path, first, callback, self._calls, stop)
 
     # ---- inside --------------------------------------------------------------------------------------------------
 

@@ -68,14 +68,19 @@ class BlockArgs:
     """Recorded arguments of every block for every window; equal ones are stored once.
 
     `windows` [n, L]: the token ids. `pool`: distinct tensors (CPU). `calls`: distinct (args, kwargs) with Ref and
-    Hidden in place of tensors. `index[block][window]`: which call.
+    Hidden in place of tensors. `index[block][window]`: which call (only windows that were captured).
     """
 
     windows: torch.Tensor
     pool: list[torch.Tensor] = field(default_factory=list)
     calls: list[tuple[Any, Any]] = field(default_factory=list)
-    index: list[list[int]] = field(default_factory=list)
+    index: list[dict[int, int]] = field(default_factory=list)
     returns: list[Returns] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens per window."""
+        return self.windows.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -93,12 +98,14 @@ class Recorder:
     """Collects the calls of one capture pass into a BlockArgs."""
 
     def __init__(self, windows: torch.Tensor, blocks: int) -> None:
-        self.record = BlockArgs(windows, index=[[] for _ in range(blocks)])
+        self.record = BlockArgs(windows, index=[{} for _ in range(blocks)])
         self._by_shape: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
         self._seen: dict[int, tuple[torch.Tensor, int, int]] = {}
+        self._window = 0
 
-    def new_window(self) -> None:
-        """Forget identities: another window's tensors may reuse the addresses."""
+    def start(self, window: int) -> None:
+        """Begin a window. Identities are forgotten: its tensors may reuse the addresses of the last one's."""
+        self._window = window
         self._seen = {}
 
     def note(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor) -> None:
@@ -109,11 +116,11 @@ class Recorder:
         except ValueError:
             place = len(self.record.calls)
             self.record.calls.append(call)
-        self.record.index[block].append(place)
+        self.record.index[block][self._window] = place
 
     def replay(self, block: int, hidden: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The block's latest call, with `hidden` in place of the hidden state."""
-        return self.record.arguments(block, len(self.record.index[block]) - 1, hidden)
+        return self.record.arguments(block, self._window, hidden)
 
     def _strip(self, value: Any, hidden: torch.Tensor) -> Any:
         if value is hidden:
@@ -223,7 +230,7 @@ class CaptureStub:
         self._next = 0
         self._hidden: torch.Tensor | None = None
         self._spares: list[torch.Tensor] = []
-        self._recorder.new_window()
+        self._recorder.start(window)
 
     def __call__(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = hidden_of(self._names[i], args, kwargs)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -41,21 +41,25 @@ def seeing(block: nn.Module, path: str, prunables: Iterable[Prunable], see: See)
 
 @contextmanager
 def observing(
-    block: nn.Module, path: str, prunables: list[Prunable], callback: See, calls: Mapping[str, int], stop_after: bool
+    block: nn.Module, path: str, prunables: list[Prunable], callback: See, calls: Mapping[str, int], stop: bool
 ) -> Iterator[None]:
-    """`seeing` with inputs as [tokens, in]; `stop_after` raises Stop once each was seen as often as `calls` says."""
-    left = Counter({p.name: calls.get(p.name, 1) for p in prunables})
+    """`seeing` with inputs as [tokens, in]; `stop` raises Stop once each was seen as often as `calls` says."""
+    uses = {p.name: calls.get(p.name, 1) for p in prunables}
+    left: dict[str, int] = {}
+
+    def begin(*_: object) -> None:
+        left.update(uses)
 
     def see(prunable: Prunable, x: torch.Tensor) -> None:
         callback(prunable, x.detach().reshape(-1, prunable.shape[1]))
         left[prunable.name] -= 1
-        if left[prunable.name] <= 0:
-            del left[prunable.name]
-        if stop_after and not left:
-            left.update({p.name: calls.get(p.name, 1) for p in prunables})
+        if stop and all(count <= 0 for count in left.values()):
             raise Stop
 
-    with seeing(block, path, prunables, see):
+    with ExitStack() as stack:
+        stack.callback(block.register_forward_pre_hook(begin).remove)
+        stack.enter_context(seeing(block, path, prunables, see))
+        stack.enter_context(suppress(Stop) if stop else nullcontext())
         yield
 
 

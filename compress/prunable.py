@@ -15,13 +15,14 @@ from torch import nn
 
 from .hf_private import Conv1D
 
-Kind = Literal["linear", "conv1d", "expert"]
+Kind = Literal["linear", "conv1d", "expert", "head"]
+HEAD = -1  # Prunable.block of the output matrix
 FUSED_NAMES = ("gate_up_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class Prunable:
-    """One matrix. `name`: module path, for fused experts path + ".<expert>". `shape`: (out, in). `block`: -1 = head."""
+    """One matrix. `name`: module path, of fused experts with ".<expert>". `shape`: (out, in). `block`: or HEAD."""
 
     name: str
     block: int

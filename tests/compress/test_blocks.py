@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from gossamer.compress.blocks import HEAD, StreamedModel
-from gossamer.compress.capture import CaptureStub, Recorder, Returns, Stop, injecting_stub, returns_of
+from gossamer.compress.capture import CaptureStub, Recorder, Returns, injecting_stub, returns_of
 from gossamer.compress.hf_private import PRIVATE_NAMES, resolve_names
 from gossamer.errors import ModelError
 
@@ -119,20 +119,32 @@ def test_equal_arguments_are_stored_once(tmp_path):
     assert len(hidden) == 5
     assert one.nbytes == many.nbytes > 0
     assert len(many.calls) == 2, "sliding and full layers have their own masks"
-    assert many.index == [[0] * 5, [1] * 5, [0] * 5, [1] * 5]
+    assert many.index == [dict.fromkeys(range(5), call) for call in (0, 1, 0, 1)]
 
 
 def test_arguments_that_depend_on_the_input_are_kept_per_window(tmp_path):
     recorder = Recorder(ids(3), 1)
     for w in range(3):
-        recorder.new_window()
+        recorder.start(w)
         hidden, extra = torch.zeros(1, 4, 2), torch.full((2,), float(w == 2))
         recorder.note(0, (hidden,), {"extra": extra, "same": torch.ones(3), "flag": None}, hidden)
         extra += 5  # recorded values must not follow
     record = recorder.record
-    assert record.index == [[0, 0, 1]]
+    assert record.index == [{0: 0, 1: 0, 2: 1}]
     assert record.arguments(0, 2, hidden)[1]["extra"].tolist() == [1.0, 1.0]
     assert len(record.pool) == 3
+
+
+def test_only_some_windows_are_captured(llama):
+    model, hidden = open_model(llama), {}
+    args = model.capture(ids(5), hidden.__setitem__, indices=[1, 4])
+    assert sorted(hidden) == [1, 4]
+    assert (args.length, len(args.windows)) == (20, 5)
+    everything = {}
+    model.capture(ids(5), everything.__setitem__)
+    assert torch.equal(hidden[4], everything[4])
+    out = model.run_block(2, model.load_block(2), hidden[4], args, 4)
+    assert out.shape == (1, 20, 48)
 
 
 def test_run_block_leaves_its_input_alone(llama):
@@ -178,7 +190,7 @@ def test_of_a_group_only_the_first_is_called(llama):
     assert seen == {"model.layers.0.self_attn.q_proj": 2, "model.layers.0.mlp.gate_proj": 2}
 
 
-def test_stop_after_ends_the_pass_early(llama):
+def test_stop_ends_the_pass_early(llama):
     model = open_model(llama)
     args, hidden = captured(model)
     block = model.load_block(0)
@@ -186,11 +198,11 @@ def test_stop_after_ends_the_pass_early(llama):
     for name in ("self_attn.o_proj", "mlp.gate_proj"):
         block.get_submodule(name).register_forward_hook(lambda m, a, o, n=name: ran.update([n]))
     prunable = next(p for p in model.prunables(0) if p.name.endswith("o_proj"))
-    with model.observe(block, [prunable], lambda p, x: None, stop_after=True):
+    with model.observe(block, [prunable], lambda p, x: None, stop=True):
         for w in range(2):
             assert model.run_block(0, block, hidden[w], args, w, allow_stop=True) is None
-        with pytest.raises(Stop):
-            model.run_block(0, block, hidden[0], args, 0)
+        model.run_block(0, block, hidden[0], args, 0)
+        pytest.fail("without allow_stop the context ends here")
     assert not ran
     assert model.run_block(0, block, hidden[0], args, 0, allow_stop=True) is not None
     assert ran == {"self_attn.o_proj": 1, "mlp.gate_proj": 1}
@@ -233,7 +245,7 @@ def test_an_expert_without_tokens_is_called_with_no_rows(tmp_path):
         hidden[0][:] = hidden[0][:, :1]
     counts: dict[str, int] = {}
     wanted = [p for p in model.prunables(0) if "gate_up_proj" in p.name]
-    with model.observe(block, wanted, lambda p, x: counts.__setitem__(p.name, len(x)), stop_after=True):
+    with model.observe(block, wanted, lambda p, x: counts.__setitem__(p.name, len(x)), stop=True):
         model.run_block(0, block, hidden[0].repeat(1, 1, 1)[:, :20], args, 0, allow_stop=True)
     assert len(counts) == 5
     assert sum(counts.values()) == 40
@@ -246,7 +258,7 @@ def test_an_expert_without_tokens_is_called_with_no_rows(tmp_path):
 def test_untied_head(llama):
     model = open_model(llama)
     head = model.head()
-    assert (head.name, head.block, head.shape, model.head_tied) == ("lm_head", HEAD, (VOCAB, 48), False)
+    assert (head.name, head.block, head.shape, model.head_is_tied) == ("lm_head", HEAD, (VOCAB, 48), False)
     assert model.source_keys(head) == ["lm_head.weight"]
     loaded = model.load_head()
     truth = load_file(llama / "model.safetensors")["lm_head.weight"]
@@ -260,8 +272,8 @@ def test_untied_head(llama):
 
 def test_tied_head_and_untying(qwen3):
     tied, free = open_model(qwen3), open_model(qwen3, untie=True)
-    assert tied.head_tied
-    assert not free.head_tied
+    assert tied.head_is_tied
+    assert not free.head_is_tied
     embedding = load_file(qwen3 / "model.safetensors")["model.embed_tokens.weight"]
     head = free.load_head()
     assert torch.equal(free.weight(head, free.head()), embedding)
@@ -277,9 +289,9 @@ def test_two_stored_matrices_that_differ_are_not_tied(qwen3, tmp_path):
     key = "model.embed_tokens.weight"
     same = edited(qwen3, tmp_path / "same", tensors=lambda t: t | {"lm_head.weight": t[key].clone()})
     other = edited(qwen3, tmp_path / "other", tensors=lambda t: t | {"lm_head.weight": t[key] + 1})
-    assert open_model(same).head_tied
+    assert open_model(same).head_is_tied
     model = open_model(other)
-    assert not model.head_tied
+    assert not model.head_is_tied
     args, hidden = captured(model, 1)
     x = model.head_input(hidden[0], args, 0)
     assert torch.equal(model.logits(hidden[0], args, 0), nn.functional.linear(x, model.load_head().weight))

@@ -12,7 +12,6 @@ from gossamer.compress.blocks import StreamedModel
 from gossamer.compress.observe import InputLog, observing, seeing
 from gossamer.compress.prunable import Prunable, find_prunables, matrix_view
 
-
 UNKNOWN = "is not a linear map known here (nn.Linear, Conv1D, fused experts)"
 
 
@@ -188,3 +187,18 @@ def test_observing_sees_every_use_as_rows():
     with torch.no_grad():
         block(x)
     assert len(seen) == 4, "the hook outlived its context"
+
+
+def test_every_pass_counts_anew():
+    """Expert 3 gets no token in the first pass; the second must still see all matrices before it stops."""
+    block, seen = Odd(used=3), []
+    wanted = [p for p in find_prunables(block, "m.0", 0)[0] if p.name in ("m.0.q", "m.0.moe.experts.3.down")]
+    ended = []
+    with observing(block, "m.0", wanted, lambda p, rows: seen.append(p.name), {}, True), torch.no_grad():
+        block(torch.randn(1, 12, 6))
+        ended.append(1)
+        block.moe.used = 4
+        block(torch.randn(1, 12, 6))
+        ended.append(2)
+    assert ended == [1]
+    assert seen == ["m.0.q", "m.0.q", "m.0.moe.experts.3.down"]
