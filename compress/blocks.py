@@ -26,7 +26,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -34,40 +33,29 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from .anatomy import Anatomy
 from .capture import BlockArgs, CaptureStub, Recorder, Returns, Stop, injecting_stub, returns_of, stubbed
-from .keymap import KeyMap, Tensors
+from .keymap import Tensors
 from .materialise import Materialiser
 from .observe import Group, InputLog, See, Step, observing, seeing
-from .prunable import HEAD, Prunable, find_prunables, matrix_view
-from .revert import Exported, Exporter, exported
-from .skeleton import build_skeleton, find_blocks, load_config, share_equal_buffers
+from .prunable import HEAD, Prunable, matrix_view
+from .revert import Exported, exported
+from .skeleton import build_skeleton, checkpoint_dtype, load_config, share_equal_buffers
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+__all__ = ["HEAD", "BlockArgs", "Exported", "Group", "Prunable", "Step", "StreamedModel"]
 
 
-class StreamedModel:
+class StreamedModel(Anatomy):
     """A causal language model streamed from a TensorSource; made by `StreamedModel.open`."""
 
     def __init__(
         self, model: Any, source: Tensors, dtype: torch.dtype, device: torch.device, *, untie: bool = False
     ) -> None:
-        self.config = model.config
-        self.dtype = dtype
-        self.device = device
-        self._model = model
-        self._untie = untie
-        self._source = source
-        self._blocks_path, self._blocks = find_blocks(model)
-        self._keys = KeyMap(model, source, dtype, device)
-        self._found = [
-            find_prunables(b, name, i) for i, (b, name) in enumerate(zip(self._blocks, self.block_names, strict=True))
-        ]
-        self._returns: dict[tuple[Any, ...], Returns] = {}
-        self._calls: dict[str, int] = {}
+        super().__init__(model, source, dtype, device, untie=untie)
         share_equal_buffers(self._blocks)
         self._parts = Materialiser(model, self._keys, self._blocks_path, device, untie=untie)
-        self._exporter = Exporter(model, self._keys, source)
-        self._check_complete()
+        self._returns: dict[tuple[Any, ...], Returns] = {}
+        self._calls: dict[str, int] = {}
 
     @classmethod
     def open(
@@ -87,76 +75,9 @@ class StreamedModel:
         Raises ModelError for a model that cannot be built, has no blocks, or whose checkpoint lacks tensors.
         """
         config = load_config(Path(folder), trust_remote_code=trust_remote_code)
-        chosen = dtype or _checkpoint_dtype(config, source)
+        chosen = dtype or checkpoint_dtype(config, source)
         model = build_skeleton(config, chosen, trust_remote_code=trust_remote_code, untie=untie)
         return cls(model, source, chosen, torch.device(device), untie=untie)
-
-    # ---- what is there -------------------------------------------------------------------------------------------
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of decoder blocks."""
-        return len(self._blocks)
-
-    @property
-    def block_names(self) -> list[str]:
-        """["model.layers.0", ...]: names as in transformers' model."""
-        return [f"{self._blocks_path}.{i}" for i in range(len(self._blocks))]
-
-    @property
-    def max_positions(self) -> int | None:
-        """Longest window the model was made for; None where the config sets no limit (ALiBi)."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-        return int(self.config.get_text_config().vocab_size)
-
-    def block_keys(self, i: int) -> list[str]:
-        """Checkpoint keys of block i, natural order."""
-        return self._keys.sources(f"{self.block_names[i]}.")
-
-    def outer_keys(self) -> list[str]:
-        """All other checkpoint keys, those the model does not use included."""
-        inside = {key for i in range(self.num_blocks) for key in self.block_keys(i)}
-        every = self._source.keys()
-        return [key for key in every if key not in inside]
-
-    def prunables(self, i: int) -> list[Prunable]:
-        """Matrices of block i that can be pruned, in module order; needs no weights."""
-        return list(self._found[i][0])
-
-    def unprunable(self, i: int) -> list[tuple[str, str]]:
-        """(name, reason) of every other weight of >= 2 dimensions in block i."""
-        return list(self._found[i][1])
-
-    def head(self) -> Prunable | None:
-        """The output matrix (block = HEAD); None when the model has no linear one."""
-        module = self._model.get_output_embeddings()
-        name = next((n for n, m in self._model.named_modules() if m is module), None) if module is not None else None
-        if name is None or not isinstance(module, nn.Linear):
-            return None
-        return Prunable(name, HEAD, (module.out_features, module.in_features), "head")
-
-    @cached_property
-    def head_is_tied(self) -> bool:
-        """True when the output matrix is the embedding: pruning it needs `open(..., untie=True)`.
-
-        A checkpoint that stores both with different values is not tied, whatever its config says: transformers' rule.
-        """
-        head = self.head()
-        partner = None if head is None else self._tied_to(head.parameter)
-        if head is None or partner is None:
-            return False
-        stored = [self._keys.groups[n].sources[0] for n in (head.parameter, partner) if n in self._keys.groups]
-        return len(stored) < 2 or torch.equal(*(self._source.read(key) for key in stored))
-
-    def source_keys(self, prunable: Prunable) -> list[str]:
-        """Checkpoint keys that hold this matrix; needs no weights. An untied head may have none yet."""
-        if prunable.parameter not in self._keys.groups:
-            return []
-        return [piece.key for piece in self._exporter.pieces(prunable)]
 
     # ---- weights -------------------------------------------------------------------------------------------------
 
@@ -314,10 +235,6 @@ class StreamedModel:
 
     # ---- inside --------------------------------------------------------------------------------------------------
 
-    @property
-    def _class(self) -> str:
-        return type(self._model).__name__
-
     def _forward(self, window: torch.Tensor) -> Any:
         """The real forward on one window; None when a stub or hook ended it."""
         ids = window.view(1, -1).to(self.device)
@@ -341,59 +258,3 @@ class StreamedModel:
             args, kwargs = recorder.replay(i, hidden.clone())
             self._returns[kind] = returns_of(self.block_names[i], self.load_block(i)(*args, **kwargs), hidden)
         return self._returns[kind]
-
-    def _check_complete(self) -> None:
-        """Every parameter has its tensor, and every prunable one is a float matrix."""
-        head = self.head()
-        untied = head.parameter if head is not None and self._untie else None
-        missing = [n for n in self._keys.missing() if self._tied_to(n) is None and n != untied]
-        if missing:
-            raise ModelError(
-                f"the checkpoint has no tensor for {missing[0]} ({len(missing)} missing)",
-                hint="config.json and weights belong to different models, or the head was not saved",
-            )
-        for prunables, _ in self._found:
-            for name in {p.parameter for p in prunables}:
-                self._check_float(name)
-
-    def _check_float(self, parameter: str) -> None:
-        for key in self._keys.groups[parameter].sources:
-            dtype = self._source.meta(key).dtype
-            if dtype not in _FLOATS:
-                raise ModelError(
-                    f"tensor {key} is {dtype}; Gossamer prunes {', '.join(str(d) for d in _FLOATS)}",
-                    hint="give the original model, or dequantise it first",
-                )
-
-    def _tied_to(self, parameter: str) -> str | None:
-        """The parameter that `parameter` shares its tensor with, in either direction, if any."""
-        tied = self._model.all_tied_weights_keys
-        return tied.get(parameter) or next((a for a, b in tied.items() if b == parameter), None)
-
-    def _head(self) -> Prunable:
-        head = self.head()
-        if head is None:
-            raise ModelError(f"{self._class} has no linear output layer")
-        return head
-
-    @property
-    def _embedding(self) -> str:
-        module = self._model.get_input_embeddings()
-        return next(name for name, m in self._model.named_modules() if m is module)
-
-    def _root(self, prunable: Prunable) -> str:
-        return prunable.name if prunable.block == HEAD else self.block_names[prunable.block]
-
-
-def _checkpoint_dtype(config: Any, source: Tensors) -> torch.dtype:
-    """config.json's dtype, else that of the first float tensor."""
-    named = getattr(config, "dtype", None)
-    if isinstance(named, str):
-        named = getattr(torch, named, None)
-    if isinstance(named, torch.dtype):
-        return named
-    dtypes = (source.meta(key).dtype for key in [*source.keys()])
-    found = next((dtype for dtype in dtypes if dtype.is_floating_point), None)
-    if found is None:
-        raise ModelError("the checkpoint holds no float tensor")
-    return found

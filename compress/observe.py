@@ -88,10 +88,14 @@ class InputLog:
     def steps(self) -> list[Step]:
         """Groups in call order; those of sibling experts (equal names up to numbers) in one step.
 
-        Matrices the pass never used (experts that no token chose) join their siblings' step, or come last.
+        Matrices the pass never used (experts that no token chose) join their siblings' step, or come last. Inside a
+        step everything is in module order, so that ranks which looked at different windows agree.
         """
         groups = self._seen_groups()
         self._add_unseen(groups)
+        order = {p: i for i, p in enumerate(self._prunables)}
+        for group in groups:
+            group.sort(key=order.__getitem__)
         steps: list[Step] = []
         place: dict[tuple[str, ...], int] = {}
         for group in groups:
@@ -101,6 +105,8 @@ class InputLog:
             else:
                 place[kind] = len(steps)
                 steps.append([group])
+        for step in steps:
+            step.sort(key=lambda group: order[group[0]])
         return steps
 
     def _seen_groups(self) -> list[Group]:

@@ -49,6 +49,20 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
+def checkpoint_dtype(config: Any, source: Any) -> torch.dtype:
+    """config.json's dtype, else that of the first float tensor."""
+    named = getattr(config, "dtype", None)
+    if isinstance(named, str):
+        named = getattr(torch, named, None)
+    if isinstance(named, torch.dtype):
+        return named
+    dtypes = (source.meta(key).dtype for key in [*source.keys()])
+    found = next((dtype for dtype in dtypes if dtype.is_floating_point), None)
+    if found is None:
+        raise ModelError("the checkpoint holds no float tensor")
+    return found
+
+
 def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False, untie: bool = False) -> Any:
     """The causal language model of `config` in eval mode, parameters on meta, buffers on the CPU.
 

@@ -149,6 +149,23 @@ def test_experts_without_tokens_join_their_siblings():
     ]
 
 
+def test_steps_do_not_depend_on_which_experts_were_used():
+    block = Odd()
+    prunables = find_prunables(block, "m.0", 0)[0]
+    orders = []
+    for experts in ((3, 1), (0, 2)):
+        log = InputLog("m.0", prunables)
+        with seeing(block, "m.0", prunables, log.see), torch.no_grad():
+            for e in experts:
+                block.moe.experts[e](torch.randn(2, 6))
+        orders.append(short(log.steps()))
+    assert orders[0] == orders[1]
+    assert orders[0][:2] == [
+        [[f"moe.experts.{e}.gate", f"moe.experts.{e}.up"] for e in range(4)],
+        [[f"moe.experts.{e}.down"] for e in range(4)],
+    ]
+
+
 def test_uses_are_counted():
     calls = run_log(Odd(), torch.randn(1, 12, 6)).calls
     assert calls["m.0.twice"] == 2
