@@ -94,6 +94,7 @@ def run_cell(job: Job, shared: Path, device: str) -> dict[str, Any]:
         method=job.method,
         sparsity=float(job.pattern) if unstructured else None,
         pattern=None if unstructured else job.pattern,
+        scope=None,
         reconstruct=job.reconstruct,
         calibration=str(shared / protocol.calibration),
         nsamples=NSAMPLES,

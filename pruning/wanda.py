@@ -22,4 +22,5 @@ class Wanda:
     def prune(self, weight: Tensor, stats: LayerStats, pattern: Pattern, log: Log = silent) -> tuple[Tensor, Tensor]:
         """See `Method.prune`."""
         dense = prepare(weight, stats, self.needs, pattern)
+        assert stats.norm is not None
         return select(dense, dense.abs() * stats.norm, pattern)
