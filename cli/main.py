@@ -1,0 +1,61 @@
+"""The application: one command per file, nothing heavy imported before a command runs."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from . import compress, convert, demo, env, evaluate, inspect, methods
+from .failure import Application
+from .options import examples
+
+SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda word: word.replace("_", "-"),  # --max_memory is --max-memory
+}
+
+app = typer.Typer(
+    name="gossamer",
+    cls=Application,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings=SETTINGS,
+    epilog=examples(
+        "gossamer demo demo-model",
+        "gossamer compress demo-model -o demo-sparse --calibration demo-model/calibration.txt "
+        "--eval demo-model/heldout.txt",
+    ),
+)
+for _module in (compress, evaluate, inspect, convert, methods, env, demo):
+    _module.register(app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gossamer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _gossamer(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Make HuggingFace language models sparse, and make the sparsity pay."""
+
+
+def main() -> None:
+    """Entry point of the command `gossamer`."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app(prog_name="gossamer")
+
+
+if __name__ == "__main__":
+    main()

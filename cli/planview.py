@@ -1,0 +1,57 @@
+"""The plan of `--dry-run` as a document, as table rows and as closing lines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..compress.plan import Plan, PrunePlan
+
+
+def plan_document(plan: Plan) -> dict[str, Any]:
+    """What will be done, as plain data."""
+    return {
+        "model": plan.model,
+        "device": plan.device,
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "bytes_before": plan.source.nbytes(),
+        "overlap": plan.overlap,
+        "stages": [{"name": stage.name, "text": stage.digest} for stage in plan.stages],
+        "matrices": [row for stage in plan.prunes for row in _rows(stage)],
+        "skipped": [{"name": name, "reason": reason} for stage in plan.prunes for name, reason in stage.skipped],
+    }
+
+
+def plan_rows(document: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """One row per matrix to prune."""
+    return [
+        (row["name"], "x".join(map(str, row["shape"])), row["pattern"], f"{row['zeros']:,}")
+        for row in document["matrices"]
+    ]
+
+
+def plan_lines(document: dict[str, Any]) -> list[str]:
+    """Totals and what is left out."""
+    from ..compress.report import human_bytes, percent
+
+    zeros = sum(row["zeros"] for row in document["matrices"])
+    size = sum(row["shape"][0] * row["shape"][1] for row in document["matrices"])
+    lines = [
+        f"{len(document['matrices'])} matrices, {zeros:,} of {size:,} weights will be zero ({percent(zeros / size)})",
+        f"model: {human_bytes(document['bytes_before'])} of weights, device {document['device']}",
+        "stages: " + ", ".join(stage["name"] for stage in document["stages"]),
+    ]
+    return lines + [f"not pruned: {entry['name']} ({entry['reason']})" for entry in document["skipped"]]
+
+
+def _rows(stage: PrunePlan) -> list[dict[str, Any]]:
+    return [
+        {
+            "stage": stage.name,
+            "name": job.name,
+            "shape": list(job.prunable.shape),
+            "pattern": str(job.pattern),
+            "zeros": job.zeros,
+        }
+        for job in stage.jobs
+    ]

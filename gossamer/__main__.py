@@ -1,0 +1,5 @@
+"""`python -m gossamer` is the command `gossamer`."""
+
+from .cli.main import main
+
+main()
