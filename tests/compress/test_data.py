@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from gossamer.compress import data, hubdata
 from gossamer.compress.data import (
     calibration_tokens,
@@ -18,7 +19,6 @@ from gossamer.compress.data import (
     token_ids,
 )
 from gossamer.compress.textdata import TextData
-
 from gossamer.errors import DataError
 
 STORY = "Once there was a fox.\n\nIt slept — long."

@@ -6,9 +6,9 @@ import time
 
 import pytest
 import torch
+
 from gossamer.compress.overlap import check_overlap, overlap_share
 from gossamer.compress.textdata import TextData
-
 from gossamer.errors import DataError
 
 
