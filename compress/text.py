@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .data import calibration_windows, evaluation_windows, load_text, token_ids
+from .data import Role, calibration_tokens, evaluation_windows, load_text, token_ids
 from .evaluate import Protocol
 from .overlap import check_overlap
 from .recipe import Recipe
@@ -27,21 +27,25 @@ class Texts:
         self.recipe = recipe
         self.vocabulary = model.vocab_size
         self._tokenizer: Any = None
-        self._read: dict[tuple[str, str], tuple[TextData, Tensor]] = {}
+        self._read: dict[tuple[str, Role], TextData] = {}
         self._calibration: list[tuple[TextData, Tensor]] = []
         self._evaluation: list[tuple[TextData, Tensor]] = []
 
     def calibration(self, data: str, nsamples: int, seqlen: int) -> tuple[Tensor, str, str]:
         """(windows [nsamples, seqlen], name, digest)."""
-        text, ids = self._tokens(data, "calibration")
-        windows = calibration_windows(ids, nsamples, seqlen, self.recipe.seed)
+        text = self._text(data, "calibration")
+        windows = calibration_tokens(self.tokenizer, text, nsamples, seqlen, self.recipe.seed)
+        self._check_vocabulary(windows)
         self._calibration.append((text, windows))
         return windows, text.name, text.digest
 
     def evaluation(self, data: str, seqlen: int, limit: int | None, dtype: torch.dtype) -> tuple[Tensor, Protocol, str]:
         """(windows [n, seqlen], protocol, digest)."""
-        text, ids = self._tokens(data, "evaluation")
-        windows = evaluation_windows(ids, seqlen, limit)
+        text = self._text(data, "evaluation")
+        ids = token_ids(self.tokenizer, text)
+        limits = [count for count in (limit, text.window_limit) if count is not None]
+        windows = evaluation_windows(ids, seqlen, min(limits, default=None), text.name)
+        self._check_vocabulary(windows)
         self._evaluation.append((text, windows))
         bos = self._bos(ids)
         protocol = Protocol(
@@ -64,17 +68,17 @@ class Texts:
         ]
         return max(shares, default=None)
 
-    def _tokens(self, data: str, role: str) -> tuple[TextData, Tensor]:
+    def _text(self, data: str, role: Role) -> TextData:
         if (data, role) not in self._read:
-            text = load_text(data, role)
-            ids = token_ids(self.tokenizer, text)
-            if int(ids.max()) >= self.vocabulary:
-                raise DataError(
-                    f"the tokenizer gives token {int(ids.max())}, the model has {self.vocabulary} embeddings",
-                    hint="tokenizer and model do not belong together",
-                )
-            self._read[data, role] = (text, ids)
+            self._read[data, role] = load_text(data, role)
         return self._read[data, role]
+
+    def _check_vocabulary(self, windows: Tensor) -> None:
+        if int(windows.max()) >= self.vocabulary:
+            raise DataError(
+                f"the tokenizer gives token {int(windows.max())}, the model has {self.vocabulary} embeddings",
+                hint="tokenizer and model do not belong together",
+            )
 
     @property
     def tokenizer(self) -> Any:
