@@ -37,6 +37,7 @@ def compress(
     method: Annotated[
         Optional[str],
         typer.Option(
+            metavar="NAME",
             help="What to zero; `gossamer methods` lists them. \\[default: gossamer]",
             rich_help_panel=o.PRUNING,
             show_default=False,
@@ -44,7 +45,12 @@ def compress(
     ] = None,
     sparsity: Annotated[
         Optional[float],
-        typer.Option(help="Fraction of zeros, in \\[0, 1).", rich_help_panel=o.PRUNING, show_default="0.5"),
+        typer.Option(
+            metavar="S",
+            help="Fraction of zeros, in \\[0, 1). \\[default: 0.5]",
+            rich_help_panel=o.PRUNING,
+            show_default=False,
+        ),
     ] = None,
     pattern: Annotated[
         Optional[str],
@@ -58,7 +64,8 @@ def compress(
     allocation: Annotated[
         Optional[str],
         typer.Option(
-            help="Sparsity over the blocks: uniform, or owl (by outliers). \\[default: uniform]",
+            metavar="uniform|owl",
+            help="How the sparsity is spread over the blocks: evenly, or by outliers. \\[default: uniform]",
             rich_help_panel=o.PRUNING,
             show_default=False,
         ),
@@ -66,7 +73,8 @@ def compress(
     scope: Annotated[
         Optional[str],
         typer.Option(
-            help="Scores are compared within: row, matrix or model. \\[default: the method's own]",
+            metavar="row|matrix|model",
+            help="Scores are compared within it. \\[default: the method's own]",
             rich_help_panel=o.PRUNING,
             show_default=False,
         ),
@@ -119,7 +127,9 @@ def compress(
     calibration: o.Calibration = None,
     nsamples: Annotated[
         Optional[int],
-        typer.Option(help="Calibration windows. \\[default: 128]", rich_help_panel=o.DATA, show_default=False),
+        typer.Option(
+            metavar="N", help="Calibration windows. \\[default: 128]", rich_help_panel=o.DATA, show_default=False
+        ),
     ] = None,
     seqlen: o.SequenceLength = None,
     eval_data: o.Evaluation = None,
@@ -129,7 +139,10 @@ def compress(
     eval_seqlen: Annotated[
         Optional[int],
         typer.Option(
-            help="Tokens per evaluation window. \\[default: as --seqlen]", rich_help_panel=o.DATA, show_default=False
+            metavar="N",
+            help="Tokens per evaluation window. \\[default: as --seqlen]",
+            rich_help_panel=o.DATA,
+            show_default=False,
         ),
     ] = None,
     eval_windows: o.Windows = None,
@@ -145,13 +158,20 @@ def compress(
     seed: Annotated[
         Optional[int],
         typer.Option(
-            help="Seed of the calibration windows. \\[default: 0]", rich_help_panel=o.DATA, show_default=False
+            metavar="N",
+            help="Seed of the calibration windows. \\[default: 0]",
+            rich_help_panel=o.DATA,
+            show_default=False,
         ),
     ] = None,
     file_format: Annotated[
         Optional[str],
         typer.Option(
-            "--format", help="sparse, dense or both. \\[default: sparse]", rich_help_panel=o.OUTPUT, show_default=False
+            "--format",
+            metavar="sparse|dense|both",
+            help="What to write. \\[default: sparse]",
+            rich_help_panel=o.OUTPUT,
+            show_default=False,
         ),
     ] = None,
     dry_run: Annotated[

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import RecipeError
 from . import options as o
 
 EXAMPLES = o.examples(
@@ -30,12 +31,11 @@ def convert(
 
     The old compressed-tensors bitmask layout is read too.
     """
-    from ..compress.convert import convert as run
-    from ..errors import RecipeError
-    from .console import show_json, show_lines
-
     if to not in ("dense", "sparse"):
         raise RecipeError(f"--to {to!r} is unknown; allowed: dense, sparse")
+    from ..compress.convert import convert as run
+    from .console import show_json, show_lines
+
     files = run(source, out, to)
     if json:
         show_json({"output": str(out), "to": to, "files": [str(file) for file in files or []]})

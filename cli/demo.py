@@ -22,10 +22,11 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     folder: o.NewFolder,
-    seed: Annotated[int, typer.Option(help="Seed of the weights and of the training windows.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the weights and of the training windows.")] = 0,
     steps: Annotated[
         Optional[int],
         typer.Option(
+            metavar="N",
             help="Training steps; fewer make a worse model sooner. \\[default: as many as fit in two minutes]",
             show_default=False,
         ),

@@ -39,12 +39,14 @@ Quiet = Annotated[
 ]
 
 Revision = Annotated[
-    Optional[str], typer.Option(help="Branch, tag or commit of a hub model.", rich_help_panel=ADVANCED)
+    Optional[str], typer.Option(metavar="REV", help="Branch, tag or commit of a hub model.", rich_help_panel=ADVANCED)
 ]
 Token = Annotated[
     Optional[str],
     typer.Option(
-        help="Access token for a private hub model; default: the one you logged in with.", rich_help_panel=ADVANCED
+        metavar="TOKEN",
+        help="Access token for a private hub model; default: the one you logged in with.",
+        rich_help_panel=ADVANCED,
     ),
 ]
 TrustRemoteCode = Annotated[
@@ -59,11 +61,14 @@ TrustRemoteCode = Annotated[
 
 Device = Annotated[
     Optional[str],
-    typer.Option(help="auto, cpu, cuda or cuda:N. \\[default: auto]", rich_help_panel=MACHINE, show_default=False),
+    typer.Option(
+        metavar="NAME", help="auto, cpu, cuda or cuda:N. \\[default: auto]", rich_help_panel=MACHINE, show_default=False
+    ),
 ]
 Dtype = Annotated[
     Optional[str],
     typer.Option(
+        metavar="NAME",
         help="Arithmetic of the model's forward pass: auto, float32, bfloat16, float16. \\[default: auto]",
         rich_help_panel=MACHINE,
         show_default=False,
@@ -102,6 +107,7 @@ Evaluation = Annotated[
 SequenceLength = Annotated[
     Optional[int],
     typer.Option(
+        metavar="N",
         help="Tokens per window. \\[default: the model's positions, at most 2048]",
         rich_help_panel=DATA,
         show_default=False,
@@ -110,6 +116,9 @@ SequenceLength = Annotated[
 Windows = Annotated[
     Optional[int],
     typer.Option(
-        help="Evaluate the first so many windows only. \\[default: all]", rich_help_panel=DATA, show_default=False
+        metavar="N",
+        help="Evaluate the first so many windows only. \\[default: all]",
+        rich_help_panel=DATA,
+        show_default=False,
     ),
 ]

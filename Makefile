@@ -1,0 +1,62 @@
+# make demo    create .venv, install, train the demo model, compress it, print the table
+# make test    install with [train,test] and run the tests
+# make check   format, lint, types, import arrows, stale help pages
+# make clean   remove everything that make made
+# Needs Python 3.10 or newer, a C++ compiler and a package index. Re-runs do only what is out of date.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+PACKAGES := gossamer cli compress pruning activation_sparsity attention finetune kernels
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt \
+	$(shell find $(PACKAGES) -type f -not -path '*/__pycache__/*')
+DATA := --calibration demo-model/calibration.txt --eval demo-model/heldout.txt
+
+.PHONY: demo test check docs clean
+
+demo: build/demo.txt
+	@cat build/demo.txt
+
+test: $(VENV)/installed-test
+	$(BIN)/python -c "import peft, bitsandbytes, datasets, pyarrow"
+	$(BIN)/pytest $(PYTEST_OPTIONS)
+
+check: $(VENV)/installed-check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	PYTHON=$(CURDIR)/$(BIN)/python .ci/typecheck
+	$(BIN)/pytest -q tests/test_arrows.py tests/test_help_pages.py tests/test_package.py
+
+docs: $(VENV)/installed
+	$(BIN)/python docs/make_cli_page.py
+
+clean:
+	rm -rf $(VENV) build dist demo-model demo-model.partial demo-sparse demo-sparse.partial
+	rm -rf .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+build/demo.txt: demo-model/config.json $(VENV)/installed
+	rm -rf demo-sparse demo-sparse.partial
+	mkdir -p build
+	$(BIN)/gossamer compress demo-model -o demo-sparse $(DATA) > $@.part
+	mv $@.part $@
+
+demo-model/config.json: | $(VENV)/installed
+	$(BIN)/gossamer demo demo-model
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(SOURCES) | $(VENV)/bin/python
+	$(INSTALL) .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(INSTALL) '.[train,test]'
+	touch $@
+
+$(VENV)/installed-check: $(VENV)/installed-test
+	$(INSTALL) '.[train,test,dev]'
+	touch $@
