@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from gossamer.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = sorted(typer.main.get_command(app).commands)
+PACKAGES = ("gossamer", "cli", "compress", "pruning", "activation_sparsity", "attention", "finetune", "kernels")
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "numpy", "yaml", "matplotlib")
 
 
@@ -63,6 +65,20 @@ def heavy_after(arguments: list[str]) -> list[str]:
 )
 def test_nothing_heavy_is_imported_for_help(arguments):
     assert heavy_after(arguments) == []
+
+
+def test_every_environment_variable_is_documented():
+    reading = re.compile(r"""environ(?:\.get\(|\.setdefault\(|\[)\s*["']([A-Z_]+)["']""")
+    sources = [
+        path for folder in PACKAGES for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h")
+    ]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    read = set(reading.findall(text)) | set(re.findall(r"\bGOSSAMER_[A-Z_]+\b", text))
+    documented = set(
+        re.findall(r"^\| `([A-Z_]+)` \|", (ROOT / "docs" / "env.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    assert len(read) >= 3
+    assert read - {"GOSSAMER_"} == documented
 
 
 def test_help_takes_less_than_half_a_second():
