@@ -286,9 +286,11 @@ def _spelled(options: dict[str, Any]) -> str:
 
 
 def _run(job: dict[str, Any], command: str, as_json: bool, quiet: bool) -> None:
+    from .console import hush_libraries, show_json, show_lines, show_table, watch
+
+    hush_libraries(quiet)
     from ..compress import distributed
     from ..compress.run import compress as run
-    from .console import show_json, show_lines, show_table, watch
 
     with watch(quiet) as progress:
         report = run(**job, progress=progress, command=command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -66,6 +67,12 @@ class SilentProgress(Progress):
 def watch(quiet: bool) -> ConsoleProgress | SilentProgress:
     """The progress of a command, as a context manager."""
     return SilentProgress() if quiet else ConsoleProgress()
+
+
+def hush_libraries(quiet: bool = True) -> None:
+    """Switch off the progress bars of transformers and the hub client. Works only before they are imported."""
+    if quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def duration(seconds: float) -> str:

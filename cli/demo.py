@@ -27,7 +27,7 @@ def demo(
         Optional[int],
         typer.Option(
             metavar="N",
-            help="Training steps; fewer make a worse model sooner. \\[default: as many as fit in two minutes]",
+            help="Training steps; fewer make a worse model sooner. \\[default: 540]",
             show_default=False,
         ),
     ] = None,
@@ -39,8 +39,9 @@ def demo(
     Takes at most three minutes on two cores and no network. DIR also gets calibration.txt and heldout.txt.
     """
     from ..compress.demo import make_demo
-    from .console import show_json, show_lines, watch
+    from .console import hush_libraries, show_json, show_lines, watch
 
+    hush_libraries()  # saving shows a bar of one step
     with watch(quiet) as progress:
         progress.working("collecting text")
         result = make_demo(

@@ -33,11 +33,13 @@ def evaluate(
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
     """Measure the perplexity of MODEL, dense or sparse, block by block from disk."""
+    from .console import hush_libraries, show_json, show_lines, watch
+
+    hush_libraries(quiet)
     from ..compress import distributed
     from ..compress.recipe import EvaluateStage, build
     from ..compress.score import evaluate_model
     from .compress import build_machine
-    from .console import show_json, show_lines, watch
 
     stage = build(EvaluateStage, data=data, seqlen=seqlen, windows=windows)
     machine = build_machine(device, dtype, max_memory)

@@ -71,6 +71,10 @@ def test_demo_passes_its_options_on(monkeypatch, tmp_path):
     assert document["perplexity"] == 56.789
 
 
+def test_default_steps_on_the_help_page():
+    assert f"[default: {demo_module.SIZES['standard'].steps}]" in run("demo", "--help").stdout
+
+
 def test_demo_refuses_a_taken_folder(tmp_path):
     (tmp_path / "file").touch()
     result = CliRunner().invoke(app, ["demo", str(tmp_path)])
