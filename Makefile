@@ -7,11 +7,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-PACKAGES := gossamer cli compress pruning activation_sparsity attention finetune kernels
-SOURCES := pyproject.toml CMakeLists.txt constraints.txt \
-	$(shell find $(PACKAGES) -type f -not -path '*/__pycache__/*')
+# Installed in place: Python edits are live, only these files need a new installation.
+BUILD_FILES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard kernels/csrc/*)
 DATA := --calibration demo-model/calibration.txt --eval demo-model/heldout.txt
 
 .PHONY: demo test check docs clean
@@ -49,14 +48,14 @@ demo-model/config.json: | $(VENV)/installed
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: $(SOURCES) | $(VENV)/bin/python
-	$(INSTALL) .
+$(VENV)/installed: $(BUILD_FILES) | $(VENV)/bin/python
+	$(INSTALL) -e .
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(INSTALL) '.[train,test]'
+	$(INSTALL) -e '.[train,test]'
 	touch $@
 
 $(VENV)/installed-check: $(VENV)/installed-test
-	$(INSTALL) '.[train,test,dev]'
+	$(INSTALL) -e '.[train,test,dev]'
 	touch $@

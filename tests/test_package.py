@@ -47,6 +47,13 @@ def test_version_is_told_once():
     assert re.search(r'^version = "(.+)"$', project, flags=re.MULTILINE).group(1) == gossamer.__version__
 
 
+def test_the_checkout_does_not_hide_the_installed_package():
+    """In the root of the checkout, the folder gossamer/ comes first on the path and holds no sub-packages."""
+    code = "import gossamer.pruning.registry, gossamer.cli.main; print(gossamer.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_dependencies_are_bounded():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     runtime = project.partition("\ndependencies = [")[2].partition("]\n")[0]
