@@ -1,1 +1,1 @@
-"""."""
+"""How sparse matrices are stored and multiplied: layouts, references, compiled kernels, dispatch. The ground floor."""
