@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from .keymap import KeyMap, Tensors
+from .keymap import KeyMap, Piece, Tensors
 from .prunable import HEAD, Prunable, find_prunables
 from .revert import Exporter
 from .skeleton import find_blocks
@@ -100,7 +100,13 @@ class Anatomy:
         """Checkpoint keys that hold this matrix; needs no weights. An untied head may have none yet."""
         if prunable.parameter not in self._keys.groups:
             return []
-        return [piece.key for piece in self._exporter.pieces(prunable)]
+        return [piece.key for piece in self.source_pieces(prunable)]
+
+    def source_pieces(self, prunable: Prunable) -> list[Piece]:
+        """The same with orientation and experts of each; ModelError for an untied head that is not stored."""
+        if prunable.parameter not in self._keys.groups:
+            raise ModelError(f"the checkpoint has no tensor of its own for {prunable.parameter}")
+        return self._exporter.pieces(prunable)
 
     @property
     def _class(self) -> str:

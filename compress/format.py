@@ -263,9 +263,10 @@ def dense_config(config: Mapping[str, Any], summary: Summary, *, recipe: str | N
     own = dict(before) if isinstance(before, dict) else {}
     for stale in ("matrices", "masks_sha256"):
         own.pop(stale, None)
-    own["format_version"] = FORMAT_VERSION
     if summary.matrices:
         own |= {"matrices": summary.matrices, "masks_sha256": summary.masks_sha256}
     if recipe is not None:
         own["recipe_sha256"] = recipe
-    return result | {METADATA_KEY: own}
+    if own:
+        result[METADATA_KEY] = own | {"format_version": FORMAT_VERSION}
+    return result

@@ -1,4 +1,4 @@
-"""Masked dense tensors to packed values, and masks found in zeros when a user asks for that."""
+"""Masked dense tensors to packed values, comparisons by bits, and the structure that a pattern promises."""
 
 from __future__ import annotations
 

@@ -1,0 +1,129 @@
+"""`gossamer convert`: the dense and the sparse form of a checkpoint, one into the other, without loss."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from ..errors import ModelError, RecipeError
+from .checkpoint import KINDS, MAX_SHARD_SIZE, assemble, atomic_write_text, publish, verify
+from .format import METADATA_KEY, dense_config, sparse_config
+from .modelfolder import MASKS
+from .source import FolderSource, StoredSource, open_source
+from .writer import storage_errors
+
+_MARKER = "conversion-unfinished"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
+
+
+def convert(
+    src: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    masks_from_zeros: bool = False,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> list[Path]:
+    """Write the checkpoint `src` (any form that Gossamer reads) to the new folder `out`; returns its weight files.
+
+    `to`: "dense" or "sparse". Every tensor keeps its bits and every explicit mask is kept; config.json gains or loses
+    `quantization_config`; tokenizer and other files are copied. OUT appears only after it was read back and compared.
+    `masks_from_zeros`: take exact zeros of a checkpoint without masks for pruned weights.
+    RecipeError for a wrong request, ModelError and CheckpointError for a wrong checkpoint, ResourceError for the disk.
+    """
+    if to not in KINDS:
+        raise RecipeError(f"--to {to!r} is unknown; allowed: {', '.join(KINDS)}")
+    folder = open_source(src, revision=revision, token=token)
+    out = Path(out).absolute()
+    partial = _check_place(folder, out, overwrite)
+    _check_quantization(folder)
+    source = _with_masks(folder, to, masks_from_zeros, trust_remote_code)
+    _start(partial)
+    try:
+        files = assemble(source, partial, to, max_shard_size)
+        checked = verify(partial, source, to)
+        build = sparse_config if to == "sparse" else dense_config
+        config = build(folder.config, checked.summary)
+        atomic_write_text(partial / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        _copy_others(folder.folder, partial)
+        (partial / _MARKER).unlink()
+        publish(partial, out, overwrite=overwrite)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return [out / file.relative_to(partial) for file in files]
+
+
+def _check_place(source: FolderSource, out: Path, overwrite: bool) -> Path:
+    """The partial folder for `out`; an unfinished conversion there is removed, anything else is not touched."""
+    if out.exists() and source.folder.resolve() == out.resolve():
+        raise RecipeError(f"{out} is the checkpoint itself", hint="write to another folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise RecipeError(f"{out} exists and is not empty", hint="choose another folder")
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():
+        if not (partial / _MARKER).is_file():
+            raise RecipeError(f"{partial} holds an unfinished run", hint="finish or remove it first")
+        shutil.rmtree(partial)
+    return partial
+
+
+def _check_quantization(source: FolderSource) -> None:
+    """Only our own and the old bitmask layout mean float weights; of others the config must not be thrown away."""
+    found = source.config.get("quantization_config")
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    quantised = isinstance(found, dict) and bool(found.get("config_groups"))
+    if method not in (METADATA_KEY, "compressed-tensors") or quantised:
+        raise ModelError(
+            f"{source.folder} is quantised ({method}); only float weights are converted",
+            hint="give the original model, or dequantise it first",
+        )
+
+
+def _with_masks(folder: FolderSource, to: str, masks_from_zeros: bool, trust_remote_code: bool) -> StoredSource:
+    if masks_from_zeros:
+        if to != "sparse":
+            raise RecipeError("--masks-from-zeros makes masks for sparse weights", hint="use it with --to sparse")
+        if folder.records():
+            raise RecipeError(f"{folder.folder} has explicit masks", hint="leave out --masks-from-zeros")
+        from .zeros import ZerosSource
+
+        zeros = ZerosSource(folder, trust_remote_code=trust_remote_code)
+        if not zeros.records():
+            raise RecipeError(f"{folder.folder} has no matrix with enough zeros to become smaller")
+        return zeros
+    if to == "sparse" and not folder.records():
+        raise RecipeError(
+            f"{folder.folder} has no masks, and zeros are not taken for pruned weights by themselves",
+            hint="add --masks-from-zeros if they are, or prune it with gossamer compress",
+        )
+    return folder
+
+
+def _start(partial: Path) -> None:
+    with storage_errors(partial, 0):
+        partial.mkdir(parents=True)
+        (partial / _MARKER).touch()
+
+
+def _copy_others(source: Path, out: Path) -> None:
+    """Everything beside the weights: tokenizer, generation config, recipe, report, model card, own code."""
+    paths = [*source.iterdir(), *(source / MASKS).parent.glob("*")]
+    for path in sorted(paths):
+        if path.is_file() and _belongs(path) and not (out / path.relative_to(source)).exists():
+            target = out / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            with storage_errors(target, path.stat().st_size):
+                shutil.copyfile(path, target)
+
+
+def _belongs(path: Path) -> bool:
+    index = path.name.startswith(("model.", "pytorch_model.")) and ".index" in path.name
+    return not index and path.suffix not in _WEIGHTS and not path.name.startswith(".")
