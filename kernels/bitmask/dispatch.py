@@ -6,11 +6,14 @@ fit.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from ...errors import KernelError
-from . import reference
+from ..extension import compiled
+from . import cpu, reference
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -20,20 +23,23 @@ def pack_bits(mask: Tensor) -> Tensor:
     """
     if mask.dtype != torch.bool or mask.dim() != 2:
         raise KernelError(f"a mask must be bool [rows, cols], got {mask.dtype} {list(mask.shape)}")
-    return reference.pack_bits(mask)
+    module = _module(mask)
+    return reference.pack_bits(mask) if module is None else cpu.pack_bits(module, mask.contiguous())
 
 
 def unpack_bits(bits: Tensor, cols: int) -> Tensor:
     """bool [r, cols] of packed bits uint8 [r, ceil(cols / 8)]. Bits beyond `cols` are ignored."""
     _check_bits(bits, cols)
-    return reference.unpack_bits(bits, cols)
+    module = _module(bits)
+    return reference.unpack_bits(bits, cols) if module is None else cpu.unpack_bits(module, bits.contiguous(), cols)
 
 
 def row_counts(bits: Tensor) -> Tensor:
     """Number of set bits of each row of uint8 [r, b], int64 [r]."""
     if bits.dtype != torch.uint8 or bits.dim() != 2:
         raise KernelError(f"packed bits must be uint8 [rows, bytes], got {bits.dtype} {list(bits.shape)}")
-    return reference.row_counts(bits)
+    module = _module(bits)
+    return reference.row_counts(bits) if module is None else cpu.row_counts(module, bits.contiguous())
 
 
 def compress(weight: Tensor, bits: Tensor) -> Tensor:
@@ -47,7 +53,10 @@ def compress(weight: Tensor, bits: Tensor) -> Tensor:
     if bits.shape[0] != weight.shape[0]:
         raise KernelError(f"bits of {bits.shape[0]} rows do not fit a weight of {weight.shape[0]} rows")
     _check_tail(bits, weight.shape[1])
-    return reference.compress(weight, bits)
+    module = _module(weight, bits)
+    if module is None:
+        return reference.compress(weight, bits)
+    return cpu.compress(module, weight.detach().contiguous(), bits.contiguous(), int(row_counts(bits).sum()))
 
 
 def expand(values: Tensor, bits: Tensor, cols: int) -> Tensor:
@@ -62,7 +71,18 @@ def expand(values: Tensor, bits: Tensor, cols: int) -> Tensor:
     found = int(row_counts(bits).sum())
     if found != values.numel():
         raise KernelError(f"{values.numel()} values for {found} set bits")
-    return reference.expand(values, bits, cols)
+    module = _module(values, bits)
+    if module is None:
+        return reference.expand(values, bits, cols)
+    return cpu.expand(module, values.detach().contiguous(), bits.contiguous(), cols)
+
+
+def _module(*tensors: Tensor) -> ModuleType | None:
+    """The compiled module where it can be used: all tensors on the CPU, with memory of their own."""
+    devices = {tensor.device.type for tensor in tensors}
+    if len(devices) > 1:
+        raise KernelError(f"arguments on different devices: {', '.join(sorted(devices))}")
+    return compiled() if devices == {"cpu"} else None
 
 
 def _check_bits(bits: Tensor, cols: int) -> None:
