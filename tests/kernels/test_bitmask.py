@@ -35,8 +35,9 @@ def random_mask(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
 
 def any_bits(rows: int, cols: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
     """Every bit pattern: NaNs with payloads, infinities, subnormals, both zeros."""
-    raw = np.random.default_rng(seed).integers(0, 256, rows * cols * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(raw).clone().view(dtype).view(rows, cols)
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randint(0, 256, (rows * cols * dtype.itemsize,), dtype=torch.uint8, generator=generator)
+    return raw.view(dtype).view(rows, cols)
 
 
 def integers(tensor: torch.Tensor) -> np.ndarray:
