@@ -48,10 +48,9 @@ def assemble(source: StoredSource, out: Path, kind: str, max_shard_size: int = M
     names = _names(kind, len(shards))
     files = []
     for name, outputs in zip(names, shards, strict=True):
-        failpoint("assemble")
         inside = {item.name for item in outputs}
         held = {key: record for key, record in records.items() if kind == "sparse" and key + BITMASK in inside}
-        write_file(out / name, outputs, metadata(held), halfway="export")
+        write_file(out / name, outputs, metadata(held), halfway="assemble")
         files.append(out / name)
     if kind == "dense" and records:
         files.append(_write_masks(source, out, records))

@@ -52,6 +52,8 @@ def verify(out: Path, source: StoredSource, kind: str) -> Verified:
                 raise _differs(out, "gossamer/masks.safetensors is missing")
             masks = _Files([weights.masks], stack)
         _check_names(out, files, source, records, kind)
+        if weights.index and weights.index != files.file_of:
+            raise _differs(out, "the index does not say which tensor is in which file")
         _check_records(out, masks or files, records)
         found = Verified(summarise(records), payload=files.payload())
         keys = source.keys()
@@ -67,6 +69,7 @@ class _Files:
 
     def __init__(self, paths: list[Path], stack: ExitStack) -> None:
         self.where: dict[str, Any] = {}
+        self.file_of: dict[str, str] = {}
         self.matrices: dict[str, Any] = {}
         self._sizes: dict[str, int] = {}
         for path in paths:
@@ -75,7 +78,8 @@ class _Files:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} cannot be read back: {error}") from error
             self.where.update(dict.fromkeys(handle.keys(), handle))
-            self.matrices.update(json.loads((handle.metadata() or {}).get(METADATA_KEY, "{}")).get("matrices", {}))
+            self.file_of.update(dict.fromkeys(handle.keys(), path.name))
+            self.matrices.update(_matrices(path, handle.metadata() or {}))
             with open(path, "rb") as file:
                 header = 8 + int.from_bytes(file.read(8), "little")
             self._sizes[path.name] = path.stat().st_size - header
@@ -85,6 +89,14 @@ class _Files:
 
     def payload(self) -> dict[str, int]:
         return self._sizes
+
+
+def _matrices(path: Path, file_metadata: dict[str, str]) -> dict[str, Any]:
+    try:
+        document = json.loads(file_metadata.get(METADATA_KEY, "{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: metadata {METADATA_KEY!r} is not JSON: {error}") from error
+    return document.get("matrices", {})
 
 
 def _check_names(out: Path, files: _Files, source: StoredSource, records: dict[str, MatrixRecord], kind: str) -> None:
