@@ -62,20 +62,22 @@ def assemble(source: StoredSource, out: Path, kind: str, max_shard_size: int = M
 def publish(partial: Path, out: Path, *, overwrite: bool = False) -> None:
     """Flush every file of the verified folder `partial` and rename it to `out`.
 
-    An empty `out` gives way; one with content only with `overwrite`, else RecipeError.
+    An empty `out` gives way; one with content only with `overwrite`, else RecipeError. It is moved aside first and
+    removed at the end, so a kill at any point loses neither.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise RecipeError(f"{out} exists and is not empty", hint="choose another folder, or replace it: --overwrite")
     with storage_errors(out, 0):
         _sync_tree(partial)
         failpoint("publish")
-        if out.is_dir() and not out.is_symlink():
-            shutil.rmtree(out)
-        elif out.exists():
-            out.unlink()
+        replaced = out.with_name(out.name + ".replaced")
+        if out.exists():
+            _remove(replaced)
+            out.rename(replaced)
         partial.rename(out)
         sync_folder(out.parent)
-    failpoint("published")
+        failpoint("published")
+        _remove(replaced)
 
 
 def _outputs(source: StoredSource, key: str, record: MatrixRecord | None, kind: str) -> list[Output]:
@@ -133,6 +135,13 @@ def _write_masks(source: StoredSource, out: Path, records: dict[str, MatrixRecor
     path = out / MASKS
     write_file(path, [one(key) for key in records], metadata(records))
     return path
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync_tree(folder: Path) -> None:

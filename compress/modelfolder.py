@@ -116,7 +116,6 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _download(model: str, revision: str | None, token: str | None) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -127,6 +126,7 @@ def _download(model: str, revision: str | None, token: str | None) -> Path:
         RevisionNotFoundError,
     )
 
+    transport = HfHubHTTPError.__bases__[0]  # the HTTPError of whichever library the hub's client is built on
     try:
         folder = snapshot_download(
             model, revision=revision, token=token, allow_patterns=_DOWNLOAD, ignore_patterns=_LEAVE
@@ -145,6 +145,7 @@ def _download(model: str, revision: str | None, token: str | None) -> Path:
             f"{model} is not a folder here, not in the hub's cache, and the hub cannot be reached",
             hint="give the folder of a downloaded model",
         ) from error
-    except (HFValidationError, HfHubHTTPError, httpx.HTTPError, ConnectionError) as error:
-        raise ModelError(f"{model} cannot be downloaded: {str(error).strip().splitlines()[0]}") from error
+    except (HFValidationError, HfHubHTTPError, transport, ConnectionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{model} cannot be downloaded: {reason}") from error
     return Path(folder)
