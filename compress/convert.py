@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -39,29 +40,27 @@ def convert(
     if to not in KINDS:
         raise RecipeError(f"--to {to!r} is unknown; allowed: {', '.join(KINDS)}")
     folder = open_source(src, revision=revision, token=token)
-    out = Path(out).absolute()
+    out = Path(os.path.abspath(out))
     partial = _check_place(folder, out, overwrite)
     _check_quantization(folder)
     source = _with_masks(folder, to, masks_from_zeros, trust_remote_code)
-    _start(partial)
+    work = _start(partial)
     try:
-        files = assemble(source, partial, to, max_shard_size)
-        checked = verify(partial, source, to)
+        files = assemble(source, work, to, max_shard_size)
+        checked = verify(work, source, to)
         build = sparse_config if to == "sparse" else dense_config
         config = build(folder.config, checked.summary)
-        atomic_write_text(partial / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        _copy_others(folder.folder, partial)
-        (partial / _MARKER).unlink()
-        publish(partial, out, overwrite=overwrite)
-    except BaseException:
+        atomic_write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        _copy_others(folder.folder, work)
+        publish(work, out, overwrite=overwrite)
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return [out / file.relative_to(partial) for file in files]
+    return [out / file.relative_to(work) for file in files]
 
 
 def _check_place(source: FolderSource, out: Path, overwrite: bool) -> Path:
     """The partial folder for `out`; an unfinished conversion there is removed, anything else is not touched."""
-    if out.exists() and source.folder.resolve() == out.resolve():
+    if source.folder.resolve() == out.resolve():
         raise RecipeError(f"{out} is the checkpoint itself", hint="write to another folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise RecipeError(f"{out} exists and is not empty", hint="choose another folder")
@@ -107,10 +106,13 @@ def _with_masks(folder: FolderSource, to: str, masks_from_zeros: bool, trust_rem
     return folder
 
 
-def _start(partial: Path) -> None:
+def _start(partial: Path) -> Path:
+    """Create `partial` with the marker, and in it the folder that will become OUT."""
     with storage_errors(partial, 0):
         partial.mkdir(parents=True)
         (partial / _MARKER).touch()
+        (partial / "files").mkdir()
+    return partial / "files"
 
 
 def _copy_others(source: Path, out: Path) -> None:

@@ -260,13 +260,15 @@ def dense_config(config: Mapping[str, Any], summary: Summary, *, recipe: str | N
     """
     result = {key: value for key, value in config.items() if key != "quantization_config"}
     before = config.get(METADATA_KEY)
-    own = dict(before) if isinstance(before, dict) else {}
-    for stale in ("matrices", "masks_sha256"):
-        own.pop(stale, None)
+    own: dict[str, Any] = {}
     if summary.matrices:
         own |= {"matrices": summary.matrices, "masks_sha256": summary.masks_sha256}
+    if isinstance(before, dict):
+        own |= {
+            key: value for key, value in before.items() if key not in ("format_version", "matrices", "masks_sha256")
+        }
     if recipe is not None:
         own["recipe_sha256"] = recipe
     if own:
-        result[METADATA_KEY] = own | {"format_version": FORMAT_VERSION}
+        result[METADATA_KEY] = {"format_version": FORMAT_VERSION} | own
     return result

@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import (
     bits_of,
+    legacy,
     model_folder,
     own_metadata,
     packed_of,
@@ -235,23 +236,6 @@ def test_a_key_in_two_parts(tmp_path):
 
 
 # ---- the old compressed-tensors bitmask layout -----------------------------------------------------------------------
-
-
-def legacy(prefix: str, tensor: torch.Tensor, *, offsets: bool = True) -> dict[str, torch.Tensor]:
-    """What the old compressor wrote: numpy's packed bits, the non-zero entries, shape and exclusive row sums."""
-    array = tensor.float().numpy()
-    kept = array != 0
-    counts = kept.sum(1)
-    made = {
-        f"{prefix}.shape": torch.tensor(array.shape),
-        f"{prefix}.compressed": tensor[torch.from_numpy(kept)],
-        f"{prefix}.bitmask": torch.from_numpy(np.packbits(kept, axis=1, bitorder="little")),
-        f"{prefix}.row_offsets": torch.from_numpy(np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)),
-    }
-    if not offsets:
-        del made[f"{prefix}.row_offsets"]
-        made[f"{prefix}.compressed"] = made[f"{prefix}.compressed"].view(array.shape[0], -1)
-    return made
 
 
 def legacy_folder(folder: Path, change=None) -> Path:
