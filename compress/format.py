@@ -153,7 +153,7 @@ def unpack(packed: PackedTensor, key: str) -> Tensor:
 
 def bits_sha256(bits: Tensor) -> str:
     """sha256 of the mask bytes, row after row."""
-    return hashlib.sha256(memoryview(bits.cpu().contiguous().numpy()).cast("B") if bits.numel() else b"").hexdigest()
+    return hashlib.sha256(bits.cpu().contiguous().numpy().data).hexdigest()
 
 
 def check_bits(bits: Tensor, record: MatrixRecord, key: str) -> None:

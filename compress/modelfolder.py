@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..errors import CheckpointError, ModelError, ResourceError
 
@@ -126,7 +126,8 @@ def _download(model: str, revision: str | None, token: str | None) -> Path:
         RevisionNotFoundError,
     )
 
-    transport = HfHubHTTPError.__bases__[0]  # the HTTPError of whichever library the hub's client is built on
+    # The HTTPError of whichever library the hub's client is built on.
+    transport = cast("type[Exception]", HfHubHTTPError.__bases__[0])
     try:
         folder = snapshot_download(
             model, revision=revision, token=token, allow_patterns=_DOWNLOAD, ignore_patterns=_LEAVE

@@ -84,7 +84,7 @@ class SafeFile:
 
     def _read(self, offset: int, nbytes: int) -> Tensor:
         buffer = torch.empty(nbytes, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        view = buffer.numpy().data
         with _opened(self.path) as file:
             while view:
                 count = os.preadv(file.fileno(), [view], offset)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path, nbytes: int) -> Iterator:
+def replacing(path: Path, nbytes: int) -> Iterator[IO[bytes]]:
     """A binary file that takes the name `path` when the block ends well; removed when it does not."""
     temporary = path.with_name(path.name + ".tmp")
     with storage_errors(path, nbytes):
@@ -159,10 +160,10 @@ def _header(outputs: list[Output], file_metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensor(file, item: Output) -> int:
+def _write_tensor(file: IO[bytes], item: Output) -> int:
     written = 0
     for piece in item.data():
-        file.write(memoryview(piece.numpy()))
+        file.write(piece.numpy().data)
         written += piece.numel()
     if written != item.nbytes:
         raise ValueError(f"{item.name}: {written} bytes given, {item.nbytes} announced")

@@ -25,14 +25,16 @@ def compiled() -> ModuleType | None:
 
         from . import _C  # type: ignore[attr-defined]
     except ImportError as error:
-        return _without(f"the compiled kernels cannot be loaded ({error})")
+        _warn(f"the compiled kernels cannot be loaded ({error})")
+        return None
     found = getattr(_C, "interface", 0)
     if found != INTERFACE:
-        return _without(f"the compiled kernels have interface {found}, this version needs {INTERFACE}")
+        _warn(f"the compiled kernels have interface {found}, this version needs {INTERFACE}")
+        return None
     return _C
 
 
-def _without(reason: str) -> None:
+def _warn(reason: str) -> None:
     warnings.warn(
         f"{reason}; plain torch is used, which is slower. Reinstall Gossamer with a C++ compiler to get them.",
         RuntimeWarning,
