@@ -25,19 +25,41 @@ def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="A checkpoint folder.", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to create.", show_default=False)],
     to: Annotated[str, typer.Option("--to", metavar="dense|sparse", help="The form to write.", show_default=False)],
+    masks_from_zeros: Annotated[
+        bool,
+        typer.Option(
+            "--masks-from-zeros",
+            help="IN has no masks: take its exact zeros for pruned weights.",
+            rich_help_panel=o.ADVANCED,
+            show_default=False,
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace what is in OUT.", rich_help_panel=o.OUTPUT, show_default=False),
+    ] = False,
+    trust_remote_code: o.TrustRemoteCode = False,
     json: o.Json = False,
 ) -> None:
     """Write IN as a dense or as a sparse checkpoint. Every weight keeps its bits; masks are kept either way.
 
-    The old compressed-tensors bitmask layout is read too.
+    The old compressed-tensors bitmask layout is read too. Zeros of a checkpoint without masks are not taken for pruned
+    weights unless --masks-from-zeros says so.
     """
     if to not in ("dense", "sparse"):
         raise RecipeError(f"--to {to!r} is unknown; allowed: dense, sparse")
     from ..compress.convert import convert as run
     from .console import show_json, show_lines
 
-    files = run(source, out, to)
+    files = run(
+        source,
+        out,
+        to,
+        masks_from_zeros=masks_from_zeros,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
     if json:
-        show_json({"output": str(out), "to": to, "files": [str(file) for file in files or []]})
+        show_json({"output": str(out), "to": to, "files": [str(file) for file in files]})
     else:
         show_lines([f"{out} holds the {to} checkpoint"])

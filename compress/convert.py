@@ -63,7 +63,7 @@ def _check_place(source: FolderSource, out: Path, overwrite: bool) -> Path:
     if source.folder.resolve() == out.resolve():
         raise RecipeError(f"{out} is the checkpoint itself", hint="write to another folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise RecipeError(f"{out} exists and is not empty", hint="choose another folder")
+        raise RecipeError(f"{out} exists and is not empty", hint="choose another folder, or add --overwrite")
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
         if not (partial / _MARKER).is_file():

@@ -181,6 +181,21 @@ def test_masks_from_zeros_when_asked_for(zeros, tmp_path):
     assert all(same_bits(source.read(key), tensor) for key, tensor in before.items())
 
 
+def test_the_command(zeros, tmp_path):
+    from typer.testing import CliRunner
+
+    from gossamer.cli.main import app
+
+    words = ["convert", str(zeros), str(tmp_path / "out"), "--to", "sparse"]
+    refused = CliRunner().invoke(app, words)
+    assert (refused.exit_code, "--masks-from-zeros" in refused.stderr) == (2, True)
+    done = CliRunner().invoke(app, [*words, "--masks_from_zeros", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["files"] == [str(tmp_path / "out" / "model.sparse.safetensors")]
+    assert CliRunner().invoke(app, [*words, "--masks-from-zeros"]).exit_code == 2
+    assert CliRunner().invoke(app, [*words, "--masks-from-zeros", "--overwrite"]).exit_code == 0
+
+
 @pytest.mark.parametrize("to", ["dense", "sparse"])
 def test_masks_from_zeros_is_not_for_everything(zeros, tmp_path, to):
     if to == "sparse":
