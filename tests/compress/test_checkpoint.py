@@ -185,6 +185,19 @@ def test_one_tensor_at_a_time(source, tmp_path, monkeypatch):
     verify(tmp_path / "s", source, "sparse")
 
 
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+@pytest.mark.parametrize("shape", [(0, 8), (5, 0), (1, 1)])
+def test_matrices_with_nothing_in_them(tmp_path, kind, shape):
+    base = model_folder(tmp_path / "b")
+    write_raw(base / "model.safetensors", {"a.w": torch.ones(shape), "empty": torch.empty(0)})
+    packed = pack(torch.ones(shape), torch.zeros(shape).bool(), pattern="1.0")
+    write_part(tmp_path / "p" / "x.safetensors", {}, {"a.w": packed})
+    source = OverlaySource(open_source(base), tmp_path / "p")
+    assemble(source, tmp_path / "out", kind)
+    assert verify(tmp_path / "out", source, kind).zeros == shape[0] * shape[1]
+    assert same_bits(opened(tmp_path / "out", kind).read("a.w"), torch.zeros(shape))
+
+
 # ---- verification ----------------------------------------------------------------------------------------------------
 
 
