@@ -12,6 +12,7 @@ round to the same float32 statistics and choose the same masks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -121,9 +122,11 @@ def collect(
     `block` sees `hidden` (the pruned-so-far model); with "target" in needs, `dense_block` sees `dense_hidden`.
     Experts take their own output as the target: the dense model routes other tokens to them.
     """
-    rows = max(1, min(HOLDOUT_TOKENS // max(windows, 1), -int(-HOLDOUT_SHARE * args.length // 1)))
     asymmetric = dense_block is not None and dense_hidden is not None
-    accumulators = {group[0].name: _accumulator(model, dense_block or block, group, needs, rows) for group in groups}
+    reference = dense_block or block
+    accumulators = {
+        group[0].name: accumulator_for(model, reference, group, needs, windows, args.length) for group in groups
+    }
     leaders = [group[0] for group in groups]
     dense_leaders = [leader for leader in leaders if leader.kind != "expert"]
     for window in distributed.my_share(windows):
@@ -158,14 +161,21 @@ def inputs_of(
     return seen
 
 
-def _accumulator(
-    model: StreamedModel, block: torch.nn.Module, group: Sequence[Prunable], needs: frozenset[str], rows: int
+def accumulator_for(
+    model: StreamedModel,
+    block: torch.nn.Module,
+    group: Sequence[Prunable],
+    needs: frozenset[str],
+    windows: int,
+    length: int,
 ) -> Accumulator:
+    """An empty accumulator for the matrices of one group; `block` holds their dense weights."""
+    held = max(1, min(HOLDOUT_TOKENS // max(windows, 1), math.ceil(HOLDOUT_SHARE * length)))
     wanted = needs if group[0].kind != "expert" else needs - {"target"}
     outputs = wanted & {"target", "holdout"}
     weights = {member.name: model.weight(block, member).float() for member in group} if outputs else {}
-    shapes = {member.name: member.shape[0] for member in group}
-    return Accumulator(width=group[0].shape[1], needs=wanted, holdout_rows=rows, rows=shapes, weights=weights)
+    rows = {member.name: member.shape[0] for member in group}
+    return Accumulator(width=group[0].shape[1], needs=wanted, holdout_rows=held, rows=rows, weights=weights)
 
 
 def _add64(total: Tensor | None, part: Tensor) -> Tensor:

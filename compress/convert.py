@@ -51,7 +51,7 @@ def convert(
         build = sparse_config if to == "sparse" else dense_config
         config = build(folder.config, checked.summary)
         atomic_write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        _copy_others(folder.folder, work)
+        copy_companions(folder.folder, work)
         publish(work, out, overwrite=overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -115,7 +115,7 @@ def _start(partial: Path) -> Path:
     return partial / "files"
 
 
-def _copy_others(source: Path, out: Path) -> None:
+def copy_companions(source: Path, out: Path) -> None:
     """Everything beside the weights: tokenizer, generation config, recipe, report, model card, own code."""
     paths = [*source.iterdir(), *(source / MASKS).parent.glob("*")]
     for path in sorted(paths):

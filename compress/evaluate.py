@@ -132,7 +132,9 @@ def capture(model: StreamedModel, windows: Tensor, hidden: HiddenStore) -> Block
         args = model.capture(windows, hidden.put, indices=mine)
     for window in mine:
         if not bool(torch.isfinite(hidden.get(window)).all()):
-            raise ModelError("the embeddings hold NaN or infinite values", hint="the checkpoint is damaged; download it again")
+            raise ModelError(
+                "the embeddings hold NaN or infinite values", hint="the checkpoint is damaged; download it again"
+            )
     return args
 
 

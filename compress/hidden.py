@@ -45,7 +45,9 @@ class HiddenStore:
         if not self._shape:
             self._shape, self._dtype = tuple(hidden.shape), hidden.dtype
         if tuple(hidden.shape) != self._shape or hidden.dtype != self._dtype:
-            raise ValueError(f"window {window}: {tuple(hidden.shape)} {hidden.dtype}, expected {self._shape} {self._dtype}")
+            raise ValueError(
+                f"window {window}: {tuple(hidden.shape)} {hidden.dtype}, expected {self._shape} {self._dtype}"
+            )
         if window in self._memory or (window not in self._spilled and self._fits()):
             self._memory[window] = hidden.clone()
         else:

@@ -67,7 +67,9 @@ class Journal:
         try:
             text = self.path.read_text(encoding="utf-8")
         except OSError as error:
-            raise ResumeError(f"{self.path} cannot be read: {error.strerror}", hint="start afresh with --overwrite") from error
+            raise ResumeError(
+                f"{self.path} cannot be read: {error.strerror}", hint="start afresh with --overwrite"
+            ) from error
         lines = []
         for row in text.splitlines(keepends=True):
             if not row.endswith("\n"):

@@ -18,11 +18,6 @@ class MaskSource:
     def __init__(self, inner: TensorSource) -> None:
         self.inner = inner
 
-    @staticmethod
-    def any(source: TensorSource) -> bool:
-        """Whether `source` holds at least one explicit mask."""
-        return any(source.mask(key) is not None for key in source.keys())
-
     def keys(self) -> list[str]:
         return self.inner.keys()
 

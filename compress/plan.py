@@ -89,6 +89,7 @@ class Plan:
     recipe: Recipe
     machine: Machine
     device: str
+    trust_remote_code: bool
     stages: tuple[PrunePlan | EvaluatePlan, ...]
     overlap: float | None
 
@@ -105,6 +106,7 @@ def make_plan(
     source: FolderSource,
     skeleton: StreamedModel,
     device: str,
+    trust_remote_code: bool,
 ) -> Plan:
     """Jobs and windows of every stage. RecipeError (or DataError) listing all that is wrong."""
     problems: list[GossamerError] = []
@@ -126,7 +128,7 @@ def make_plan(
             problems.append(error)
     if problems:
         raise _all_of(problems)
-    return Plan(model, source, skeleton, recipe, machine, device, tuple(stages), overlap)
+    return Plan(model, source, skeleton, recipe, machine, device, trust_remote_code, tuple(stages), overlap)
 
 
 def _plan_prune(index: int, stage: PruneStage, recipe: Recipe, model: StreamedModel, texts: Texts) -> PrunePlan:
@@ -151,7 +153,9 @@ def _plan_prune(index: int, stage: PruneStage, recipe: Recipe, model: StreamedMo
     if problems:
         raise _all_of(problems)
     if not jobs:
-        raise RecipeError("nothing is left to prune", hint="check --include and --exclude; `gossamer inspect` lists names")
+        raise RecipeError(
+            "nothing is left to prune", hint="check --include and --exclude; `gossamer inspect` lists names"
+        )
     windows = name = digest = None
     needed = bool(method.needs) or stage.reconstruct or stage.allocation == "owl"
     if needed or stage.calibration is not None:
@@ -233,8 +237,15 @@ def _all_of(problems: list[GossamerError]) -> GossamerError:
 def check_output(out: Path, *, overwrite: bool, resume: bool) -> None:
     """RecipeError when `out` is taken, or its partial run would be lost."""
     partial = partial_of(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite and not (resume and partial.exists()):
-        raise RecipeError(f"{out} exists and is not empty", hint="choose another folder, or replace it with --overwrite")
+    if (
+        out.exists()
+        and (not out.is_dir() or any(out.iterdir()))
+        and not overwrite
+        and not (resume and partial.exists())
+    ):
+        raise RecipeError(
+            f"{out} exists and is not empty", hint="choose another folder, or replace it with --overwrite"
+        )
     if partial.exists() and not resume and not overwrite:
         raise RecipeError(
             f"{partial} holds an unfinished run", hint="continue it with --resume, or throw it away with --overwrite"

@@ -39,7 +39,9 @@ class PruneStage(_Frozen):
     sparsity: float | None = Field(None, description="fraction of zeros; default 0.5 when no pattern is given")
     pattern: str | None = Field(None, description='"2:4" (keep 2 of every 4 inputs) or "block:4x8"')
     allocation: Allocation = "uniform"
-    scope: Scope | None = Field(None, description="unit of comparison of unstructured scores; default: the method's own")
+    scope: Scope | None = Field(
+        None, description="unit of comparison of unstructured scores; default: the method's own"
+    )
     reconstruct: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -70,7 +72,9 @@ class PruneStage(_Frozen):
         if self.sparsity is not None and self.pattern is not None and not self.pattern.startswith("block"):
             raise ValueError("give sparsity or pattern, not both (a block pattern takes a sparsity)")
         if self.allocation == "owl" and self.pattern is not None:
-            raise ValueError("allocation owl needs an unstructured sparsity: a fixed pattern leaves nothing to allocate")
+            raise ValueError(
+                "allocation owl needs an unstructured sparsity: a fixed pattern leaves nothing to allocate"
+            )
         if self.allocation == "owl" and self.scope == "model":
             raise ValueError("allocation owl and scope model both decide the sparsity per matrix; give one")
         return self

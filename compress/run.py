@@ -54,7 +54,15 @@ def plan(
     _check_place(Path(out), model, overwrite=overwrite, resume=resume)
     source = open_source(str(model), revision=revision, token=token)
     skeleton = StreamedModel.open(source, source.folder, device=device, trust_remote_code=trust_remote_code)
-    return make_plan(str(model), recipe, machine, source=source, skeleton=skeleton, device=device)
+    return make_plan(
+        str(model),
+        recipe,
+        machine,
+        source=source,
+        skeleton=skeleton,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def compress(
@@ -90,7 +98,7 @@ def compress(
             if context.journal.done("verify") is not None and not (partial / FILES).exists():
                 return _finish_published(partial, out)
             reports = [_stage(context, stage) for stage in job.stages]
-            files = export(context, revision=revision)
+            files = export(context)
             report = build_report(
                 context, reports, files,
                 seconds=time.monotonic() - started, peak=lambda: peak.peak, command=command, out=out,
@@ -111,7 +119,9 @@ def resolve_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"--device {device} is not available: {str(error).splitlines()[0]}", hint="use --device cpu") from error
+        raise RecipeError(
+            f"--device {device} is not available: {str(error).splitlines()[0]}", hint="use --device cpu"
+        ) from error
     return device
 
 

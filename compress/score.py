@@ -37,7 +37,9 @@ def evaluate_model(
     dtype = evaluation_dtype(machine)
     with memory.PeakMemory() as peak:
         source = open_source(str(model), revision=revision, token=token)
-        streamed = StreamedModel.open(source, source.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        streamed = StreamedModel.open(
+            source, source.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
         seqlen = sequence_length(stage.seqlen, streamed.max_positions, "--seqlen")
         texts = Texts(source.folder, Recipe(stages=(PruneStage(),)), streamed)
         windows, protocol, digest = texts.evaluation(stage.data, seqlen, stage.windows, dtype)

@@ -121,9 +121,11 @@ def _notes(context: Context) -> list[str]:
     plan = context.plan
     notes = list(context.progress.notes)
     if plan.overlap is not None and plan.recipe.allow_overlap and plan.overlap > 0:
-        notes.append(f"calibration and evaluation text overlap ({100 * plan.overlap:.1f} % of the windows); allowed by option")
+        notes.append(
+            f"calibration and evaluation text overlap ({100 * plan.overlap:.1f} % of the windows); allowed by option"
+        )
     if plan.recipe.export.format == "both":
-        notes.append("only transformers reads this folder's dense file without complaint: config.json names the sparse format")
+        notes.append(
+            "only transformers reads this folder's dense file without complaint: config.json names the sparse format"
+        )
     return notes
-
-

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from ...errors import GossamerError
 from ..blocks import StreamedModel
 from ..journal import Journal
 from ..plan import Plan
 from ..progress import Recorder
-from ..source import OverlaySource, TensorSource
+from ..source import OverlaySource, StoredSource
 
 
 @dataclass
@@ -38,16 +37,29 @@ class Context:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def current(self) -> TensorSource:
+    def current(self) -> StoredSource:
         """The model's tensors after the stages finished so far."""
-        source: TensorSource = self.plan.source
+        source: StoredSource = self.plan.source
         for folder in self.finished:
             source = OverlaySource(source, folder)
         return source
 
-    def open(self, source: TensorSource, dtype: torch.dtype | None) -> StreamedModel:
-        """A streamed model over `source`, on the run's device."""
-        return self.plan.skeleton.over(source, dtype=dtype, device=self.plan.device)
+    @property
+    def untied(self) -> bool:
+        """Whether a finished stage gave the head a weight of its own."""
+        return any(stage.stage.untie for stage in self.plan.prunes[: len(self.finished)])
+
+    def open(self, source: Any, dtype: torch.dtype | None, *, untie: bool = False) -> StreamedModel:
+        """A streamed model over `source` (a TensorSource), on the run's device."""
+        plan = self.plan
+        return StreamedModel.open(
+            source,
+            plan.source.folder,
+            dtype=dtype,
+            device=plan.device,
+            trust_remote_code=plan.trust_remote_code,
+            untie=untie,
+        )
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -67,7 +79,3 @@ class StageReport:
 
     def as_dict(self) -> dict[str, Any]:
         return {"stage": self.kind, "index": self.index, "seconds": round(self.seconds, 3), **self.result}
-
-
-class StageFailed(GossamerError):
-    """A stage cannot go on for a reason the user must know about."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from ...pruning.allocation import global_counts, outlier_share, owl
+from ...pruning.allocation import global_counts, owl, pooled_outlier_share
 from ...pruning.pattern import Pattern, Unstructured
-from .. import memory
+from .. import distributed, memory
 from ..blocks import StreamedModel
 from ..calibration import collect
 from ..evaluate import capture, propagate
@@ -65,11 +64,20 @@ def _owl(context: Context, plan: PrunePlan, model: StreamedModel) -> dict[str, i
     hidden = HiddenStore(context.scratch / "owl", context.plan.machine.max_memory_bytes // 2)
     try:
         args = capture(model, plan.windows, hidden)
+        first = distributed.my_share(len(plan.windows))[0]
         shares, sizes = [], []
         for index in range(model.num_blocks):
             block = model.load_block(index)
             jobs = {job.name: job for job in plan.jobs if job.prunable.block == index}
-            shares.append(_share_of_block(model, index, block, set(jobs), hidden, args, plan.windows))
+            groups = model.input_groups(index, block, hidden.get(first), args, first)
+            groups = [[member for member in group if member.name in jobs] for group in groups]
+            groups = [group for group in groups if group]
+            norms = collect(model, index, block, None, groups, hidden, None, args, frozenset(), len(plan.windows))
+            pooled = [
+                (model.weight(block, job.prunable).float(), norms[name].norm / max(norms[name].tokens, 1) ** 0.5)
+                for name, job in jobs.items()
+            ]
+            shares.append(pooled_outlier_share(pooled, OWL_MULTIPLE) if pooled else 0.0)
             sizes.append(sum(job.size for job in jobs.values()))
             propagate(model, index, block, hidden, args, len(plan.windows))
             del block

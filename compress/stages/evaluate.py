@@ -18,7 +18,7 @@ def run_evaluate(context: Context, plan: EvaluatePlan) -> StageReport:
     dtype = evaluation_dtype(context.plan.machine)
     comparison = compare(
         context.open(context.plan.source, dtype),
-        context.open(context.current(), dtype),
+        context.open(context.current(), dtype, untie=context.untied),
         plan.windows,
         memory_bytes=context.plan.machine.max_memory_bytes // 2,
         progress=context.progress,

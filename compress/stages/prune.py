@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,17 +16,18 @@ from ...pruning.pattern import Pattern
 from ...pruning.registry import get_method
 from .. import distributed, memory
 from ..blocks import BlockArgs, Prunable, StreamedModel
-from ..calibration import collect
+from ..calibration import accumulator_for, collect
 from ..evaluate import capture, propagate
 from ..failpoint import failpoint
 from ..hidden import HiddenStore
 from ..masks import MaskSource
 from ..plan import MatrixJob, PrunePlan
 from ..progress import BlockDone
+from ..source import OverlaySource
 from ..timing import Clock
 from .base import Context, StageReport
 from .budget import budgets
-from .parts import part_path, write_block
+from .parts import head_path, part_path, write_exported
 
 
 @dataclass
@@ -54,9 +54,10 @@ class PruneRun:
         self.method = get_method(plan.stage.method)
         self.folder = context.work / plan.name
         before = context.current()
-        self.model = context.open(before, context.dtype)
+        untie = plan.stage.untie or context.untied
+        self.model = context.open(before, context.dtype, untie=untie)
         self.dense = self.model if not context.finished else context.open(context.plan.source, context.dtype)
-        self.masks = context.open(MaskSource(before), None) if MaskSource.any(before) else None
+        self.masks = context.open(MaskSource(before), None, untie=untie) if before.records() else None
         self.needs = self._needs()
         self.patterns: dict[str, Pattern] = {}
 
@@ -140,9 +141,20 @@ class PruneRun:
                 masks[member.name] = mask
                 rows.append(row)
         self._propagate(index, block, dense_block, streams)
-        if distributed.is_main():
-            write_block(part_path(self.folder, index), self.model, index, block, masks, self.patterns, keep)
+        if distributed.is_main() and masks:
+            exported = self.model.export_block(index, block, masks)
+            write_exported(part_path(self.folder, index), exported, self._promises(jobs.values(), keep))
         return rows
+
+    def _promises(self, jobs: Iterable[MatrixJob], keep: dict[str, Tensor]) -> dict[str, str]:
+        """Checkpoint key -> the pattern its mask holds; "mixed" where matrices or stages differ."""
+        found: dict[str, set[str]] = {}
+        for job in jobs:
+            text = str(self.patterns[job.name])
+            shrunk = job.name in keep and text.startswith("block")
+            for key in job.keys:
+                found.setdefault(key, set()).add("mixed" if shrunk else text)
+        return {key: texts.pop() if len(texts) == 1 else "mixed" for key, texts in found.items()}
 
     def _groups(
         self, index: int, block: torch.nn.Module, streams: _Streams | None, jobs: dict[str, MatrixJob]
@@ -182,7 +194,7 @@ class PruneRun:
         owner = position % distributed.world()
         method, name = self._method_for(job, stats)
         if owner == distributed.rank():
-            new, mask = _solve(method, weight, stats, pattern, keep.get(job.name))
+            new, mask = self._solve(method, weight, stats, pattern, keep.get(job.name))
         else:
             new, mask = torch.empty(weight.shape), torch.empty(weight.shape, dtype=torch.bool)
         bits = mask.to(torch.uint8)
@@ -236,14 +248,9 @@ class PruneRun:
         """A block finished by an earlier run: only the hidden states have to go through it again."""
         if streams is None:
             return
-        block = self.context.open(self._so_far(), self.context.dtype).load_block(index)
+        block = self._pruned().load_block(index)
         dense_block = self.dense.load_block(index) if self._asymmetric else None
         self._propagate(index, block, dense_block, streams)
-
-    def _so_far(self) -> Any:
-        from ..source import OverlaySource
-
-        return OverlaySource(self.context.current(), self.folder)
 
     def _finish(self, index: int, rows: list[dict[str, Any]], clock: Clock) -> None:
         if distributed.is_main():
@@ -269,14 +276,56 @@ class PruneRun:
     def _head_jobs(self) -> list[MatrixJob]:
         return [job for job in self.plan.jobs if job.prunable.kind == "head"]
 
+    def _pruned(self) -> StreamedModel:
+        """The model with the blocks of this stage that are finished."""
+        so_far = OverlaySource(self.context.current(), self.folder)
+        return self.context.open(so_far, self.context.dtype, untie=self.plan.stage.untie or self.context.untied)
+
     def _head(self, streams: _Streams | None) -> list[dict[str, Any]]:
-        return []
+        """Prune the output matrix, or give it its own weight, when the stage asks for either."""
+        jobs = self._head_jobs()
+        if not jobs and not (self.plan.stage.untie and self.model.head_is_tied):
+            return []
+        unit = f"{self.plan.name}/head"
+        done = self.context.journal.done(unit)
+        if done is not None:
+            return done["rows"]
+        head = self.model.load_head()
+        rows, mask = [], None
+        if jobs:
+            stats = None if streams is None else head_stats(self.model, jobs[0], head, streams, self.needs)
+            row, mask = self._matrix(head, jobs[0], stats, {}, 0)
+            rows.append(row)
+        if distributed.is_main():
+            exported = self.model.export_head(head, mask)
+            promise = str(self.patterns[jobs[0].name]) if jobs else ""
+            write_exported(head_path(self.folder), exported, {item.key: promise for item in exported})
+            self.context.journal.finish(unit, {"rows": rows})
+        distributed.barrier()
+        return rows
+
+    def _solve(
+        self, method: Any, weight: Tensor, stats: LayerStats | None, pattern: Pattern, kept: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The method's answer; with an earlier mask, its nearest answer inside that mask."""
+        new, mask = method.prune(weight, stats, pattern, self.context.progress.note)
+        if kept is None or not bool((mask & ~kept).any()):
+            return new, mask
+        # A method that updates weights may revive entries: choose again among the allowed ones by the new values.
+        mask = pattern.mask(new.abs().masked_fill(~kept, -1.0)) & kept
+        return torch.where(mask, torch.where(new != 0, new, weight.float()), 0.0), mask
 
 
-def _solve(
-    method: Any, weight: Tensor, stats: LayerStats | None, pattern: Pattern, kept: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return method.prune(weight, stats, pattern)
+def head_stats(
+    model: StreamedModel, job: MatrixJob, head: torch.nn.Module, streams: _Streams, needs: frozenset[str]
+) -> LayerStats:
+    """Statistics of the output matrix: its input is the final norm's output, its target its own dense output."""
+    accumulator = accumulator_for(model, head, [job.prunable], needs - {"target"}, streams.windows, streams.args.length)
+    with model.outer():
+        for window in distributed.my_share(streams.windows):
+            accumulator.add(model.head_input(streams.hidden.get(window), streams.args, window), None)
+    accumulator.reduce(model.device)
+    return accumulator.finish()[job.name]
 
 
 def _error(weight: Tensor, pruned: Tensor, stats: LayerStats | None) -> float | None:
@@ -289,8 +338,3 @@ def _check_finite(block: torch.nn.Module, name: str) -> None:
     for key, parameter in block.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ModelError(f"{name}.{key} holds NaN or infinite values", hint="the checkpoint is damaged")
-
-
-def part_folder(path: Path) -> Path:
-    """Kept for symmetry with `part_path`."""
-    return path

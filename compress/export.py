@@ -1,0 +1,72 @@
+"""From the finished stages to a folder of verified checkpoint files, not yet published."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import distributed
+from .checkpoint import assemble, atomic_write_text, verify
+from .convert import copy_companions
+from .format import Summary, dense_config, sparse_config
+from .recipe import parse_bytes
+from .stages.base import Context
+
+FILES = "files"
+FORMS = {"sparse": ("sparse",), "dense": ("dense",), "both": ("dense", "sparse")}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """`folder`: the verified files. `payload`, `sizes`: tensor bytes and file bytes by file name."""
+
+    folder: Path
+    payload: dict[str, int]
+    sizes: dict[str, int]
+    mask_digest: str
+
+
+def export(context: Context) -> Exported:
+    """Assemble, verify and describe the checkpoint below the partial folder. Repeats what the journal does not hold."""
+    folder = context.partial / FILES
+    if distributed.is_main() and context.journal.done("verify") is None:
+        _write(context, folder)
+    distributed.barrier()
+    done = distributed.from_main(context.journal.done("verify"))
+    assert isinstance(done, dict)
+    return Exported(folder, done["payload"], done["sizes"], done["masks"])
+
+
+def _write(context: Context, folder: Path) -> None:
+    recipe = context.plan.recipe
+    forms = FORMS[recipe.export.format]
+    source = context.current()
+    if context.journal.done("assemble") is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        for form in forms:
+            context.progress.working(f"write the {form} checkpoint")
+            assemble(source, folder, form, parse_bytes(recipe.export.max_shard_size))
+        context.journal.finish("assemble", {})
+    payload: dict[str, int] = {}
+    for form in forms:
+        context.progress.working(f"verify the {form} checkpoint")
+        checked = verify(folder, source, form)
+        payload |= checked.payload
+    config = _config(context, forms, checked.summary)
+    atomic_write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    copy_companions(context.plan.source.folder, folder)
+    sizes = {name: (folder / name).stat().st_size for name in payload}
+    result = {"payload": payload, "sizes": sizes, "masks": checked.summary.masks_sha256}
+    context.journal.finish("verify", result)
+
+
+def _config(context: Context, forms: tuple[str, ...], summary: Summary) -> dict[str, Any]:
+    recipe = context.plan.recipe
+    build = sparse_config if "sparse" in forms else dense_config
+    config = build(context.plan.source.config, summary, recipe=recipe.sha256())
+    if context.untied:
+        config["tie_word_embeddings"] = False
+    return config
