@@ -84,7 +84,7 @@ class HiddenStore:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        view, offset = memoryview(hidden.view(torch.uint8).flatten().numpy()), window * self.record_bytes
+        view, offset = hidden.view(torch.uint8).flatten().numpy().data, window * self.record_bytes
         failpoint("spill")
         try:
             while view:

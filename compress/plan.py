@@ -133,7 +133,7 @@ def make_plan(
 
 def _plan_prune(index: int, stage: PruneStage, recipe: Recipe, model: StreamedModel, texts: Texts) -> PrunePlan:
     method = get_method(stage.method)
-    pattern = parse_pattern(stage.pattern_text, stage.scope or getattr(method, "scope", "row"))
+    pattern = parse_pattern(stage.pattern_text, str(stage.scope or getattr(method, "scope", "row")))
     if stage.scope == "model" and stage.method != "magnitude":
         raise RecipeError(
             f"scope model is not possible with {stage.method}: its scores are comparable inside one matrix only",

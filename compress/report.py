@@ -1,4 +1,4 @@
-"""The report of a run: one dictionary with fixed keys (documented in docs/report.md), shown as a table, a card, a page."""
+"""The report of a run: one dictionary with fixed keys (docs/report.md), shown as a table, a card, a page."""
 
 from __future__ import annotations
 
