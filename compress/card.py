@@ -57,7 +57,10 @@ def _table(report: Report) -> str:
 
 
 def _loading(file_format: str) -> str:
-    dense = "```python\nfrom transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(PATH)\n```"
+    dense = (
+        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        "model = AutoModelForCausalLM.from_pretrained(PATH)\n```"
+    )
     if file_format == "dense":
         return "This is an ordinary checkpoint with zeros in it:\n\n" + dense
     sparse = (

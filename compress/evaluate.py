@@ -1,8 +1,8 @@
 """Perplexity and KL to the dense model, streamed block by block like calibration.
 
-Protocol (GPTQ, SparseGPT, Wanda): the text is tokenised in one go and cut into non-overlapping windows of `seqlen` tokens,
-the tail dropped; the model predicts tokens 2..seqlen of every window; perplexity = exp(mean token cross-entropy). The
-protocol travels with every figure.
+Protocol (GPTQ, SparseGPT, Wanda): the text is tokenised in one go and cut into non-overlapping windows of `seqlen`
+tokens, the tail dropped; the model predicts tokens 2..seqlen of every window; perplexity = exp(mean token
+cross-entropy). The protocol travels with every figure.
 """
 
 from __future__ import annotations

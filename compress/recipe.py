@@ -1,7 +1,7 @@
 """What to do (Recipe) and how to do it (Machine): the single source of names and defaults.
 
-A recipe is a list of stages. The one-line command and a YAML file build the same object, and that object is saved in the
-checkpoint. Nothing changes it after validation. Import-light: pydantic and yaml only, no torch.
+A recipe is a list of stages. The one-line command and a YAML file build the same object, and that object is saved in
+the checkpoint. Nothing changes it after validation. Import-light: pydantic and yaml only, no torch.
 """
 
 from __future__ import annotations

@@ -76,8 +76,9 @@ def evaluation_entry(comparison: Comparison, protocol: Protocol) -> dict[str, An
 def describe_protocol(protocol: dict[str, Any]) -> str:
     """The protocol in one line."""
     return (
-        f"{protocol['dataset']}, {protocol['windows']} windows of {protocol['seqlen']} tokens, stride {protocol['stride']}, "
-        f"BOS {protocol['bos']}, {protocol['predicted_tokens']} predicted tokens, {protocol['dtype']}, {protocol['method']}"
+        f"{protocol['dataset']}, {protocol['windows']} windows of {protocol['seqlen']} tokens, "
+        f"stride {protocol['stride']}, BOS {protocol['bos']}, {protocol['predicted_tokens']} predicted tokens, "
+        f"{protocol['dtype']}, {protocol['method']}"
     )
 
 

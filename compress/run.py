@@ -1,7 +1,7 @@
 """The whole job: plan, stages, export, verification, report, and one rename at the end.
 
-Everything is written below `OUT.partial`; OUT appears only when its files were read back and found right. A run that was
-killed leaves `OUT.partial` with its journal, and `resume` goes on after the last finished unit.
+Everything is written below `OUT.partial`; OUT appears only when its files were read back and found right. A run that
+was killed leaves `OUT.partial` with its journal, and `resume` goes on after the last finished unit.
 """
 
 from __future__ import annotations
