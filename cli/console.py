@@ -15,6 +15,8 @@ from rich.text import Text
 
 from ..compress.progress import BlockDone, Progress
 
+PIPE_WIDTH = 160
+
 
 class ConsoleProgress(Progress):
     """One line per finished block on stderr; on a terminal also what is being done right now."""
@@ -95,7 +97,10 @@ def show_table(
         table.add_column(name, justify="right" if index >= numbers_from else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:  # in a file or a pipe nothing should be folded at a terminal's 80 columns
+        console = Console(highlight=False, width=PIPE_WIDTH)
+    console.print(table)
 
 
 def show_lines(lines: Iterable[str]) -> None:
