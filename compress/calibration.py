@@ -3,7 +3,9 @@
 For an input x (q, k and v share one, gate and up share one), over all tokens of all windows:
 
     gram   = sum x x^T          [in, in]     accumulated in float64, delivered in float32
-    target = sum y x^T          [out, in]    y = W x_dense, the output the dense model gives at the same token
+    target = sum y x^T          [out, in]    y = W x_dense, the output the dense model gives at the same token; for a
+                                             matrix that writes into the residual stream, the output that would repair
+                                             the stream there (residual.py)
     holdout                     x, y of the last tenth of every window (at most HOLDOUT_TOKENS in all)
 
 Sums of float32 products are kept in float64, so that one process and several processes, which add in another order,
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +26,7 @@ from ..pruning.base import Holdout, LayerStats
 from . import distributed
 from .blocks import BlockArgs, Prunable, StreamedModel
 from .hidden import HiddenStore
+from .residual import needed, watching
 
 HOLDOUT_TOKENS = 4096
 HOLDOUT_SHARE = 0.1
@@ -39,7 +43,7 @@ class Accumulator:
     needs: frozenset[str]
     holdout_rows: int
     rows: Mapping[str, int]
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
     energy: Tensor | None = None
     gram: Tensor | None = None
@@ -47,8 +51,13 @@ class Accumulator:
     held_x: list[Tensor] = field(default_factory=list)
     held_y: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def add(self, x: Tensor, dense_x: Tensor | None) -> None:
-        """Add the tokens x [t, in] of one window; dense_x: the dense model's input at the same tokens, None = x."""
+    def add(self, x: Tensor, dense_x: Tensor | None, errors: Mapping[str, Tensor] | None = None) -> None:
+        """Add the tokens x [t, in] of one window.
+
+        dense_x: the dense model's input at the same tokens, None = x. errors: matrix -> z_dense - z_sparse [t, out]
+        where it writes into the residual stream.
+        """
+        errors = errors or {}
         x = x.float()
         dense = x if dense_x is None else dense_x.float()
         self.tokens += x.shape[0]
@@ -59,7 +68,7 @@ class Accumulator:
         if held:
             self.held_x.append(x[-held:].clone())
         for name, weight in self.weights.items():
-            y = dense @ weight.T
+            y = x @ weight.T + errors[name] if name in errors else dense @ weight.T
             if "target" in self.needs:
                 self.targets[name] = _add64(self.targets.get(name), y.T @ x)
             if held:
@@ -116,28 +125,44 @@ def collect(
     args: BlockArgs,
     needs: frozenset[str],
     windows: int,
+    places: Mapping[str, str] | None = None,
 ) -> dict[str, LayerStats]:
     """Statistics of every matrix in `groups`, keyed by name, from this rank's windows and summed over the ranks.
 
     `block` sees `hidden` (the pruned-so-far model); with "target" in needs, `dense_block` sees `dense_hidden`.
+    `places`: where matrices write into the residual stream (`residual.residual_places`).
     Experts take their own output as the target: the dense model routes other tokens to them.
     """
     asymmetric = dense_block is not None and dense_hidden is not None
     reference = dense_block or block
+    writers = frozenset(places or ()) if asymmetric else frozenset()
     accumulators = {
         group[0].name: accumulator_for(model, reference, group, needs, windows, args.length) for group in groups
     }
+    for group in groups:
+        for member in group:
+            if member.name in writers and accumulators[group[0].name].weights:
+                accumulators[group[0].name].weights[member.name] = model.weight(block, member).float()
+    stream = needed(groups, places or {}) if writers else []
     leaders = [group[0] for group in groups]
     dense_leaders = [leader for leader in leaders if leader.kind != "expert"]
     for window in distributed.my_share(windows):
-        dense_inputs: dict[str, Tensor] = {}
+        dense_x: dict[str, Tensor] = {}
+        error: dict[str, Tensor] = {}
         if asymmetric and dense_leaders:
             assert dense_block is not None
             assert dense_hidden is not None
-            dense_inputs = inputs_of(model, block_index, dense_block, dense_leaders, dense_hidden, args, window)
-        for name, x in inputs_of(model, block_index, block, leaders, hidden, args, window).items():
-            accumulators[name].add(x, dense_inputs.get(name))
-        del dense_inputs
+            dense_x, error = inputs_of(
+                model, block_index, dense_block, dense_leaders, dense_hidden, args, window, stream
+            )
+        inputs, z = inputs_of(model, block_index, block, leaders, hidden, args, window, stream)
+        error = {place: (error[place].float() - z[place].float()).view(-1, z[place].shape[-1]) for place in error}
+        for group in groups:
+            name = group[0].name
+            if name in inputs:
+                mine = {p.name: error[(places or {})[p.name]] for p in group if p.name in writers}
+                accumulators[name].add(inputs[name], dense_x.get(name), mine)
+        del dense_x, inputs, error, z
     result: dict[str, LayerStats] = {}
     for accumulator in accumulators.values():
         accumulator.reduce(model.device)
@@ -153,12 +178,24 @@ def inputs_of(
     hidden: HiddenStore,
     args: BlockArgs,
     window: int,
-) -> dict[str, Tensor]:
-    """Inputs [tokens, in] of the leaders in one window, keyed by name; the pass ends once the last one is seen."""
-    seen: dict[str, Tensor] = {}
-    with model.observe(block, leaders, lambda prunable, x: seen.__setitem__(prunable.name, x), stop=True):
-        model.run_block(block_index, block, hidden.get(window), args, window)
-    return seen
+    stream: Sequence[str] = (),
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs [tokens, in] of the leaders in one window by name, and the residual stream by place.
+
+    The pass ends once everything was seen. A matrix that is used several times gives all its inputs, one after another.
+    """
+    seen: dict[str, list[Tensor]] = {}
+    z: dict[str, Tensor] = {}
+    unpack = args.returns[block_index].unpack
+    with ExitStack() as stack:
+        if stream:
+            stack.enter_context(watching(block, stream, unpack, z.__setitem__))
+        watch = model.observe(
+            block, leaders, lambda prunable, x: seen.setdefault(prunable.name, []).append(x), stop=not stream
+        )
+        stack.enter_context(watch)
+        model.run_block(block_index, block, hidden.get(window), args, window, allow_stop=True)
+    return {name: inputs[0] if len(inputs) == 1 else torch.cat(inputs) for name, inputs in seen.items()}, z
 
 
 def accumulator_for(

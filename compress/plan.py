@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import DataError, GossamerError, RecipeError
 from ..pruning.pattern import Pattern, parse_pattern
 from ..pruning.registry import get_method
+from . import distributed
 from .blocks import Prunable, StreamedModel
 from .evaluate import Protocol
 from .recipe import DEFAULT_CALIBRATION, EvaluateStage, Machine, PruneStage, Recipe
@@ -155,6 +156,11 @@ def _plan_prune(index: int, stage: PruneStage, recipe: Recipe, model: StreamedMo
     if not jobs:
         raise RecipeError(
             "nothing is left to prune", hint="check --include and --exclude; `gossamer inspect` lists names"
+        )
+    if stage.reconstruct and distributed.world() > 1:
+        raise RecipeError(
+            f"reconstruct trains on all windows in one process, and {distributed.world()} were started",
+            hint="run the same command without a launcher",
         )
     windows = name = digest = None
     needed = bool(method.needs) or stage.reconstruct or stage.allocation == "owl"

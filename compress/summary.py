@@ -49,6 +49,9 @@ def build_report(
             "sparsity": _sparsity(before, after),
             "stages": [{"stage": r.kind, "index": r.index, "seconds": round(r.seconds, 3)} for r in reports],
             "layers": [row | {"stage": r.index} for r in reports if r.kind == "prune" for row in r.result["layers"]],
+            "reconstruction": [
+                row | {"stage": r.index} for r in reports if r.kind == "prune" for row in r.result["rebuilt"]
+            ],
             "skipped": [{"name": n, "reason": why} for stage in plan.prunes for n, why in stage.skipped],
             "masks": files.mask_digest,
             "notes": _notes(context),

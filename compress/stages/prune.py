@@ -23,11 +23,13 @@ from ..hidden import HiddenStore
 from ..masks import MaskSource
 from ..plan import MatrixJob, PrunePlan
 from ..progress import BlockDone
+from ..residual import Places, residual_places
 from ..source import OverlaySource
 from ..timing import Clock
 from .base import Context, StageReport
 from .budget import budgets
 from .parts import head_path, part_path, write_exported
+from .rebuild import rebuild
 
 
 @dataclass
@@ -60,6 +62,8 @@ class PruneRun:
         self.masks = context.open(MaskSource(before), None, untie=untie) if before.records() else None
         self.needs = self._needs()
         self.patterns: dict[str, Pattern] = {}
+        self.rebuilt: list[dict[str, Any]] = []
+        self._places_of_kind: dict[Any, Places] = {}
 
     def _needs(self) -> frozenset[str]:
         if self.plan.windows is None:
@@ -89,6 +93,7 @@ class PruneRun:
                     self._finish(index, block_rows, clock)
                 else:
                     block_rows = done["rows"]
+                    self.rebuilt += done["rebuilt"]
                     self._replay(index, streams)
                     clock.skip()
                 rows += block_rows
@@ -98,7 +103,9 @@ class PruneRun:
             if streams is not None:
                 streams.close()
         self.context.finished.append(self.folder)
-        return StageReport("prune", self.plan.index, time.monotonic() - started, {"layers": rows})
+        return StageReport(
+            "prune", self.plan.index, time.monotonic() - started, {"layers": rows, "rebuilt": self.rebuilt}
+        )
 
     def _unit(self, index: int) -> str:
         return f"{self.plan.name}/block-{index:05d}"
@@ -125,13 +132,14 @@ class PruneRun:
         dense_block = self.dense.load_block(index) if self._asymmetric else None
         masks: dict[str, Tensor] = {}
         rows: list[dict[str, Any]] = []
+        places = self._places(index, block, streams)
         for groups in self._groups(index, block, streams, jobs):
             stats: dict[str, LayerStats] = {}
             if streams is not None:
                 self.context.progress.working(f"measure {groups[0][0].name}")
                 stats = collect(
                     self.model, index, block, dense_block, groups,
-                    streams.hidden, streams.dense, streams.args, self.needs, streams.windows,
+                    streams.hidden, streams.dense, streams.args, self.needs, streams.windows, places,
                 )  # fmt: skip
                 failpoint("calibration")
             members = [member for group in groups for member in group if member.name in jobs]
@@ -140,7 +148,7 @@ class PruneRun:
                 row, mask = self._matrix(block, jobs[member.name], stats.pop(member.name, None), keep, position)
                 masks[member.name] = mask
                 rows.append(row)
-        self._propagate(index, block, dense_block, streams)
+        self._propagate(index, block, dense_block, streams, masks)
         if distributed.is_main() and masks:
             exported = self.model.export_block(index, block, masks)
             write_exported(part_path(self.folder, index), exported, self._promises(jobs.values(), keep))
@@ -155,6 +163,19 @@ class PruneRun:
             for key in job.keys:
                 found.setdefault(key, set()).add("mixed" if shrunk else text)
         return {key: texts.pop() if len(texts) == 1 else "mixed" for key, texts in found.items()}
+
+    def _places(self, index: int, block: torch.nn.Module, streams: _Streams | None) -> Places:
+        """Where matrices of this block write into the residual stream; found once for all blocks of its kind."""
+        if streams is None or "target" not in self.needs:
+            return {}
+        root = self.model.block_names[index]
+        kind = tuple((name, type(module)) for name, module in block.named_modules())
+        if kind not in self._places_of_kind:
+            first = distributed.my_share(streams.windows)[0]
+            hidden = streams.hidden.get(first)
+            places = residual_places(self.model, index, block, hidden, streams.args, first)
+            self._places_of_kind[kind] = {name.removeprefix(root): place for name, place in places.items()}
+        return {root + name: place for name, place in self._places_of_kind[kind].items()}
 
     def _groups(
         self, index: int, block: torch.nn.Module, streams: _Streams | None, jobs: dict[str, MatrixJob]
@@ -235,14 +256,30 @@ class PruneRun:
         return {name: mask for name, mask in masks.items() if not bool(mask.all())}
 
     def _propagate(
-        self, index: int, block: torch.nn.Module, dense_block: torch.nn.Module | None, streams: _Streams | None
+        self,
+        index: int,
+        block: torch.nn.Module,
+        dense_block: torch.nn.Module | None,
+        streams: _Streams | None,
+        masks: dict[str, Tensor] | None = None,
     ) -> None:
-        if streams is None or index == self.model.num_blocks - 1 and not self._head_jobs():
+        """Hidden states one block further; with `masks`, reconstruction (if asked for) in between."""
+        rebuilding = self.plan.stage.reconstruct and bool(masks)
+        last = index == self.model.num_blocks - 1 and not self._head_jobs()
+        if streams is None or (last and not rebuilding):
             return
         self.context.progress.working(f"run {self.model.block_names[index]}")
-        propagate(self.model, index, block, streams.hidden, streams.args, streams.windows)
         if dense_block is not None and streams.dense is not None:
             propagate(self.dense, index, dense_block, streams.dense, streams.args, streams.windows)
+            if rebuilding:
+                self.context.progress.working(f"reconstruct {self.model.block_names[index]}")
+                seed = self.context.plan.recipe.seed
+                self.rebuilt.append(
+                    rebuild(
+                        self.model, index, block, masks or {}, streams.hidden, streams.dense, streams.args, seed
+                    )  # fmt: skip
+                )
+        propagate(self.model, index, block, streams.hidden, streams.args, streams.windows)
 
     def _replay(self, index: int, streams: _Streams | None) -> None:
         """A block finished by an earlier run: only the hidden states have to go through it again."""
@@ -254,7 +291,8 @@ class PruneRun:
 
     def _finish(self, index: int, rows: list[dict[str, Any]], clock: Clock) -> None:
         if distributed.is_main():
-            self.context.journal.finish(self._unit(index), {"rows": rows})
+            rebuilt = [entry for entry in self.rebuilt if entry["block"] == index]
+            self.context.journal.finish(self._unit(index), {"rows": rows, "rebuilt": rebuilt})
         distributed.barrier()
         seconds, left = clock.tick()
         errors = [row["error_after"] for row in rows if row["error_after"] is not None]
