@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def watching(
             if place == OUTPUT:
                 stack.callback(block.register_forward_hook(lambda _m, _i, out: note(OUTPUT, unpack(out))).remove)
             else:
-                hook = _pre_hook(lambda z, place=place: note(place, z))
+                hook = _pre_hook(partial(note, place))
                 stack.callback(block.get_submodule(place).register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 
@@ -95,10 +96,14 @@ def _trace(
 ) -> list[tuple[str, Tensor]]:
     """(leaf module, its first tensor input) in call order, and the block's output at the end."""
     seen: list[tuple[str, Tensor]] = []
+
+    def see(name: str, z: Tensor) -> None:
+        seen.append((name, z.detach().clone()))
+
     with ExitStack() as stack:
         for name, module in block.named_modules():
             if name and not any(True for _ in module.children()):
-                hook = _pre_hook(lambda z, name=name: seen.append((name, z.detach().clone())))
+                hook = _pre_hook(partial(see, name))
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         output = model.run_block(index, block, hidden, args, window)
     seen.append((OUTPUT, output))
