@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,91 +26,100 @@ from . import distributed
 from .blocks import BlockArgs, Prunable, StreamedModel
 from .hidden import HiddenStore
 from .residual import needed, watching
+from .sums import OuterSum
 
 HOLDOUT_TOKENS = 4096
 HOLDOUT_SHARE = 0.1
 
 
-@dataclass
 class Accumulator:
     """Sums for one shared input of the matrices `rows` (name -> number of outputs).
 
-    `weights`: float32 [out, in] of the dense matrices, given only when outputs are needed (target or holdout).
+    `weights`: float32 [out, in] of the matrices, given only when outputs are needed (target or holdout). `writers`: the
+    matrices that write into the residual stream. Targets are never summed as such: for the others they are
+    W sum x_dense x^T, for writers W gram + sum (z_dense - z_sparse) x^T, half the work or less.
     """
 
-    width: int
-    needs: frozenset[str]
-    holdout_rows: int
-    rows: Mapping[str, int]
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    tokens: int = 0
-    energy: Tensor | None = None
-    gram: Tensor | None = None
-    targets: dict[str, Tensor] = field(default_factory=dict)
-    held_x: list[Tensor] = field(default_factory=list)
-    held_y: dict[str, list[Tensor]] = field(default_factory=dict)
+    def __init__(
+        self,
+        width: int,
+        needs: frozenset[str],
+        holdout_rows: int,
+        rows: Mapping[str, int],
+        weights: Mapping[str, Tensor],
+        writers: frozenset[str],
+        device: torch.device,
+    ) -> None:
+        self.rows, self.weights = rows, weights
+        self.holdout_rows = holdout_rows if "holdout" in needs else 0
+        self.tokens = 0
+        self.energy = torch.zeros(width, dtype=torch.float64, device=device)
+        self.gram = OuterSum(width, width, device) if "gram" in needs else None
+        target = "target" in needs
+        self.cross = OuterSum(width, width, device) if target and len(writers) < len(rows) else None
+        self.repairs = {name: OuterSum(rows[name], width, device) for name in sorted(writers) if target}
+        self.held_x = [torch.zeros(0, width, device=device)]
+        self.held_y = {name: [torch.zeros(0, rows[name], device=device)] for name in weights}
 
     def add(self, x: Tensor, dense_x: Tensor | None, errors: Mapping[str, Tensor] | None = None) -> None:
         """Add the tokens x [t, in] of one window.
 
-        dense_x: the dense model's input at the same tokens, None = x. errors: matrix -> z_dense - z_sparse [t, out]
-        where it writes into the residual stream.
+        dense_x: the dense model's input at the same tokens, None = x. errors: writer -> z_dense - z_sparse [t, out].
         """
         errors = errors or {}
         x = x.float()
         dense = x if dense_x is None else dense_x.float()
         self.tokens += x.shape[0]
-        self._add_energy(x)
-        if "gram" in self.needs:
-            self.gram = _add64(self.gram, x.T @ x)
-        held = min(self.holdout_rows, x.shape[0]) if "holdout" in self.needs else 0
+        self.energy += x.double().square().sum(0)
+        if self.gram is not None:
+            self.gram.add(x, x)
+        if self.cross is not None:
+            self.cross.add(dense, x)
+        for name, total in self.repairs.items():
+            total.add(errors[name], x)
+        held = min(self.holdout_rows, x.shape[0])
         if held:
-            self.held_x.append(x[-held:].clone())
+            self._hold(x[-held:], dense[-held:], {name: error[-held:] for name, error in errors.items()})
+
+    def _hold(self, x: Tensor, dense: Tensor, errors: Mapping[str, Tensor]) -> None:
+        self.held_x.append(x.clone())
         for name, weight in self.weights.items():
             y = x @ weight.T + errors[name] if name in errors else dense @ weight.T
-            if "target" in self.needs:
-                self.targets[name] = _add64(self.targets.get(name), y.T @ x)
-            if held:
-                self.held_y.setdefault(name, []).append(y[-held:].clone())
+            self.held_y[name].append(y)
 
-    def _add_energy(self, x: Tensor) -> None:
-        energy = x.double().square().sum(0)
-        self.energy = energy if self.energy is None else self.energy + energy
-
-    def reduce(self, device: torch.device) -> None:
+    def reduce(self) -> None:
         """Sum over the ranks. Every rank must call it for the same inputs in the same order."""
         if distributed.world() == 1:
             return
-        width = self.width
-        count = distributed.sum_(torch.tensor([self.tokens], dtype=torch.int64, device=device))
-        self.tokens = int(count)
-        zero = torch.zeros(width, dtype=torch.float64, device=device)
-        self.energy = distributed.sum_(zero if self.energy is None else self.energy)
-        if "gram" in self.needs:
-            self.gram = distributed.sum_(_or_zeros(self.gram, width, width, device))
-        if "target" in self.needs:
-            for name, rows in self.rows.items():
-                self.targets[name] = distributed.sum_(_or_zeros(self.targets.get(name), rows, width, device))
-        if "holdout" in self.needs:
-            self.held_x = [distributed.gather_rows(_stack(self.held_x, width, device))]
-            for name, rows in self.rows.items():
-                stacked = _stack(self.held_y.get(name, []), rows, device)
-                self.held_y[name] = [distributed.gather_rows(stacked)]
+        self.tokens = int(distributed.sum_(torch.tensor([self.tokens], device=self.energy.device)))
+        distributed.sum_(self.energy)
+        for total in (self.gram, self.cross, *self.repairs.values()):
+            if total is not None:
+                total.reduce()
+        if self.holdout_rows:
+            self.held_x = [distributed.gather_rows(torch.cat(self.held_x))]
+            for name, parts in self.held_y.items():
+                self.held_y[name] = [distributed.gather_rows(torch.cat(parts))]
 
     def finish(self) -> dict[str, LayerStats]:
         """The float32 statistics of every matrix on this input; the sums are freed on the way."""
-        gram = None if self.gram is None else self.gram.float()
-        self.gram = None
-        norm = None if self.energy is None else self.energy.sqrt().float()
-        held_x = torch.cat(self.held_x) if self.held_x else None
-        self.held_x = []
+        norm = self.energy.sqrt().float()
+        gram = None if self.gram is None else self.gram.take()
+        cross = None if self.cross is None else self.cross.take()
+        held_x = torch.cat(self.held_x)
         result = {}
         for name in self.rows:
-            target = self.targets.pop(name).float() if name in self.targets else None
+            target = self._target(name, gram, cross)
             held_y = self.held_y.pop(name, None)
-            holdout = None if held_x is None or not held_y else Holdout(held_x, torch.cat(held_y))
+            holdout = Holdout(held_x, torch.cat(held_y)) if held_y and len(held_x) else None
             result[name] = LayerStats(tokens=self.tokens, norm=norm, gram=gram, target=target, holdout=holdout)
         return result
+
+    def _target(self, name: str, gram: Tensor | None, cross: Tensor | None) -> Tensor | None:
+        if name in self.repairs:
+            assert gram is not None
+            return self.repairs.pop(name).take().addmm_(self.weights[name], gram)
+        return None if cross is None else self.weights[name] @ cross
 
 
 def collect(
@@ -134,16 +142,12 @@ def collect(
     Experts take their own output as the target: the dense model routes other tokens to them.
     """
     asymmetric = dense_block is not None and dense_hidden is not None
-    reference = dense_block or block
-    writers = frozenset(places or ()) if asymmetric else frozenset()
+    places = dict(places or {}) if asymmetric else {}
     accumulators = {
-        group[0].name: accumulator_for(model, reference, group, needs, windows, args.length) for group in groups
+        group[0].name: accumulator_for(model, block, dense_block, group, needs, windows, args.length, places)
+        for group in groups
     }
-    for group in groups:
-        for member in group:
-            if member.name in writers and accumulators[group[0].name].weights:
-                accumulators[group[0].name].weights[member.name] = model.weight(block, member).float()
-    stream = needed(groups, places or {}) if writers else []
+    stream = needed(groups, places)
     leaders = [group[0] for group in groups]
     dense_leaders = [leader for leader in leaders if leader.kind != "expert"]
     for window in distributed.my_share(windows):
@@ -160,12 +164,12 @@ def collect(
         for group in groups:
             name = group[0].name
             if name in inputs:
-                mine = {p.name: error[(places or {})[p.name]] for p in group if p.name in writers}
+                mine = {p.name: error[places[p.name]] for p in group if p.name in places}
                 accumulators[name].add(inputs[name], dense_x.get(name), mine)
         del dense_x, inputs, error, z
     result: dict[str, LayerStats] = {}
     for accumulator in accumulators.values():
-        accumulator.reduce(model.device)
+        accumulator.reduce()
         result |= accumulator.finish()
     return result
 
@@ -201,27 +205,27 @@ def inputs_of(
 def accumulator_for(
     model: StreamedModel,
     block: torch.nn.Module,
+    dense_block: torch.nn.Module | None,
     group: Sequence[Prunable],
     needs: frozenset[str],
     windows: int,
     length: int,
+    places: Mapping[str, str],
 ) -> Accumulator:
-    """An empty accumulator for the matrices of one group; `block` holds their dense weights."""
+    """An empty accumulator for the matrices of one group."""
     held = max(1, min(HOLDOUT_TOKENS // max(windows, 1), math.ceil(HOLDOUT_SHARE * length)))
     wanted = needs if group[0].kind != "expert" else needs - {"target"}
-    outputs = wanted & {"target", "holdout"}
-    weights = {member.name: model.weight(block, member).float() for member in group} if outputs else {}
-    rows = {member.name: member.shape[0] for member in group}
-    return Accumulator(width=group[0].shape[1], needs=wanted, holdout_rows=held, rows=rows, weights=weights)
-
-
-def _add64(total: Tensor | None, part: Tensor) -> Tensor:
-    return part.double() if total is None else total.add_(part)
-
-
-def _or_zeros(total: Tensor | None, rows: int, columns: int, device: torch.device) -> Tensor:
-    return torch.zeros(rows, columns, dtype=torch.float64, device=device) if total is None else total
-
-
-def _stack(parts: list[Tensor], width: int, device: torch.device) -> Tensor:
-    return torch.cat(parts) if parts else torch.zeros(0, width, device=device)
+    weights = {}
+    if wanted & {"target", "holdout"}:
+        for member in group:  # z was made with the weights as they are, other targets with the dense ones
+            holder = block if dense_block is None or member.name in places else dense_block
+            weights[member.name] = model.weight(holder, member).float()
+    return Accumulator(
+        width=group[0].shape[1],
+        needs=wanted,
+        holdout_rows=held,
+        rows={member.name: member.shape[0] for member in group},
+        weights=weights,
+        writers=frozenset(member.name for member in group if member.name in places),
+        device=model.device,
+    )

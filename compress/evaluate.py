@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import ModelError
 from . import distributed, memory
 from .blocks import BlockArgs, StreamedModel
+from .failpoint import failpoint
 from .hidden import HiddenStore
 from .progress import BlockDone, Progress
 from .timing import Clock
@@ -80,20 +81,25 @@ def compare(
     memory_bytes: int,
     progress: Progress,
     scratch: Path | None,
+    same_head: bool,
 ) -> Comparison:
-    """Perplexity of both models and the KL divergence between them, token by token, over windows [n, length]."""
+    """Perplexity of both models and the KL divergence between them, token by token, over windows [n, length].
+
+    `same_head`: everything outside the blocks is equal in both models, and is loaded once.
+    """
     half = memory_bytes // 2
     rows: list[tuple[float, float, float]] = []
     with (
         _final_states(dense, windows, half, progress, "evaluate before", scratch) as (dense_hidden, dense_args),
         _final_states(model, windows, half, progress, "evaluate after", scratch) as (hidden, args),
     ):
-        with dense.outer(), model.outer():
+        head = dense if same_head else model
+        with dense.outer(), head.outer():
             for w in distributed.my_share(len(windows)):
                 reference = dense.logits(dense_hidden.get(w), dense_args, w)
                 before = _cross_entropy(reference, windows[w])
                 reference = reference.log_softmax(-1)
-                logits = model.logits(hidden.get(w), args, w)
+                logits = head.logits(hidden.get(w), args, w)
                 after = _cross_entropy(logits, windows[w])
                 rows.append((before, after, _kl(reference, logits.log_softmax(-1))))
     columns = [_everywhere([row[k] for row in rows]) for k in range(3)]
@@ -120,6 +126,7 @@ def _final_states(
                 progress.block(
                     BlockDone(label, index, model.num_blocks, model.block_names[index], None, None, seconds, left)
                 )
+                failpoint("evaluate")
             yield hidden, args
         finally:
             hidden.close()

@@ -86,6 +86,7 @@ def compress(
     """
     out = Path(out).absolute()
     recorder = Recorder((progress if distributed.is_main() else None) or Progress())
+    memory.bound_heap()
     with memory.PeakMemory() as peak:
         started = time.monotonic()
         job = plan(

@@ -49,6 +49,12 @@ class Context:
         """Whether a finished stage gave the head a weight of its own."""
         return any(stage.stage.untie for stage in self.plan.prunes[: len(self.finished)])
 
+    @property
+    def head_changed(self) -> bool:
+        """Whether a finished stage pruned or untied the output matrix."""
+        stages = self.plan.prunes[: len(self.finished)]
+        return self.untied or any(job.prunable.kind == "head" for stage in stages for job in stage.jobs)
+
     def open(self, source: Any, dtype: torch.dtype | None, *, untie: bool = False) -> StreamedModel:
         """A streamed model over `source` (a TensorSource), on the run's device."""
         plan = self.plan

@@ -23,6 +23,7 @@ def run_evaluate(context: Context, plan: EvaluatePlan) -> StageReport:
         memory_bytes=context.plan.machine.max_memory_bytes // 2,
         progress=context.progress,
         scratch=context.scratch,
+        same_head=not context.head_changed,
     )
     if not math.isfinite(comparison.before.cross_entropy):
         raise ModelError("the dense model's loss is not finite", hint="try --dtype float32, or check the checkpoint")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ModelError
-from ...pruning.base import LayerStats, relative_error
+from ...pruning.base import LayerStats, relative_errors
 from ...pruning.pattern import Pattern
 from ...pruning.registry import get_method
 from .. import distributed, memory
@@ -223,6 +223,7 @@ class PruneRun:
         mask = bits.bool()
         new = new.to(weight.dtype).masked_fill_(~mask, 0)
         self.model.set_weight(block, job.prunable, new)
+        before, after = _errors(weight, [weight.masked_fill(~mask, 0), new], stats)
         row = {
             "name": job.name,
             "shape": list(job.prunable.shape),
@@ -231,8 +232,8 @@ class PruneRun:
             "zeros": int((~mask).sum()),
             "sparsity": round(float((~mask).float().mean()), 6),
             "tokens": None if stats is None else stats.tokens,
-            "error_before": _error(weight, weight.masked_fill(~mask, 0), stats),
-            "error_after": _error(weight, new, stats),
+            "error_before": before,
+            "error_after": after,
             "seconds": round(time.monotonic() - started, 3),
         }
         return row, mask
@@ -358,18 +359,21 @@ def head_stats(
     model: StreamedModel, job: MatrixJob, head: torch.nn.Module, streams: _Streams, needs: frozenset[str]
 ) -> LayerStats:
     """Statistics of the output matrix: its input is the final norm's output, its target its own dense output."""
-    accumulator = accumulator_for(model, head, [job.prunable], needs - {"target"}, streams.windows, streams.args.length)
+    accumulator = accumulator_for(
+        model, head, None, [job.prunable], needs - {"target"}, streams.windows, streams.args.length, {}
+    )
     with model.outer():
         for window in distributed.my_share(streams.windows):
             accumulator.add(model.head_input(streams.hidden.get(window), streams.args, window), None)
-    accumulator.reduce(model.device)
+    accumulator.reduce()
     return accumulator.finish()[job.name]
 
 
-def _error(weight: Tensor, pruned: Tensor, stats: LayerStats | None) -> float | None:
+def _errors(weight: Tensor, pruned: list[Tensor], stats: LayerStats | None) -> list[float | None]:
+    """Relative output error of each candidate; None when nothing was measured."""
     if stats is None or stats.gram is None or stats.tokens == 0:
-        return None
-    return round(relative_error(weight.float(), pruned.float(), stats), 6)
+        return [None] * len(pruned)
+    return [round(error, 6) for error in relative_errors(weight, pruned, stats)]
 
 
 def _check_finite(block: torch.nn.Module, name: str) -> None:

@@ -1,0 +1,46 @@
+"""Sums of outer products in float64, by slabs of rows, so that neither a whole product nor two copies ever exist."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import distributed
+
+SLAB = 512
+
+
+class OuterSum:
+    """sum a b^T over tokens, float64 [rows, cols], from float32 inputs a [tokens, rows] and b [tokens, cols].
+
+    Products are made in float32 and added in float64: sums of the same windows in another order (several processes)
+    then round to the same float32 result.
+    """
+
+    def __init__(self, rows: int, cols: int, device: torch.device) -> None:
+        self.rows, self.cols, self.device = rows, cols, device
+        self._slabs = [
+            torch.zeros(min(SLAB, rows - first), cols, dtype=torch.float64, device=device)
+            for first in range(0, rows, SLAB)
+        ]
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Add one window."""
+        for slab, columns in zip(self._slabs, a.split(SLAB, dim=1), strict=True):
+            slab.add_(columns.T @ b)
+
+    def reduce(self) -> None:
+        """Sum over the ranks, in place."""
+        for slab in self._slabs:
+            distributed.sum_(slab)
+
+    def take(self) -> Tensor:
+        """The sum in float32. The float64 slabs are freed one by one; the object is empty afterwards."""
+        result = torch.empty(self.rows, self.cols, dtype=torch.float32, device=self.device)
+        self._slabs.reverse()
+        first = 0
+        while self._slabs:
+            slab = self._slabs.pop()
+            result[first : first + len(slab)] = slab
+            first += len(slab)
+        return result
