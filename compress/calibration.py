@@ -54,7 +54,7 @@ class Accumulator:
         self.holdout_rows = holdout_rows if "holdout" in needs else 0
         self.tokens = 0
         self.energy = torch.zeros(width, dtype=torch.float64, device=device)
-        self.gram = OuterSum(width, width, device) if "gram" in needs else None
+        self.gram = OuterSum(width, width, device, symmetric=True) if "gram" in needs else None
         target = "target" in needs
         self.cross = OuterSum(width, width, device) if target and len(writers) < len(rows) else None
         self.repairs = {name: OuterSum(rows[name], width, device) for name in sorted(writers) if target}

@@ -26,7 +26,7 @@ from .table import byte_view, natural_key
 from .verify import Verified, verify
 from .writer import Output, atomic_write_text, replacing, storage_errors, sync_folder, write_file
 
-__all__ = ["Verified", "assemble", "atomic_write_text", "publish", "replacing", "verify"]
+__all__ = ["Verified", "assemble", "atomic_write_text", "publish", "replacing", "sync_tree", "verify"]
 
 MAX_SHARD_SIZE = 5 * 10**9
 KINDS = ("dense", "sparse")
@@ -68,7 +68,7 @@ def publish(partial: Path, out: Path, *, overwrite: bool = False) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise RecipeError(f"{out} exists and is not empty", hint="choose another folder, or replace it: --overwrite")
     with storage_errors(out, 0):
-        _sync_tree(partial)
+        sync_tree(partial)
         failpoint("publish")
         replaced = out.with_name(out.name + ".replaced")
         if out.exists():
@@ -144,7 +144,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder` to disk."""
     for path, _, names in os.walk(folder):
         for name in names:
             with open(os.path.join(path, name), "rb") as file:

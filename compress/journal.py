@@ -35,8 +35,11 @@ class Journal:
         return journal
 
     @classmethod
-    def resume(cls, partial: Path, identity: dict[str, Any]) -> Journal:
-        """Open the journal of an earlier run. ResumeError names whatever differs from `identity`."""
+    def resume(cls, partial: Path, identity: dict[str, Any], *, mend: bool = True) -> Journal:
+        """Open the journal of an earlier run. ResumeError names whatever differs from `identity`.
+
+        `mend`: drop a line cut short by a kill. Only one process may; the others just read.
+        """
         journal = cls(partial, identity)
         lines = journal._read()
         if not lines or "identity" not in lines[0]:
@@ -44,7 +47,8 @@ class Journal:
         _compare(lines[0]["identity"], identity)
         for line in lines[1:]:
             journal._done[line["done"]] = line["result"]
-        journal._rewrite(lines)
+        if mend:
+            journal._rewrite(lines)
         return journal
 
     def done(self, unit: str) -> dict[str, Any] | None:
@@ -88,6 +92,16 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path)
+
+
+def begun(partial: Path) -> bool:
+    """Whether `partial` is more than what a run leaves that was killed before its journal had a first line."""
+    if not partial.is_dir():
+        return partial.exists()
+    if any(path.name != NAME for path in partial.iterdir()):
+        return True
+    journal = partial / NAME
+    return journal.exists() and b"\n" in journal.read_bytes()
 
 
 def _compare(before: dict[str, Any], now: dict[str, Any]) -> None:

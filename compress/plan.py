@@ -19,6 +19,7 @@ from ..pruning.registry import get_method
 from . import distributed
 from .blocks import Prunable, StreamedModel
 from .evaluate import Protocol
+from .journal import begun
 from .recipe import DEFAULT_CALIBRATION, EvaluateStage, Machine, PruneStage, Recipe
 from .source import FolderSource
 from .text import Texts
@@ -243,18 +244,19 @@ def _all_of(problems: list[GossamerError]) -> GossamerError:
 def check_output(out: Path, *, overwrite: bool, resume: bool) -> None:
     """RecipeError when `out` is taken, or its partial run would be lost."""
     partial = partial_of(out)
-    if (
-        out.exists()
-        and (not out.is_dir() or any(out.iterdir()))
-        and not overwrite
-        and not (resume and partial.exists())
-    ):
-        raise RecipeError(
-            f"{out} exists and is not empty", hint="choose another folder, or replace it with --overwrite"
-        )
+    if not overwrite and not (resume and begun(partial)):
+        require_free(out)
     if partial.exists() and not resume and not overwrite:
         raise RecipeError(
             f"{partial} holds an unfinished run", hint="continue it with --resume, or throw it away with --overwrite"
+        )
+
+
+def require_free(out: Path) -> None:
+    """RecipeError when `out` exists and is anything but an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RecipeError(
+            f"{out} exists and is not empty", hint="choose another folder, or replace it with --overwrite"
         )
 
 

@@ -21,10 +21,12 @@ from .. import __version__
 from ..errors import RecipeError, ResourceError
 from . import distributed, memory
 from .blocks import StreamedModel
+from .checkpoint import sync_tree
 from .export import FILES, export
 from .failpoint import failpoint
-from .journal import Journal
-from .plan import EvaluatePlan, Plan, PrunePlan, check_output, make_plan, partial_of
+from .journal import NAME as JOURNAL
+from .journal import Journal, begun
+from .plan import EvaluatePlan, Plan, PrunePlan, check_output, make_plan, partial_of, require_free
 from .progress import Progress, Recorder
 from .recipe import Machine, Recipe
 from .report import Report, environment
@@ -33,6 +35,7 @@ from .stages.base import Context, StageReport
 from .stages.evaluate import run_evaluate
 from .stages.prune import PruneRun
 from .summary import build_report
+from .writer import sync_folder
 
 
 def plan(
@@ -52,6 +55,7 @@ def plan(
     device = resolve_device(machine.device)
     distributed.start(device)
     _check_place(Path(out), model, overwrite=overwrite, resume=resume)
+    distributed.barrier()  # nobody may find the partial folder that rank 0 is about to make
     source = open_source(str(model), revision=revision, token=token)
     skeleton = StreamedModel.open(source, source.folder, device=device, trust_remote_code=trust_remote_code)
     return make_plan(
@@ -98,6 +102,8 @@ def compress(
             context = Context(job, partial, _journal(partial, job, resume, recorder), recorder)
             if context.journal.done("verify") is not None and not (partial / FILES).exists():
                 return _finish_published(partial, out)
+            if not overwrite:
+                require_free(out)
             reports = [_stage(context, stage) for stage in job.stages]
             files = export(context)
             report = build_report(
@@ -154,20 +160,24 @@ def identity(job: Plan) -> dict[str, Any]:
 
 
 def _journal(partial: Path, job: Plan, resume: bool, progress: Progress) -> Journal:
+    """The run's journal. Rank 0 makes or mends it; the others read it before anything is added."""
     facts = identity(job)
-    if not distributed.is_main():
-        distributed.barrier()
-        return Journal.resume(partial, facts)
-    if partial.exists() and resume:
-        journal = Journal.resume(partial, facts)
-    else:
-        if resume:
-            progress.note(f"nothing to resume: {partial.name} does not exist, starting afresh")
-        if partial.exists():
-            shutil.rmtree(partial)
-        journal = Journal.start(partial, facts)
+    journal = _own_journal(partial, facts, resume, progress) if distributed.is_main() else None
+    distributed.barrier()
+    journal = journal or Journal.resume(partial, facts, mend=False)
     distributed.barrier()
     return journal
+
+
+def _own_journal(partial: Path, facts: dict[str, Any], resume: bool, progress: Progress) -> Journal:
+    if resume and begun(partial):
+        return Journal.resume(partial, facts)
+    if resume:
+        why = "holds no finished work" if partial.exists() else "does not exist"
+        progress.note(f"nothing to resume: {partial.name} {why}, starting afresh")
+    if partial.exists():
+        _remove(partial)
+    return Journal.start(partial, facts)
 
 
 def _stage(context: Context, stage: PrunePlan | EvaluatePlan) -> StageReport:
@@ -188,12 +198,13 @@ def _publish(context: Context, files: Path, out: Path, overwrite: bool) -> None:
     """Rename the verified folder to OUT and remove the rest of the partial run."""
     failpoint("publish")
     if out.exists() and files.exists():
-        old = context.partial / "replaced"
-        out.rename(old) if overwrite or any(out.iterdir()) else out.rmdir()
+        out.rename(context.partial / "replaced")
     if files.exists():
+        sync_tree(files)
         files.rename(out)
+        sync_folder(out.parent)
     failpoint("published")
-    shutil.rmtree(context.partial)
+    _remove(context.partial)
 
 
 def _finish_published(partial: Path, out: Path) -> Report:
@@ -201,8 +212,19 @@ def _finish_published(partial: Path, out: Path) -> Report:
     report = Report(json.loads((out / "report.json").read_text(encoding="utf-8")))
     distributed.barrier()
     if distributed.is_main():
-        shutil.rmtree(partial)
+        _remove(partial)
     return report
+
+
+def _remove(partial: Path) -> None:
+    """Remove a partial folder, its journal last: killed in between, it still says what is finished."""
+    if not partial.is_dir():
+        partial.unlink()
+        return
+    for path in partial.iterdir():
+        if path.name != JOURNAL:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    shutil.rmtree(partial)
 
 
 @contextmanager

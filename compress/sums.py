@@ -14,20 +14,22 @@ class OuterSum:
     """sum a b^T over tokens, float64 [rows, cols], from float32 inputs a [tokens, rows] and b [tokens, cols].
 
     Products are made in float32 and added in float64: sums of the same windows in another order (several processes)
-    then round to the same float32 result.
+    then round to the same float32 result. `symmetric`: a and b are always the same, and the part right of each slab's
+    own diagonal block is left out until the end.
     """
 
-    def __init__(self, rows: int, cols: int, device: torch.device) -> None:
-        self.rows, self.cols, self.device = rows, cols, device
+    def __init__(self, rows: int, cols: int, device: torch.device, *, symmetric: bool = False) -> None:
+        self.rows, self.cols, self.device, self.symmetric = rows, cols, device, symmetric
+        edges = [(first, min(first + SLAB, rows)) for first in range(0, rows, SLAB)]
         self._slabs = [
-            torch.zeros(min(SLAB, rows - first), cols, dtype=torch.float64, device=device)
-            for first in range(0, rows, SLAB)
+            torch.zeros(last - first, last if symmetric else cols, dtype=torch.float64, device=device)
+            for first, last in edges
         ]
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Add one window."""
         for slab, columns in zip(self._slabs, a.split(SLAB, dim=1), strict=True):
-            slab.add_(columns.T @ b)
+            slab.add_(columns.T @ b[:, : slab.shape[1]])
 
     def reduce(self) -> None:
         """Sum over the ranks, in place."""
@@ -41,6 +43,8 @@ class OuterSum:
         first = 0
         while self._slabs:
             slab = self._slabs.pop()
-            result[first : first + len(slab)] = slab
+            result[first : first + len(slab), : slab.shape[1]] = slab
+            if self.symmetric:
+                result[:first, first : first + len(slab)] = slab[:, :first].T
             first += len(slab)
         return result

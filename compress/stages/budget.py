@@ -32,7 +32,8 @@ def budgets(context: Context, plan: PrunePlan, model: StreamedModel) -> dict[str
         context.progress.stage("spread the sparsity", model.num_blocks)
         counts = _owl(context, plan, model) if stage.allocation == "owl" else _global(plan, model)
         done = {"zeros": counts}
-        context.journal.finish(unit, done)
+        if distributed.is_main():
+            context.journal.finish(unit, done)
     sizes = {job.name: job.size for job in plan.jobs}
     scope = "matrix" if stage.scope == "model" else stage.scope or "row"
     return {name: Unstructured(zeros / sizes[name], scope) for name, zeros in done["zeros"].items()}
