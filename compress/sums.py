@@ -46,5 +46,7 @@ class OuterSum:
             result[first : first + len(slab), : slab.shape[1]] = slab
             if self.symmetric:
                 result[:first, first : first + len(slab)] = slab[:, :first].T
+                block = result[first : first + len(slab), first : first + len(slab)]
+                block.copy_(block.tril() + block.tril(-1).T)  # products need not be symmetric to the last bit
             first += len(slab)
         return result
