@@ -8,7 +8,7 @@ the contract tests, the command line and the benchmark then pick it up.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,9 +27,9 @@ def silent(message: str) -> None:
 
 @dataclass(frozen=True)
 class Holdout:
-    """Tokens set aside from the statistics, to choose between candidates: x [tokens, in] and y [tokens, out], float32.
+    """Tokens to choose between candidates: x [tokens, in] and y [tokens, out], float32.
 
-    y is the dense layer's output without bias, on the dense model's own input.
+    y is what `LayerStats.target` aims at, without bias. Statistics of the other tokens: gram - x^T x, target - y^T x.
     """
 
     x: Tensor
@@ -44,8 +44,8 @@ class LayerStats:
         tokens: number of token vectors summed over.
         norm: float32 [in]: sqrt(sum x_j^2).
         gram: float32 [in, in]: sum x x^T.
-        target: float32 [out, in]: sum y x^T, with y the dense output without bias. None means W @ gram.
-        holdout: tokens kept apart (the last tenth of every window); they are not in `gram` and `target`.
+        target: float32 [out, in]: sum y x^T, with y the output to aim at, without bias. None means W @ gram.
+        holdout: the last tenth of every window once more, token by token; they are in `gram` and `target` too.
     """
 
     tokens: int
@@ -124,12 +124,17 @@ def relative_error(weight: Tensor, pruned: Tensor, stats: LayerStats) -> float:
 
     Without a Gram matrix its diagonal is taken (from `norm`), without any statistic the identity. 0 / 0 is 0.
     """
+    return relative_errors(weight, [pruned], stats)[0]
+
+
+def relative_errors(weight: Tensor, pruned: Sequence[Tensor], stats: LayerStats) -> list[float]:
+    """`relative_error` of several candidates; ||W X||^2 is computed once."""
     dense = weight.to(torch.float32)
-    change = _energy(dense - pruned.to(torch.float32), stats)
     whole = _energy(dense, stats)
+    changes = [_energy(dense - candidate.to(torch.float32), stats) for candidate in pruned]
     if whole > 0:
-        return change / whole
-    return 0.0 if change == 0 else math.inf
+        return [change / whole for change in changes]
+    return [0.0 if change == 0 else math.inf for change in changes]
 
 
 def _energy(matrix: Tensor, stats: LayerStats) -> float:
