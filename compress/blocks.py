@@ -101,9 +101,11 @@ class StreamedModel(Anatomy):
         return matrix_view(block, self._root(prunable), prunable).clone(memory_format=torch.contiguous_format)
 
     def set_weight(self, block: nn.Module, prunable: Prunable, tensor: torch.Tensor) -> None:
-        """Write [out, in] into the block, cast to its dtype."""
+        """Write [out, in] into the block, rounded to the checkpoint's dtype: the block runs with what will be stored."""
+        keys = self.source_keys(prunable)
+        stored = tensor.to(self._source.meta(keys[0]).dtype) if keys else tensor
         with torch.no_grad():
-            matrix_view(block, self._root(prunable), prunable).copy_(tensor)
+            matrix_view(block, self._root(prunable), prunable).copy_(stored)
 
     def export_block(self, i: int, block: nn.Module, masks: Mapping[str, torch.Tensor | None]) -> list[Exported]:
         """Every checkpoint tensor that holds a matrix named in `masks`, as the source has it.

@@ -221,8 +221,8 @@ class PruneRun:
         bits = mask.to(torch.uint8)
         distributed.broadcast_([new, bits], owner)
         mask = bits.bool()
-        new = new.to(weight.dtype).masked_fill_(~mask, 0)
-        self.model.set_weight(block, job.prunable, new)
+        self.model.set_weight(block, job.prunable, new.masked_fill_(~mask, 0))
+        new = self.model.weight(block, job.prunable)
         before, after = _errors(weight, [weight.masked_fill(~mask, 0), new], stats)
         row = {
             "name": job.name,

@@ -65,6 +65,8 @@ def rebuild(
         parameter.data = parameter.data.to(dtypes[name])
         if name in shaped:
             parameter.data.masked_fill_(~shaped[name], 0.0)
+    for prunable in chosen:
+        model.set_weight(block, prunable, model.weight(block, prunable))  # as the checkpoint will hold it
     return {"block": index, "before": done.before, "after": done.after, "steps": done.steps}
 
 
