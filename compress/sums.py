@@ -25,11 +25,13 @@ class OuterSum:
             torch.zeros(last - first, last if symmetric else cols, dtype=torch.float64, device=device)
             for first, last in edges
         ]
+        self._product = torch.empty(min(SLAB, rows) * cols, device=device)  # one buffer: fresh pages cost time
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Add one window."""
         for slab, columns in zip(self._slabs, a.split(SLAB, dim=1), strict=True):
-            slab.add_(columns.T @ b[:, : slab.shape[1]])
+            product = self._product[: slab.numel()].view(slab.shape)
+            slab.add_(torch.mm(columns.T, b[:, : slab.shape[1]], out=product))
 
     def reduce(self) -> None:
         """Sum over the ranks, in place."""
@@ -38,6 +40,7 @@ class OuterSum:
 
     def take(self) -> Tensor:
         """The sum in float32. The float64 slabs are freed one by one; the object is empty afterwards."""
+        self._product = torch.empty(0)
         result = torch.empty(self.rows, self.cols, dtype=torch.float32, device=self.device)
         self._slabs.reverse()
         first = 0

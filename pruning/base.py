@@ -138,16 +138,16 @@ def relative_errors(weight: Tensor, pruned: Sequence[Tensor], stats: LayerStats)
 
 
 def _energy(matrix: Tensor, stats: LayerStats) -> float:
-    """tr(A G A^T), summed in float64, a slab of rows at a time."""
+    """tr(A G A^T), a slab of rows at a time; rows are summed in float64."""
     total = 0.0
     for slab in matrix.split(1024):
         if stats.gram is not None:
-            products = (slab @ stats.gram).mul_(slab)
+            rows = torch.linalg.vecdot(slab @ stats.gram, slab)
         elif stats.norm is not None:
-            products = (slab * stats.norm).square_()
+            rows = torch.linalg.vector_norm(slab * stats.norm, dim=1).square_()
         else:
-            products = slab.square()
-        total += float(products.sum(dtype=torch.float64))
+            rows = torch.linalg.vector_norm(slab, dim=1).square_()
+        total += float(rows.sum(dtype=torch.float64))
     return max(total, 0.0)
 
 

@@ -27,7 +27,7 @@ from .pattern import NM, Block, Pattern, Unstructured
 from .support import solve_on_support
 from .swap import refine
 
-SMALL = 2**31  # floating-point operations of one product of a weight with its Gram matrix
+SMALL = 2**30  # floating-point operations of one product of a weight with its Gram matrix
 
 
 @dataclass(frozen=True)

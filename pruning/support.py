@@ -39,31 +39,51 @@ def solve_on_support(
             f"shapes do not agree: start {list(start.shape)}, weight {list(weight.shape)}, keep {list(keep.shape)}, "
             f"gram {list(gram.shape)}"
         )
-    values = start.masked_fill(~keep, 0.0)
+    values = start * keep
+    work = _Work(min(SLAB, len(values)), values)
     for first in range(0, len(values), SLAB):
         rows = slice(first, first + SLAB)
-        _solve_slab(values[rows], weight[rows], gram, ~keep[rows], iterations, tolerance)
+        _solve_slab(values[rows], weight[rows], gram, keep[rows], iterations, tolerance, work)
     return values
 
 
-def _solve_slab(values: Tensor, weight: Tensor, gram: Tensor, drop: Tensor, iterations: int, tolerance: float) -> None:
+class _Work:
+    """Matrices [rows, in] that all slabs and iterations use again: fresh pages cost as much as the arithmetic."""
+
+    def __init__(self, rows: int, like: Tensor) -> None:
+        self.residual, self.direction, self.image = (like.new_empty(rows, like.shape[1]) for _ in range(3))
+
+
+def _solve_slab(
+    values: Tensor, weight: Tensor, gram: Tensor, keep: Tensor, iterations: int, tolerance: float, work: _Work
+) -> None:
     """Conjugate gradient on some rows, in place on `values`."""
-    residual = ((weight - values) @ gram).masked_fill_(drop, 0.0)
-    direction = residual.clone()
-    energy = residual.square().sum(1, keepdim=True)
+    count = len(values)
+    residual, direction, image = work.residual[:count], work.direction[:count], work.image[:count]
+    torch.sub(weight, values, out=image)
+    torch.mm(image, gram, out=residual)
+    residual.mul_(keep)
+    direction.copy_(residual)
+    energy = _row_energy(residual)
     goal = energy * tolerance**2
     for _ in range(iterations):
         active = energy > goal
         if not bool(active.any()):
             break
-        image = (direction @ gram).masked_fill_(drop, 0.0)
-        curvature = (direction * image).sum(1, keepdim=True)
+        torch.mm(direction, gram, out=image)
+        image.mul_(keep)
+        curvature = torch.linalg.vecdot(direction, image)[:, None]
         step = _ratio(energy, curvature, active)
         values.addcmul_(direction, step)
         residual.addcmul_(image, step, value=-1)
-        after = residual.square().sum(1, keepdim=True)
+        after = _row_energy(residual)
         direction.mul_(_ratio(after, energy, active)).add_(residual)
         energy = after
+
+
+def _row_energy(matrix: Tensor) -> Tensor:
+    """Squared norm of every row, [rows, 1]."""
+    return torch.linalg.vector_norm(matrix, dim=1, keepdim=True).square_()
 
 
 def _ratio(above: Tensor, below: Tensor, active: Tensor) -> Tensor:
