@@ -101,7 +101,7 @@ class StreamedModel(Anatomy):
         return matrix_view(block, self._root(prunable), prunable).clone(memory_format=torch.contiguous_format)
 
     def set_weight(self, block: nn.Module, prunable: Prunable, tensor: torch.Tensor) -> None:
-        """Write [out, in] into the block, rounded to the checkpoint's dtype: the block runs with what will be stored."""
+        """Write [out, in] into the block, rounded to the checkpoint's dtype: it then runs with what will be stored."""
         keys = self.source_keys(prunable)
         stored = tensor.to(self._source.meta(keys[0]).dtype) if keys else tensor
         with torch.no_grad():
