@@ -14,7 +14,7 @@ from typing import Union
 from torch import Tensor
 
 from ..errors import RecipeError
-from .selection import keep_all_but, keep_all_but_per_row, keep_blocks, keep_in_groups, spread
+from .selection import cheapest_counts, keep_all_but, keep_all_but_per_row, keep_blocks, keep_in_groups, spread
 
 SCOPES = ("row", "matrix", "model")
 DEFAULT_SPARSITY = 0.5
@@ -25,9 +25,10 @@ _WHAT_IS_ALLOWED = "a sparsity in [0, 1) such as 0.5, an N:M pattern such as 2:4
 class Unstructured:
     """round(sparsity * rows * cols) zeros anywhere.
 
-    `scope` says which scores are compared: those of one output row (row counts differ by at most one), of one matrix,
-    or of the whole model. "model" must be turned into one exact "matrix" pattern per matrix first (`for_count`, counts
-    from `allocation.global_counts`). Sparsity 1 is not a user's choice, but a global threshold may empty a matrix.
+    `scope` says which scores are compared: those of one output row (row counts differ by at most one; where the total
+    is no multiple, the rows with the cheapest next entry lose one more), of one matrix, or of the whole model. "model"
+    must be turned into one exact "matrix" pattern per matrix first (`for_count`, counts from
+    `allocation.global_counts`). Sparsity 1 is not a user's choice, but a global threshold may empty a matrix.
     """
 
     sparsity: float
@@ -47,13 +48,13 @@ class Unstructured:
         return round(self.sparsity * rows * cols)
 
     def row_zeros(self, rows: int, cols: int) -> Tensor:
-        """Zeros of each row under scope "row", int64 [rows]; they sum to `zeros(rows, cols)`."""
+        """Zeros of each row under scope "row" where no scores decide who gets one more, int64 [rows]."""
         return spread(self.zeros(rows, cols), rows)
 
     def mask(self, scores: Tensor) -> Tensor:
         rows, cols = scores.shape
         if self.scope == "row":
-            return keep_all_but_per_row(scores, self.row_zeros(rows, cols))
+            return keep_all_but_per_row(scores, cheapest_counts(scores, self.zeros(rows, cols)))
         if self.scope == "matrix":
             return keep_all_but(scores, self.zeros(rows, cols))
         raise ValueError("scope 'model' has no mask for one matrix; use Unstructured.for_count per matrix")

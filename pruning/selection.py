@@ -48,6 +48,21 @@ def keep_all_but_per_row(scores: Tensor, zeros: Tensor) -> Tensor:
     return keep
 
 
+def cheapest_counts(scores: Tensor, zeros: int) -> Tensor:
+    """`zeros` cut into counts per row that differ by at most one, int64 [rows].
+
+    The larger count goes to the rows whose next score is lowest; among equal ones to the higher rows.
+    """
+    rows, cols = scores.shape
+    least, more = divmod(zeros, rows)
+    counts = torch.full((rows,), least, dtype=torch.int64, device=scores.device)
+    if more:
+        following = scores.kthvalue(least + 1, dim=1).values if least < cols else scores.new_zeros(rows)
+        order = following.flip(0).argsort(stable=True)
+        counts[rows - 1 - order[:more]] += 1
+    return counts
+
+
 def keep_in_groups(scores: Tensor, keep: int, group: int) -> Tensor:
     """True for the `keep` highest of every `group` consecutive columns of a row. cols must be a multiple of group."""
     rows, cols = scores.shape

@@ -7,7 +7,7 @@ import torch
 
 from gossamer.errors import RecipeError
 from gossamer.pruning.pattern import NM, Block, Unstructured, parse_pattern
-from gossamer.pruning.selection import keep_all_but, keep_all_but_per_row, spread
+from gossamer.pruning.selection import cheapest_counts, keep_all_but, keep_all_but_per_row, spread
 
 SHAPES = [(1, 1), (6, 20), (7, 16), (5, 13), (32, 24)]
 SPARSITIES = [0.0, 0.1, 0.3, 0.5, 0.7, 0.97]
@@ -150,3 +150,13 @@ def test_divisibility_error_names_layer_and_way_out() -> None:
 def test_model_scope_has_no_mask_of_its_own() -> None:
     with pytest.raises(ValueError, match="for_count"):
         Unstructured(0.5, "model").mask(torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("kinds", [1, 3, 10_000])
+@pytest.mark.parametrize("zeros", [0, 1, 6, 7, 20, 34, 35])
+def test_the_cheapest_rows_lose_one_more(kinds: int, zeros: int) -> None:
+    scores = tied_scores(7, 5, kinds)
+    least, more = divmod(zeros, 7)
+    following = [sorted(row)[least] if least < 5 else 0.0 for row in scores.tolist()]
+    cheapest = sorted(range(7), key=lambda r: (following[r], -r))[:more]
+    assert cheapest_counts(scores, zeros).tolist() == [least + (r in cheapest) for r in range(7)]
