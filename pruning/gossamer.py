@@ -46,7 +46,7 @@ class Effort:
 
 
 THOROUGH = Effort((0.1, 0.6, 4.0), 8, (20, 20, 30))
-QUICK = Effort((0.3, 3.0), 2, (5, 8))
+QUICK = Effort((1.0,), 3, (2, 6))
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Options:
     """Constants of the method; none was fitted to a model.
 
     Attributes:
-        effort: iteration counts; None takes THOROUGH for small matrices and QUICK for large ones (about 20 products
+        effort: iteration counts; None takes THOROUGH for small matrices and QUICK for large ones (about 15 products
             with the Gram matrix). The choice depends on the shape alone.
         candidates: entries per row and side that a round of swaps considers.
         balance: under scope "matrix" rows are divided by norm^balance before entries compete. 0 lets loud outputs take
