@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -317,3 +318,16 @@ def test_dataset_without_a_fitting_split(monkeypatch):
 
 def test_public_names_exist():
     assert all(hasattr(data, name) for name in data.__all__)
+
+
+@pytest.mark.parametrize(("length", "count"), [(1000, 7), (64, 5), (40, 128)])
+def test_every_part_of_the_text_gives_one_window(length, count):
+    seqlen, places = 32, length - 31
+    windows = calibration_windows(torch.arange(length), count, seqlen, 3)
+    starts = windows[:, 0].tolist()
+    for part, start in enumerate(starts):
+        assert math.floor(part * places / count) <= start <= math.ceil((part + 1) * places / count)
+        assert 0 <= start < places
+    assert torch.equal(windows, windows[:, :1] + torch.arange(seqlen))
+    if length == 1000:
+        assert starts != calibration_windows(torch.arange(length), count, seqlen, 4)[:, 0].tolist()
