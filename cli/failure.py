@@ -16,10 +16,12 @@ _RESUMABLE = "compress"
 _STORAGE = {
     errno.ENOSPC: "free disk space, or choose another folder",
     errno.EDQUOT: "free disk space, or choose another folder",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or choose another disk",
     errno.EACCES: "choose a folder that you may read and write",
     errno.EPERM: "choose a folder that you may read and write",
     errno.EROFS: "choose a folder on a writable disk",
     errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path: a part of it is a file",
 }
 
 

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import re
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -36,6 +37,19 @@ def _largest_resident() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder (or file) above `path` that exists."""
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
+def free_disk(path: Path) -> int:
+    """Bytes that this user may still write where `path` will be."""
+    return shutil.disk_usage(existing_parent(path)).free
 
 
 class PeakMemory:

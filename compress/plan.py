@@ -5,6 +5,7 @@ Everything the user could have wrong is looked for here, and all mistakes are re
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -144,16 +145,8 @@ def _plan_prune(index: int, stage: PruneStage, recipe: Recipe, model: StreamedMo
     chosen, excluded = select(stage, model)
     skipped = [pair for i in range(model.num_blocks) for pair in model.unprunable(i)]
     skipped += [(prunable.name, "excluded") for prunable in excluded]
-    problems: list[GossamerError] = []
-    jobs = []
-    for prunable in chosen:
-        try:
-            pattern.check(*prunable.shape, prunable.name)
-        except GossamerError as error:
-            problems.append(error)
-        jobs.append(MatrixJob(prunable, pattern, tuple(model.source_keys(prunable))))
-    if problems:
-        raise _all_of(problems)
+    check_shapes(pattern, chosen)
+    jobs = [MatrixJob(prunable, pattern, tuple(model.source_keys(prunable))) for prunable in chosen]
     if not jobs:
         raise RecipeError(
             "nothing is left to prune", hint="check --include and --exclude; `gossamer inspect` lists names"
@@ -176,7 +169,7 @@ def _plan_evaluate(
     index: int, stage: EvaluateStage, recipe: Recipe, model: StreamedModel, texts: Texts, machine: Machine
 ) -> EvaluatePlan:
     given = stage.seqlen or next((s.seqlen for s in recipe.stages if isinstance(s, PruneStage) and s.seqlen), None)
-    seqlen = sequence_length(given, model.max_positions, "--eval-seqlen")
+    seqlen = sequence_length(given, model.max_positions, "--eval-seqlen" if stage.seqlen else "--seqlen")
     windows, protocol, digest = texts.evaluation(stage.data, seqlen, stage.windows, evaluation_dtype(machine))
     return EvaluatePlan(index, stage, windows, protocol, digest)
 
@@ -209,6 +202,39 @@ def select(stage: PruneStage, model: StreamedModel) -> tuple[list[Prunable], lis
     return kept, [p for p in inside if p.name not in names_kept]
 
 
+def check_shapes(pattern: Pattern, chosen: list[Prunable]) -> None:
+    """RecipeError, one for all, unless the pattern fits every matrix."""
+    unfit = {prunable.name: _misfit(pattern, *prunable.shape, prunable.name) for prunable in chosen}
+    errors = {name: error for name, error in unfit.items() if error is not None}
+    if not errors:
+        return
+    first = next(iter(errors.values()))
+    if len(errors) == 1:
+        raise first
+    shapes = [prunable.shape for prunable in chosen if prunable.name in errors]
+    rows, cols = (math.gcd(*sizes) for sizes in zip(*shapes, strict=True))
+    common = _misfit(pattern, rows, cols, "all of them")  # what divides the common divisor divides every one
+    advice = ((common and common.hint) or "").partition(", or ")[2]
+    kinds = list(dict.fromkeys(_kind(name) for name in errors))
+    message = f"{first.message}; the same with {len(errors) - 1} more of {len(chosen)} matrices"
+    if len(errors) < len(chosen):
+        advice = f"leave them out with --exclude '({'|'.join(kinds)})', or {advice}"
+    raise RecipeError(message, hint=advice or None)
+
+
+def _misfit(pattern: Pattern, rows: int, cols: int, name: str) -> GossamerError | None:
+    try:
+        pattern.check(rows, cols, name)
+    except GossamerError as error:
+        return error
+    return None
+
+
+def _kind(name: str) -> str:
+    """The last part of a name that is no number: what the matrix is called in every block."""
+    return next(part for part in reversed(name.split(".")) if not part.isdigit())
+
+
 def sequence_length(given: int | None, limit: int | None, option: str) -> int:
     """`given`, or min(2048, the model's positions). RecipeError beyond the model's positions."""
     if given is None:
@@ -232,6 +258,7 @@ def _examples(names: list[str]) -> str:
 
 
 def _all_of(problems: list[GossamerError]) -> GossamerError:
+    problems = list({problem.message: problem for problem in problems}.values())
     if len(problems) == 1:
         return problems[0]
     kind = DataError if all(isinstance(problem, DataError) for problem in problems) else RecipeError

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..errors import RecipeError
 from ..pruning.registry import DEFAULT_METHOD
+from .mistakes import Mistake, checked, explain
 
 Scope = Literal["row", "matrix", "model"]
 Allocation = Literal["uniform", "owl"]
@@ -54,7 +55,10 @@ class PruneStage(_Frozen):
     @classmethod
     def _in_range(cls, value: float | None) -> float | None:
         if value is not None and not 0 <= value < 1:
-            raise ValueError(f"sparsity must be in [0, 1), got {value:g}")
+            raise Mistake(
+                f"sparsity must be in [0, 1), got {value:g}",
+                hint="it is the fraction of zeros: 0.5 removes half of the weights",
+            )
         return value
 
     @field_validator("include", "exclude")
@@ -64,19 +68,26 @@ class PruneStage(_Frozen):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{pattern!r} is not a valid regular expression: {error}") from error
+                raise Mistake(
+                    f"{pattern!r} is not a valid regular expression: {error}",
+                    hint="put a backslash before characters that are meant as they are, such as \\( and \\[",
+                ) from error
         return value
 
     @model_validator(mode="after")
     def _consistent(self) -> PruneStage:
         if self.sparsity is not None and self.pattern is not None and not self.pattern.startswith("block"):
-            raise ValueError("give sparsity or pattern, not both (a block pattern takes a sparsity)")
+            raise Mistake(
+                "give sparsity or pattern, not both (a block pattern takes a sparsity)",
+                hint="N:M says it already: 2:4 is 50 %, 1:4 is 75 %",
+            )
         if self.allocation == "owl" and self.pattern is not None:
-            raise ValueError(
-                "allocation owl needs an unstructured sparsity: a fixed pattern leaves nothing to allocate"
+            raise Mistake(
+                "allocation owl needs an unstructured sparsity: a fixed pattern leaves nothing to allocate",
+                hint="give a sparsity instead of the pattern, or leave the allocation out",
             )
         if self.allocation == "owl" and self.scope == "model":
-            raise ValueError("allocation owl and scope model both decide the sparsity per matrix; give one")
+            raise Mistake("allocation owl and scope model both decide the sparsity per matrix", hint="give one of them")
         return self
 
     @property
@@ -107,13 +118,11 @@ class ExportStage(_Frozen):
     @field_validator("max_shard_size")
     @classmethod
     def _size(cls, value: str) -> str:
-        try:
-            parse_bytes(value)
-        except RecipeError as error:
-            raise ValueError(error.message) from error
+        checked(lambda: parse_bytes(value))
         return value
 
 
+STAGES: dict[str, type[BaseModel]] = {"prune": PruneStage, "evaluate": EvaluateStage, "export": ExportStage}
 Stage = Annotated[Union[PruneStage, EvaluateStage, ExportStage], Field(discriminator="stage")]
 
 
@@ -128,9 +137,12 @@ class Recipe(_Frozen):
     def _order(self) -> Recipe:
         kinds = [stage.stage for stage in self.stages]
         if kinds.count("export") > 1 or ("export" in kinds and kinds[-1] != "export"):
-            raise ValueError(f"one export stage, at the end, is allowed; the stages are {', '.join(kinds)}")
+            raise Mistake(
+                f"one export stage, at the end, is allowed; the stages are {', '.join(kinds)}",
+                hint="move it to the end; `format: both` writes both forms",
+            )
         if "prune" not in kinds:
-            raise ValueError("a recipe needs at least one prune stage; use `gossamer eval` to evaluate only")
+            raise Mistake("a recipe needs at least one prune stage", hint="use `gossamer eval` to evaluate only")
         return self
 
     @property
@@ -164,10 +176,7 @@ class Machine(_Frozen):
     @field_validator("max_memory")
     @classmethod
     def _size(cls, value: str) -> str:
-        try:
-            parse_bytes(value)
-        except RecipeError as error:
-            raise ValueError(error.message) from error
+        checked(lambda: parse_bytes(value))
         return value
 
     @property
@@ -187,12 +196,16 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
+_MINIMAL = "a minimal recipe is `stages: [{stage: prune, sparsity: 0.5}]`"
+
+
 def build(kind: type[_Frozen], **fields: Any) -> Any:
     """An instance of a recipe class; RecipeError (one line per mistake) instead of pydantic's ValidationError."""
     try:
         return kind(**fields)
     except ValidationError as error:
-        raise RecipeError(_explain(error)) from None
+        message, hint = explain(error, kind, STAGES)
+        raise RecipeError(message, hint=hint) from None
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -200,21 +213,16 @@ def load_recipe(path: str | Path) -> Recipe:
     try:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}", hint="check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} is not valid YAML: {str(error).splitlines()[0]}") from error
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"recipe {path} is not valid YAML: {reason}", hint=_MINIMAL) from error
     if not isinstance(document, dict) or "stages" not in document:
         raise RecipeError(
             f"recipe {path} has no list of stages",
-            hint="a minimal recipe is `stages: [{stage: prune, sparsity: 0.5}]`",
+            hint=_MINIMAL,
         )
-    return build(Recipe, **document)
-
-
-def _explain(error: ValidationError) -> str:
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"] if part not in ("prune", "evaluate", "export"))
-        message = item["msg"].removeprefix("Value error, ")
-        lines.append(f"{where}: {message}" if where and where not in message else message)
-    return "; ".join(lines)
+    try:
+        return build(Recipe, **{str(name): value for name, value in document.items()})
+    except RecipeError as error:
+        raise RecipeError(f"recipe {path}: {error.message}", hint=error.hint) from error

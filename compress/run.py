@@ -24,6 +24,7 @@ from .blocks import StreamedModel
 from .checkpoint import sync_tree
 from .export import FILES, export
 from .failpoint import failpoint
+from .finite import check_finite
 from .journal import NAME as JOURNAL
 from .journal import Journal, begun
 from .plan import EvaluatePlan, Plan, PrunePlan, check_output, make_plan, partial_of, require_free
@@ -98,6 +99,8 @@ def compress(
             revision=revision, token=token, trust_remote_code=trust_remote_code, resume=resume, overwrite=overwrite,
         )  # fmt: skip
         partial = partial_of(out)
+        if not resume:
+            check_finite(job.source, recorder)
         with _storage_errors(partial):
             context = Context(job, partial, _journal(partial, job, resume, recorder), recorder)
             if context.journal.done("verify") is not None and not (partial / FILES).exists():
@@ -133,12 +136,14 @@ def resolve_device(device: str) -> str:
 
 
 def _check_place(out: Path, model: str | Path, *, overwrite: bool, resume: bool) -> None:
-    check_output(out, overwrite=overwrite, resume=resume)
     if Path(model).exists() and Path(model).resolve() == out.resolve():
         raise RecipeError(f"{out} is the model itself", hint="write to another folder")
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    if Path(model).exists() and out.resolve() in Path(model).resolve().parents:
+        raise RecipeError(f"{out} holds the model {model}", hint="write to another folder")
+    check_output(out, overwrite=overwrite, resume=resume)
+    parent = memory.existing_parent(out)
+    if not parent.is_dir():
+        raise ResourceError(f"{parent} is a file, no folder can be made in it", hint="choose another output folder")
     if not os.access(parent, os.W_OK):
         raise ResourceError(f"no permission to write in {parent}", hint="choose an output folder that you may write to")
 
@@ -233,7 +238,7 @@ def _storage_errors(partial: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise ResourceError(
                 f"{error.filename or partial}: {error.strerror}",
                 hint="free disk space or choose another folder, then repeat the command with --resume",

@@ -34,7 +34,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ModelError(
             f"{folder}/config.json cannot be used: {_first_line(error)}",
-            hint="models with their own code need --trust-remote-code",
+            hint="give the folder of a language model; one with code of its own needs --trust-remote-code",
         ) from error
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
