@@ -50,11 +50,20 @@ class Tensors(Protocol):
 
 @dataclass
 class Group:
-    """One conversion: `sources` (checkpoint keys) <-> `targets` (parameter or buffer names)."""
+    """One conversion: `sources` (checkpoint keys) <-> `targets` (parameter or buffer names).
+
+    `converter`: transformers' own, or None when a tensor is only renamed. `patterns`: its source patterns, each with
+    the keys that it matched, in the order in which the loader collects them.
+    """
 
     targets: list[str]
     sources: list[str] = field(default_factory=list)
-    converted: bool = False
+    converter: Any = None
+    patterns: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def converted(self) -> bool:
+        return self.converter is not None
 
 
 @dataclass(frozen=True)
@@ -109,12 +118,14 @@ class KeyMap:
                 targets += [name.replace(first, other, 1) for other in others]
             group = self.groups.get(name)
             if group is None:
-                group = Group(targets, converted=pattern is not None)
+                group = Group(targets, converter=None if pattern is None else by_pattern[pattern])
                 self.groups.update(dict.fromkeys(targets, group))
             elif pattern is None:
                 self.unmapped.append(key)  # a second name for the same parameter: from_pretrained ignores it too
                 continue
             group.sources.append(key)
+            if pattern is not None:
+                group.patterns.setdefault(pattern, []).append(key)
 
     def _check_shapes(self) -> None:
         state = self._model.state_dict()
@@ -128,6 +139,19 @@ class KeyMap:
                     f"{tuple(state[name].shape)}",
                     hint="config.json and weights belong to different models",
                 )
+
+    def conversions(self) -> list[Group]:
+        """Every group once."""
+        return list({id(group): group for group in self.groups.values()}.values())
+
+    @property
+    def used(self) -> list[Any]:
+        """transformers' transforms that matched something: what saving has to reverse."""
+        return self._used
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a checkpoint tensor."""
+        return tuple(self._source.meta(key).shape)
 
     def missing(self) -> list[str]:
         """Parameters that no checkpoint key fills (tied ones included)."""

@@ -1,0 +1,162 @@
+"""Packed matrices into transformers' loader: the operation that expands them, and the converters that collect them.
+
+transformers loads a parameter by a converter: patterns that collect checkpoint tensors, operations that turn them into
+the parameter. Packed matrices come as `K_bitmask` and `K_values`: both are collected for the parameter that K belongs
+to and expanded to K; then the model's own operations (stacking experts, ...) follow as if K had been stored dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps
+
+from ..errors import CheckpointError
+from .format import BITMASK, VALUES, PackedTensor, SourceMask, unpack
+from .hf_private import WeightConverter, WeightRenaming, rename_source_key
+from .keymap import Group, KeyMap
+
+_ENDS = ("", BITMASK, VALUES)
+
+
+def packed_conversions(conversions: Sequence[Any], keys: KeyMap, masks: Mapping[str, SourceMask]) -> list[Any]:
+    """The model's `conversions`, able to collect packed matrices, and one for parameters that have no conversion."""
+    rewritten = [_collecting(entry, keys, masks) for entry in conversions]
+    return [*rewritten, WeightConverter([BITMASK, VALUES], "", [Unpack(keys, masks, {})])]
+
+
+def check_names(conversions: Sequence[Any], keys: KeyMap, masks: Mapping[str, SourceMask], model: Any) -> None:
+    """Both tensors of every packed matrix must find the parameter that the matrix belongs to, or it would stay random.
+
+    CheckpointError naming the first that does not. `conversions` keep a state: give a copy.
+    """
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    state = model.state_dict()
+    for group in keys.conversions():
+        for key in group.sources:
+            for end in (BITMASK, VALUES) if key in masks else ():
+                name, pattern = rename_source_key(key + end, renamings, converters, model.base_model_prefix, state)
+                if name != group.targets[0] or pattern is None:
+                    raise CheckpointError(
+                        f"tensor {key} is packed, and transformers would look for it under {name}",
+                        hint="gossamer convert --to dense makes a checkpoint that loads",
+                    )
+
+
+def check_conversions(keys: KeyMap, model: Any) -> None:
+    """Run every conversion on shapes alone. CheckpointError where a part (one of many experts) is missing or misshapen."""
+    state = model.state_dict()
+    for group in keys.conversions():
+        if not group.converted:
+            continue
+        shapes = {pattern: [_shape_only(keys.shape(key)) for key in of] for pattern, of in group.patterns.items()}
+        try:
+            made = run_operations(group, shapes, model)
+        except (RuntimeError, ValueError, IndexError, KeyError) as error:
+            raise _unfit(group) from error
+        for name, tensor in made.items():
+            if name in state and tensor.shape != state[name].shape:
+                raise _unfit(group)
+
+
+def _shape_only(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def _unfit(group: Group) -> CheckpointError:
+    return CheckpointError(
+        f"{len(group.sources)} tensors ({group.sources[0]}, ...) do not make up the parameter {group.targets[0]}",
+        hint="the checkpoint is incomplete, or belongs to another config.json",
+    )
+
+
+def run_operations(group: Group, tensors: dict[str, Any], model: Any) -> dict[str, Tensor]:
+    """Parameter name -> what the group's own operations make of {pattern: tensors}. Any dtype; no arithmetic."""
+    converter = group.converter.copy(
+        list(group.converter._original_source_patterns),
+        list(group.converter._original_target_patterns),
+        operations=list(group.converter.operations),
+    )
+    for pattern, members in tensors.items():
+        for key, tensor in zip(group.patterns[pattern], members, strict=True):
+            converter.add_tensor(group.targets[0], key, pattern, tensor)
+    made = converter.convert(group.targets[0], model=model, config=model.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+class Unpack(ConversionOps):
+    """Expands collected tensors and applies the operations that the converter had.
+
+    `names`: pattern of the converter -> patterns under which K, K_bitmask and K_values are collected; {} when there was
+    no converter. The values have been cast by the loader, which is what casting the dense matrix would give.
+    """
+
+    supports_many_to_many = True
+
+    def __init__(
+        self, keys: KeyMap, masks: Mapping[str, SourceMask], names: dict[str, tuple[str, ...]], converter: Any = None
+    ) -> None:
+        self._keys = keys
+        self._masks = masks
+        self._names = names
+        self._converter = converter
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unpack:
+        return self  # the loader copies a converter for every parameter; masks are not to be copied along
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        *,
+        full_layer_name: str = "",
+        **rest: Any,
+    ) -> dict[str, Any]:
+        group = self._keys.groups[full_layer_name]
+        if self._converter is None:
+            return {full_layer_name: self._expand(group.sources[0], input_dict.pop(VALUES)[0])}
+        made: dict[str, Any] = {
+            pattern: self._members(group.patterns[pattern], input_dict, self._names[pattern])
+            for pattern in self._converter.source_patterns
+            if pattern in group.patterns
+        }
+        for operation in self._converter.operations:
+            made = operation.convert(
+                made,
+                source_patterns=self._converter.source_patterns,
+                target_patterns=self._converter.target_patterns,
+                full_layer_name=full_layer_name,
+                **rest,
+            )
+        return made
+
+    def _members(self, keys: list[str], collected: dict[str, Any], names: tuple[str, ...]) -> list[Tensor]:
+        """The dense tensors of `keys`, in order; plain and packed ones may be mixed."""
+        plain, _, values = (iter(collected.pop(name, [])) for name in names)
+        return [self._expand(key, next(values)) if key in self._masks else next(plain) for key in keys]
+
+    def _expand(self, key: str, values: Tensor) -> Tensor:
+        mask = self._masks[key]
+        return unpack(PackedTensor(mask.bits, values.cpu(), mask.record), key).to(values.device)
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        raise NotImplementedError("packed weights are saved by compress/saving.py")
+
+
+def _collecting(entry: Any, keys: KeyMap, masks: Mapping[str, SourceMask]) -> Any:
+    if not isinstance(entry, WeightConverter):
+        return entry
+    sources = [source + end for source in entry._original_source_patterns for end in _ENDS]
+    operation = Unpack(keys, masks, {}, entry)
+    copy = entry.copy(sources, list(entry._original_target_patterns), operations=[operation])
+    width = len(_ENDS)
+    for i, pattern in enumerate(entry.source_patterns):
+        operation._names[pattern] = tuple(copy.source_patterns[width * i : width * (i + 1)])
+    return copy
