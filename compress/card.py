@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from .checkpoint import atomic_write_text
+from .page import PICTURE
 from .plan import Plan
 from .report import Report, percent
 
@@ -27,6 +28,7 @@ def card_text(report: Report, recipe: str, file_format: str) -> str:
         f"`{_base_name(report)}` made sparse with Gossamer: "
         f"{percent(report['sparsity']['prunable'])} of the prunable weights are zero.",
         _table(report),
+        f"![error and sparsity of every kind of matrix]({PICTURE})" if report["layers"] else "",
         "## Load it",
         _loading(file_format),
         "## How it was made",
@@ -79,5 +81,5 @@ def _details(report: Report) -> str:
     environment = report["environment"]
     return (
         f"Gossamer {report['gossamer']}, torch {environment['torch']}, transformers {environment['transformers']}, "
-        f"{environment['threads']} threads. Every figure, layer by layer: `report.json`."
+        f"{environment['threads']} threads. Every figure, layer by layer: `report.json` and `report.html`."
     )

@@ -11,6 +11,8 @@ from . import distributed
 from .card import write_card
 from .census import Census, census
 from .export import Exported
+from .page import write_page, write_picture
+from .pictures import layers_png
 from .plan import Plan
 from .report import SCHEMA, Report, environment
 from .source import open_source
@@ -27,7 +29,7 @@ def build_report(
     command: str | None,
     out: Path,
 ) -> Report:
-    """Assemble the report and write report.json, recipe.yaml and the model card beside the weights."""
+    """Assemble the report; write report.json, report.html, recipe.yaml, model card and picture beside the weights."""
     plan = context.plan
     prunable = prunable_keys(plan)
     before = census(plan.source, prunable)
@@ -61,8 +63,12 @@ def build_report(
         }
     )
     if distributed.is_main():
+        context.progress.working("write the report")
+        picture = layers_png(report["layers"])
         report.save(files.folder)
+        write_picture(files.folder, picture)
         write_card(files.folder, report, plan)
+        write_page(files.folder, report, plan.recipe.to_yaml(), picture)
     return report
 
 
