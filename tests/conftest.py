@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,6 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # helper modules beside the tests, such as families.py
+
+if TYPE_CHECKING:
+    from processes import Launcher
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +57,23 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 DEMO_STEPS = 40
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    """Runs `gossamer` commands in processes of their own, one thread each."""
+    from processes import Launcher
+
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random 3-block Llama in float32 with tokenizer, calibration.txt and heldout.txt. Read-only."""
+    from tiny import save_llama, save_texts
+
+    folder = save_llama(tmp_path_factory.mktemp("tiny") / "model")
+    save_texts(folder)
+    return folder

@@ -1,0 +1,152 @@
+"""The command `gossamer` in processes of its own, without paying for the imports every time.
+
+One parent process imports everything and then forks a child for every command. A child is an ordinary process: it has
+its own working folder, environment and output, and can be killed at any moment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+_PARENT = """
+import gc, json, os, sys, traceback
+import torch, transformers, accelerate
+from transformers import AutoModelForCausalLM, AutoTokenizer
+import gossamer.compress.run, gossamer.compress.score, gossamer.compress.convert
+from gossamer.cli.main import main
+
+def child(job):
+    os.chdir(job["cwd"])
+    os.environ.update(job["env"])
+    for number, path in ((1, job["stdout"]), (2, job["stderr"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = ["gossamer", *job["words"]]
+    code = 0
+    try:
+        exec(job["before"], {})
+        main()
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+gc.collect()
+gc.freeze()  # children that collect need not look at the imports
+print("ready", flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    if "wait" in job:
+        print(os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1]), flush=True)
+        continue
+    pid = os.fork()
+    if pid == 0:
+        sys.stdin.close()
+        child(job)
+    print(pid, flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished command. `returncode` is negative when a signal ended it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    def json(self) -> dict:
+        assert self.returncode == 0, self.stderr
+        return json.loads(self.stdout)
+
+    def errors(self) -> list[str]:
+        return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
+
+
+class Running:
+    """A command under way."""
+
+    def __init__(self, launcher: Launcher, pid: int, folder: Path) -> None:
+        self._launcher, self.pid, self._folder = launcher, pid, folder
+
+    def said(self) -> str:
+        """What it wrote on stderr so far."""
+        path = self._folder / "stderr"
+        return path.read_text() if path.exists() else ""
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> Done:
+        code = int(self._launcher.ask({"wait": self.pid}))
+        return Done(code, (self._folder / "stdout").read_text(), (self._folder / "stderr").read_text())
+
+
+class Launcher:
+    """Starts commands with one thread each; `environment` is added to that of this process."""
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self._folder = tempfile.TemporaryDirectory(prefix="launcher-")
+        self._count = 0
+        self._parent = subprocess.Popen(
+            [sys.executable, "-c", _PARENT],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **threads, **offline, **(environment or {})},
+        )  # fmt: skip
+        assert self._answer() == "ready"
+
+    def start(
+        self,
+        *words: str | Path | float,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        before: str = "",
+    ) -> Running:
+        """`before`: Python that runs in the process first."""
+        self._count += 1
+        folder = Path(self._folder.name) / str(self._count)
+        folder.mkdir()
+        job = {
+            "words": [str(word) for word in words], "cwd": str(cwd or folder), "env": dict(env or {}), "before": before,
+            "stdout": str(folder / "stdout"), "stderr": str(folder / "stderr"),
+        }  # fmt: skip
+        return Running(self, int(self.ask(job)), folder)
+
+    def run(
+        self,
+        *words: str | Path | float,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        before: str = "",
+    ) -> Done:
+        return self.start(*words, cwd=cwd, env=env, before=before).wait()
+
+    def ask(self, job: dict) -> str:
+        assert self._parent.stdin is not None
+        self._parent.stdin.write(json.dumps(job) + "\n")
+        self._parent.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> str:
+        assert self._parent.stdout is not None
+        line = self._parent.stdout.readline()
+        assert line, "the process that starts the commands has died"
+        return line.strip()
+
+    def close(self) -> None:
+        self._parent.send_signal(signal.SIGTERM)
+        self._parent.communicate()
+        self._folder.cleanup()
