@@ -48,7 +48,7 @@ def check_names(conversions: Sequence[Any], keys: KeyMap, masks: Mapping[str, So
 
 
 def check_conversions(keys: KeyMap, model: Any) -> None:
-    """Run every conversion on shapes alone. CheckpointError where a part (one of many experts) is missing or misshapen."""
+    """Run every conversion on shapes alone. CheckpointError where a part, say one expert, is missing or misshapen."""
     state = model.state_dict()
     for group in keys.conversions():
         if not group.converted:
