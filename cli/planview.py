@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "recipe": plan.recipe.model_dump(mode="json"),
         "bytes_before": plan.source.nbytes(),
         "overlap": plan.overlap,
+        "estimate": None if plan.estimate is None else asdict(plan.estimate),
         "stages": [{"name": stage.name, "text": stage.digest} for stage in plan.stages],
         "matrices": [row for stage in plan.prunes for row in _rows(stage)],
         "skipped": [{"name": name, "reason": reason} for stage in plan.prunes for name, reason in stage.skipped],
@@ -39,9 +41,25 @@ def plan_lines(document: dict[str, Any]) -> list[str]:
     lines = [
         f"{len(document['matrices'])} matrices, {zeros:,} of {size:,} weights will be zero ({percent(zeros / size)})",
         f"model: {human_bytes(document['bytes_before'])} of weights, device {document['device']}",
+        *_needs(document["estimate"]),
         "stages: " + ", ".join(stage["name"] for stage in document["stages"]),
     ]
     return lines + [f"not pruned: {entry['name']} ({entry['reason']})" for entry in document["skipped"]]
+
+
+def _needs(estimate: dict[str, Any] | None) -> list[str]:
+    from ..compress.report import human_bytes
+
+    if estimate is None:
+        return []
+    forms = ", ".join(f"{human_bytes(size)} {form}" for form, size in estimate["payload"].items())
+    lines = [
+        f"output: {forms}",
+        f"disk while it runs: {human_bytes(estimate['disk'])}, of {human_bytes(estimate['free'])} that are free",
+    ]
+    if estimate["peak"] is not None:
+        lines.append(f"peak memory: about {human_bytes(estimate['peak']['bytes'])}, at {estimate['peak']['cause']}")
+    return lines
 
 
 def _rows(stage: PrunePlan) -> list[dict[str, Any]]:

@@ -16,7 +16,6 @@ from .recipe import parse_bytes
 from .stages.base import Context
 
 FILES = "files"
-FORMS = {"sparse": ("sparse",), "dense": ("dense",), "both": ("dense", "sparse")}
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def export(context: Context) -> Exported:
 
 def _write(context: Context, folder: Path) -> None:
     recipe = context.plan.recipe
-    forms = FORMS[recipe.export.format]
+    forms = recipe.export.forms
     source = context.current()
     if context.journal.done("assemble") is None:
         shutil.rmtree(folder, ignore_errors=True)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from .journal import begun
 from .recipe import DEFAULT_CALIBRATION, EvaluateStage, Machine, PruneStage, Recipe
 from .source import FolderSource
 from .text import Texts
+
+if TYPE_CHECKING:
+    from .estimate import Estimate
 
 DEFAULT_SEQLEN = 2048
 SHOWN_PROBLEMS = 8
@@ -84,7 +88,7 @@ class EvaluatePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run needs to know."""
+    """Everything a run needs to know. `estimate`: bytes and memory, once it is known where the output goes."""
 
     model: str
     source: FolderSource
@@ -95,6 +99,7 @@ class Plan:
     trust_remote_code: bool
     stages: tuple[PrunePlan | EvaluatePlan, ...]
     overlap: float | None
+    estimate: Estimate | None = None
 
     @property
     def prunes(self) -> list[PrunePlan]:

@@ -121,6 +121,11 @@ class ExportStage(_Frozen):
         checked(lambda: parse_bytes(value))
         return value
 
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The forms that are written."""
+        return ("dense", "sparse") if self.format == "both" else (self.format,)
+
 
 STAGES: dict[str, type[BaseModel]] = {"prune": PruneStage, "evaluate": EvaluateStage, "export": ExportStage}
 Stage = Annotated[Union[PruneStage, EvaluateStage, ExportStage], Field(discriminator="stage")]

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..errors import RecipeError, ResourceError
 from . import distributed, memory
 from .blocks import StreamedModel
 from .checkpoint import sync_tree
+from .estimate import check_room, estimate, folder_bytes
 from .export import FILES, export
 from .failpoint import failpoint
 from .finite import check_finite
@@ -59,7 +60,7 @@ def plan(
     distributed.barrier()  # nobody may find the partial folder that rank 0 is about to make
     source = open_source(str(model), revision=revision, token=token)
     skeleton = StreamedModel.open(source, source.folder, device=device, trust_remote_code=trust_remote_code)
-    return make_plan(
+    made = make_plan(
         str(model),
         recipe,
         machine,
@@ -68,6 +69,9 @@ def plan(
         device=device,
         trust_remote_code=trust_remote_code,
     )
+    found = estimate(made, Path(out))
+    check_room(found, Path(out), present=folder_bytes(partial_of(Path(out))) if resume else 0)
+    return replace(made, estimate=found)
 
 
 def compress(

@@ -294,3 +294,19 @@ def test_lora_of_plain_peft_on_the_dense_gpt2(model_of, tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     base = tuned.unload()
     assert all(torch.equal(parameter, before[name]) for name, parameter in base.named_parameters())
+
+
+@pytest.mark.parametrize("include", [(), ("lm_head", "mlp")])
+def test_untied_head_is_written(include, model_of, tmp_path):
+    """With or without being pruned: plain transformers finds the head's own weight, and every logit is as expected."""
+    model = model_of("qwen3")
+    stage = PruneStage(method="magnitude", untie=True, include=include)
+    done = run("qwen3", model, tmp_path / "out", recipe(stage))
+    embedding, head = done.after["model.embed_tokens.weight"], done.after["lm_head.weight"]
+    assert torch.equal(embedding, done.before["model.embed_tokens.weight"])
+    assert torch.equal(head[head != 0], embedding[head != 0])
+    assert int((head == 0).sum()) == (head.numel() // 2 if include else 0)
+    loaded, info = AutoModelForCausalLM.from_pretrained(done.out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(loaded.lm_head.weight, head)
+    assert torch.equal(loaded.model.embed_tokens.weight, embedding)
