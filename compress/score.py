@@ -35,22 +35,24 @@ def evaluate_model(
     device = resolve_device(machine.device)
     distributed.start(device)
     dtype = evaluation_dtype(machine)
-    with memory.PeakMemory() as peak:
-        source = open_source(str(model), revision=revision, token=token)
-        streamed = StreamedModel.open(
-            source, source.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        )
-        seqlen = sequence_length(stage.seqlen, streamed.max_positions, "--seqlen")
-        texts = Texts(source.folder, Recipe(stages=(PruneStage(),)), streamed)
-        windows, protocol, digest = texts.evaluation(stage.data, seqlen, stage.windows, dtype)
-        result = score(
-            streamed,
-            windows,
-            memory_bytes=machine.max_memory_bytes // 2,
-            progress=(progress if distributed.is_main() else None) or Progress(),
-            label="evaluate",
-            scratch=None,
-        )
+    with memory.PeakMemory() as peak, distributed.one_run():
+        with distributed.agreed():
+            source = open_source(str(model), revision=revision, token=token)
+            streamed = StreamedModel.open(
+                source, source.folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            )
+            seqlen = sequence_length(stage.seqlen, streamed.max_positions, "--seqlen")
+            texts = Texts(source.folder, Recipe(stages=(PruneStage(),)), streamed)
+            windows, protocol, digest = texts.evaluation(stage.data, seqlen, stage.windows, dtype)
+        with memory.frozen_heap():
+            result = score(
+                streamed,
+                windows,
+                memory_bytes=machine.max_memory_bytes // 2,
+                progress=(progress if distributed.is_main() else None) or Progress(),
+                label="evaluate",
+                scratch=None,
+            )
     if not math.isfinite(result.cross_entropy):
         raise ModelError("the model's loss is not finite", hint="try --dtype float32, or check the checkpoint")
     return {
