@@ -126,9 +126,8 @@ def _prepared(
     model: Any, form: str, state_dict: dict[str, Tensor] | None
 ) -> tuple[dict[str, Tensor], dict[str, MatrixRecord], list[Output]]:
     """Tensors by stored name, records by key, and masks that go to a file of their own."""
-    state = dict(model.state_dict() if state_dict is None else state_dict)
+    state = remove_tied_weights_from_state_dict(dict(state_dict or model.state_dict()), model)
     state = {name: _present(model, name, tensor) for name, tensor in state.items()}
-    state = remove_tied_weights_from_state_dict(state, model)
     tensors: dict[str, Tensor] = {}
     records: dict[str, MatrixRecord] = {}
     bits: list[Output] = []

@@ -18,7 +18,7 @@ from gossamer.compress.format import pack, sparse_config, summarise
 from gossamer.compress.source import OverlaySource, open_source
 from gossamer.compress.writer import write_part
 
-CONV1D = ("c_attn", "c_proj", "c_fc")
+IN_OUT = ("c_attn", "c_proj", "c_fc", "gate_up_t")
 NEVER = ("router", ".gate.weight", "bias", "sinks")
 
 
@@ -26,7 +26,7 @@ def inside(folder: Path) -> dict[str, tuple[torch.Tensor, bool]]:
     """Key -> (tensor, stored as [in, out]) of what has two or more dimensions inside the blocks."""
     found = {key: t for key, t in plain(folder).items() if t.dim() >= 2 and (".layers." in key or "h." in key)}
     kept = {key: t for key, t in found.items() if not any(name in key for name in NEVER)}
-    return {key: (t, t.dim() == 3 or any(name in key for name in CONV1D)) for key, t in kept.items()}
+    return {key: (t, t.dim() == 3 or any(name in key for name in IN_OUT)) for key, t in kept.items()}
 
 
 def plain(folder: Path, pattern: str = "model*.safetensors") -> dict[str, torch.Tensor]:

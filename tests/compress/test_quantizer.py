@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from exports import assert_same, dense_twin, expanded, mask_twin, rewrite, save_family_sparse
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+from checkpoints import same_bits
+from exports import assert_same, dense_twin, expanded, mask_twin, plain, rewrite, save_family_sparse, save_sparse
+from families import save_family
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, conversion_mapping
+from transformers.core_model_loading import Chunk, Transpose, WeightConverter
 
 from gossamer.compress.quantizer import GossamerConfig
 from gossamer.errors import CheckpointError, GossamerError, ModelError
@@ -93,15 +97,47 @@ def test_device_map(tmp_path, device_map):
     assert_same(sparse(folder, device_map=device_map), dense(dense_twin(folder, tmp_path / "dense")))
 
 
-def test_offloaded_to_disk(tmp_path):
-    folder = save_family_sparse("llama", tmp_path / "sparse")
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+def test_offloaded_to_disk(tmp_path, family):
+    folder = save_family_sparse(family, tmp_path / "sparse")
+    places = {"model.embed_tokens": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
     places |= {f"model.layers.{i}": "disk" if i else "cpu" for i in range(3)}
     model = sparse(folder, device_map=places, offload_folder=str(tmp_path / "offload"))
+    reference = dense(dense_twin(folder, tmp_path / "dense"))
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
-        expected = dense(dense_twin(folder, tmp_path / "dense"))(ids).logits
-        assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(model(ids).logits, reference(ids).logits)
+    model.save_pretrained(tmp_path / "again")
+    assert_same(sparse(tmp_path / "again"), reference)
+    extra = plain(tmp_path / "again").keys() - plain(folder).keys()
+    assert extra <= {"lm_head.weight"}  # transformers cannot see that offloaded weights are tied
+
+
+def test_one_transposed_tensor_for_two_parameters(tmp_path, monkeypatch):
+    """A conversion that transposes and splits: its packed matrix, its masks, and the way back."""
+    folder = save_family("llama", tmp_path / "base")
+    tensors = plain(folder)
+    for name in [name for name in tensors if name.endswith("gate_proj.weight")]:
+        both = [tensors.pop(name), tensors.pop(name.replace("gate_proj", "up_proj"))]
+        tensors[name.replace("gate_proj", "gate_up_t")] = torch.cat(both).T.contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    targets = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    converter = WeightConverter("mlp.gate_up_t.weight", targets, [Transpose(0, 1), Chunk(0)])
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # the table is built when it is first asked
+    known = conversion_mapping._checkpoint_conversion_mapping_cache
+    monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", known | {"llama": [converter]})
+    folder = save_sparse(folder, tmp_path / "sparse")
+    model = sparse(folder)
+    assert_same(model, dense(dense_twin(folder, tmp_path / "dense")))
+    kept = dense(mask_twin(folder, tmp_path / "masks")).state_dict()
+    assert len(model.gossamer_masks) == 3 * 7
+    for name, mask in model.gossamer_masks.items():
+        assert torch.equal(mask.to_bool(), kept[name] != 0)
+        assert not mask.record.transposed
+    model.save_pretrained(tmp_path / "again")
+    first, second = plain(folder), plain(tmp_path / "again")
+    assert first.keys() == second.keys()
+    assert all(same_bits(first[key], second[key]) for key in first)
 
 
 def test_tied_embeddings_stay_tied(tmp_path):
