@@ -16,8 +16,9 @@ from exports import assert_same, dense_twin, expanded, mask_twin, plain, rewrite
 from families import save_family
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM, conversion_mapping
-from transformers.core_model_loading import Chunk, Transpose, WeightConverter
+from transformers.core_model_loading import Chunk, Concatenate, Transpose, WeightConverter
 
+from gossamer.compress.format import SourceMask
 from gossamer.compress.quantizer import GossamerConfig
 from gossamer.errors import CheckpointError, GossamerError, ModelError
 
@@ -113,31 +114,54 @@ def test_offloaded_to_disk(tmp_path, family):
     assert extra <= {"lm_head.weight"}  # transformers cannot see that offloaded weights are tied
 
 
-def test_one_transposed_tensor_for_two_parameters(tmp_path, monkeypatch):
-    """A conversion that transposes and splits: its packed matrix, its masks, and the way back."""
-    folder = save_family("llama", tmp_path / "base")
-    tensors = plain(folder)
-    for name in [name for name in tensors if name.endswith("gate_proj.weight")]:
-        both = [tensors.pop(name), tensors.pop(name.replace("gate_proj", "up_proj"))]
-        tensors[name.replace("gate_proj", "gate_up_t")] = torch.cat(both).T.contiguous()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    targets = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
-    converter = WeightConverter("mlp.gate_up_t.weight", targets, [Transpose(0, 1), Chunk(0)])
-    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # the table is built when it is first asked
+def convert_by(monkeypatch, family: str, converter: WeightConverter) -> None:
+    """The conversion that transformers knows for the family, until the test ends."""
+    conversion_mapping.get_checkpoint_conversion_mapping(family)  # the table is built when it is first asked
     known = conversion_mapping._checkpoint_conversion_mapping_cache
-    monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", known | {"llama": [converter]})
-    folder = save_sparse(folder, tmp_path / "sparse")
+    monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", known | {family: [converter]})
+
+
+def there_and_back(base: Path, tmp_path: Path) -> dict[str, SourceMask]:
+    """Weights, masks and the saved file against references; returns the model's masks."""
+    folder = save_sparse(base, tmp_path / "sparse")
     model = sparse(folder)
     assert_same(model, dense(dense_twin(folder, tmp_path / "dense")))
     kept = dense(mask_twin(folder, tmp_path / "masks")).state_dict()
-    assert len(model.gossamer_masks) == 3 * 7
-    for name, mask in model.gossamer_masks.items():
-        assert torch.equal(mask.to_bool(), kept[name] != 0)
-        assert not mask.record.transposed
+    assert all(torch.equal(mask.to_bool(), kept[name] != 0) for name, mask in model.gossamer_masks.items())
     model.save_pretrained(tmp_path / "again")
     first, second = plain(folder), plain(tmp_path / "again")
     assert first.keys() == second.keys()
     assert all(same_bits(first[key], second[key]) for key in first)
+    return model.gossamer_masks
+
+
+def test_one_transposed_tensor_for_two_parameters(tmp_path, monkeypatch):
+    base = save_family("llama", tmp_path / "base")
+    tensors = plain(base)
+    for name in [name for name in tensors if name.endswith("gate_proj.weight")]:
+        both = [tensors.pop(name), tensors.pop(name.replace("gate_proj", "up_proj"))]
+        tensors[name.replace("gate_proj", "gate_up_t")] = torch.cat(both).T.contiguous()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    targets = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    convert_by(monkeypatch, "llama", WeightConverter("mlp.gate_up_t.weight", targets, [Transpose(0, 1), Chunk(0)]))
+    masks = there_and_back(base, tmp_path)
+    assert len(masks) == 3 * 7
+    assert not any(mask.record.transposed for mask in masks.values())
+
+
+def test_two_tensors_for_one_parameter_stored_by_inputs(tmp_path, monkeypatch):
+    base = save_family("gpt2", tmp_path / "base")
+    tensors = plain(base)
+    for name in [name for name in tensors if name.endswith("c_fc.weight")]:
+        whole = tensors.pop(name)
+        for part, half in zip("ab", whole.chunk(2, dim=1), strict=True):
+            tensors[name.replace("c_fc", f"c_fc_{part}")] = half.contiguous()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    sources = ["mlp.c_fc_a.weight", "mlp.c_fc_b.weight"]
+    convert_by(monkeypatch, "gpt2", WeightConverter(sources, "mlp.c_fc.weight", [Concatenate(dim=1)]))
+    masks = there_and_back(base, tmp_path)
+    assert masks["transformer.h.0.mlp.c_fc.weight"].bits.shape == (80, 6)
+    assert all(mask.record.transposed for mask in masks.values())
 
 
 def test_tied_embeddings_stay_tied(tmp_path):
