@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shlex
 from typing import Any
 
@@ -36,7 +37,7 @@ class Application(TyperGroup):
         try:
             return super().invoke(ctx)
         except GossamerError as error:
-            raise _exit(error.message, error.hint, error.exit_code) from error
+            raise _exit(error.message, error.hint, error.exit_code, alone=error.alone) from error
         except KeyboardInterrupt as error:
             raise _exit("interrupted", _how_to_go_on(ctx.obj), INTERRUPTED) from error
         except OSError as error:
@@ -60,10 +61,12 @@ def typed_command(ctx: typer.Context) -> str:
     return shlex.join(["gossamer", *words])
 
 
-def _exit(message: str, hint: str | None, code: int) -> typer.Exit:
+def _exit(message: str, hint: str | None, code: int, *, alone: bool = False) -> typer.Exit:
+    """Of several processes with one failure, the first tells it."""
     from .console import show_error
 
-    show_error(message, hint)
+    if alone or os.environ.get("RANK", "0") == "0":
+        show_error(message, hint)
     return typer.Exit(code)
 
 

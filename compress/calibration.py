@@ -8,8 +8,9 @@ For an input x (q, k and v share one, gate and up share one), over all tokens of
                                              the stream there (residual.py)
     holdout                     x, y of the last tenth of every window (at most HOLDOUT_TOKENS in all)
 
-Sums of float32 products are kept in float64, so that one process and several processes, which add in another order,
-round to the same float32 statistics and choose the same masks.
+Float32 products are added in float64. With several processes each runs its own windows through the block; the inputs
+are then shown to all of them in the order of the windows, and each adds up its own part of the matrices (sums.py). So
+the statistics, and with them the masks, are those of one process bit for bit.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .sums import OuterSum
 
 HOLDOUT_TOKENS = 4096
 HOLDOUT_SHARE = 0.1
+X, DENSE, ERROR = "x ", "dense ", "error "  # what a window shows, by kind
 
 
 class Accumulator:
@@ -67,8 +69,8 @@ class Accumulator:
         dense_x: the dense model's input at the same tokens, None = x. errors: writer -> z_dense - z_sparse [t, out].
         """
         errors = errors or {}
-        x = x.float()
-        dense = x if dense_x is None else dense_x.float()
+        x = x.float().contiguous()
+        dense = x if dense_x is None else dense_x.float().contiguous()
         self.tokens += x.shape[0]
         self.energy += x.double().square().sum(0)
         if self.gram is not None:
@@ -87,22 +89,11 @@ class Accumulator:
             y = x @ weight.T + errors[name] if name in errors else dense @ weight.T
             self.held_y[name].append(y)
 
-    def reduce(self) -> None:
-        """Sum over the ranks. Every rank must call it for the same inputs in the same order."""
-        if distributed.world() == 1:
-            return
-        self.tokens = int(distributed.sum_(torch.tensor([self.tokens], device=self.energy.device)))
-        distributed.sum_(self.energy)
-        for total in (self.gram, self.cross, *self.repairs.values()):
-            if total is not None:
-                total.reduce()
-        if self.holdout_rows:
-            self.held_x = [distributed.gather_rows(torch.cat(self.held_x))]
-            for name, parts in self.held_y.items():
-                self.held_y[name] = [distributed.gather_rows(torch.cat(parts))]
-
     def finish(self) -> dict[str, LayerStats]:
-        """The float32 statistics of every matrix on this input; the sums are freed on the way."""
+        """The float32 statistics of every matrix on this input; the sums are freed on the way.
+
+        Every rank must call it for the same inputs in the same order.
+        """
         norm = self.energy.sqrt().float()
         gram = None if self.gram is None else self.gram.take()
         cross = None if self.cross is None else self.cross.take()
@@ -135,7 +126,7 @@ def collect(
     windows: int,
     places: Mapping[str, str] | None = None,
 ) -> dict[str, LayerStats]:
-    """Statistics of every matrix in `groups`, keyed by name, from this rank's windows and summed over the ranks.
+    """Statistics of every matrix in `groups`, keyed by name, over the windows of all ranks.
 
     `block` sees `hidden` (the pruned-so-far model); with "target" in needs, `dense_block` sees `dense_hidden`.
     `places`: where matrices write into the residual stream (`residual.residual_places`).
@@ -147,31 +138,51 @@ def collect(
         group[0].name: accumulator_for(model, block, dense_block, group, needs, windows, args.length, places)
         for group in groups
     }
-    stream = needed(groups, places)
+    pair = None
+    if dense_block is not None and dense_hidden is not None:
+        pair = dense_block, dense_hidden
     leaders = [group[0] for group in groups]
-    dense_leaders = [leader for leader in leaders if leader.kind != "expert"]
-    for window in distributed.my_share(windows):
-        dense_x: dict[str, Tensor] = {}
-        error: dict[str, Tensor] = {}
-        if asymmetric and dense_leaders:
-            assert dense_block is not None
-            assert dense_hidden is not None
-            dense_x, error = inputs_of(
-                model, block_index, dense_block, dense_leaders, dense_hidden, args, window, stream
-            )
-        inputs, z = inputs_of(model, block_index, block, leaders, hidden, args, window, stream)
-        error = {place: (error[place].float() - z[place].float()).view(-1, z[place].shape[-1]) for place in error}
-        for group in groups:
-            name = group[0].name
-            if name in inputs:
-                mine = {p.name: error[places[p.name]] for p in group if p.name in places}
-                accumulators[name].add(inputs[name], dense_x.get(name), mine)
-        del dense_x, inputs, error, z
+    stream = needed(groups, places)
+    for window in distributed.turns(windows):
+        found = None
+        if window is not None:
+            found = _measure(model, block_index, block, pair, leaders, hidden, args, window, stream)
+        for seen in distributed.in_turn(found, model.device):
+            for group in groups:
+                name = group[0].name
+                if X + name in seen:
+                    mine = {p.name: seen[ERROR + places[p.name]] for p in group if p.name in places}
+                    accumulators[name].add(seen[X + name], seen.get(DENSE + name), mine)
+        del found
     result: dict[str, LayerStats] = {}
     for accumulator in accumulators.values():
-        accumulator.reduce()
         result |= accumulator.finish()
     return result
+
+
+def _measure(
+    model: StreamedModel,
+    block_index: int,
+    block: torch.nn.Module,
+    dense: tuple[torch.nn.Module, HiddenStore] | None,
+    leaders: Sequence[Prunable],
+    hidden: HiddenStore,
+    args: BlockArgs,
+    window: int,
+    stream: Sequence[str],
+) -> dict[str, Tensor]:
+    """What one window shows: inputs by leader, the dense model's inputs by leader, stream errors by place."""
+    dense_x: dict[str, Tensor] = {}
+    dense_z: dict[str, Tensor] = {}
+    watched = [leader for leader in leaders if leader.kind != "expert"]
+    if dense is not None and watched:
+        dense_x, dense_z = inputs_of(model, block_index, dense[0], watched, dense[1], args, window, stream)
+    x, z = inputs_of(model, block_index, block, leaders, hidden, args, window, stream)
+    found = {X + name: value for name, value in x.items()}
+    found |= {DENSE + name: value for name, value in dense_x.items()}
+    for place, value in dense_z.items():
+        found[ERROR + place] = (value.float() - z[place].float()).view(-1, value.shape[-1])
+    return found
 
 
 def inputs_of(

@@ -1,17 +1,26 @@
-"""The few collective operations of data-parallel calibration and evaluation; all of them no-ops in a single process.
+"""Several processes as one: the few collective operations of calibration and evaluation, no-ops in a single process.
 
-Launched by `accelerate launch` or torchrun, the process group comes from accelerate. Windows are split over the ranks,
-statistics are summed, each matrix is solved by one rank and sent to the others.
+Launched by `accelerate launch` or torchrun, the process group comes from accelerate. Windows are dealt to the ranks in
+turns; every statistic is added up in the order of the windows, each entry by one rank, and each matrix is solved by one
+rank. So the result does not depend on the number of processes, to the last bit.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ..errors import GossamerError, ResourceError
+
+T = TypeVar("T")
+_SHARED = "raised_on_every_rank"
 
 
 def start(device: str) -> None:
@@ -20,6 +29,13 @@ def start(device: str) -> None:
         from accelerate import PartialState
 
         PartialState(cpu=device == "cpu")
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """A process that ends inside a group is aborted by its own network threads, and its exit code is lost."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def world() -> int:
@@ -43,32 +59,64 @@ def barrier() -> None:
         dist.barrier()
 
 
+# ---- windows and what was measured in them ---------------------------------------------------------------------------
+
+
 def my_share(count: int) -> range:
-    """The contiguous share of `count` items that belongs to this rank."""
-    size, extra = divmod(count, world())
-    start = rank() * size + min(rank(), extra)
-    return range(start, start + size + (rank() < extra))
+    """Every world()-th of `count` windows: the ones that belong to this rank. May be empty."""
+    return range(rank(), count, world())
+
+
+def followed(count: int) -> list[int]:
+    """The windows that this rank runs through the blocks: its own, and the first, which shows the structure to all."""
+    return sorted({0, *my_share(count)})
+
+
+def turns(count: int) -> Iterator[int | None]:
+    """This rank's window in every turn; None in a last turn that has too few."""
+    for first in range(0, count, world()):
+        yield first + rank() if first + rank() < count else None
+
+
+def in_turn(tensors: Mapping[str, Tensor] | None, device: torch.device) -> Iterator[Mapping[str, Tensor]]:
+    """What the ranks measured in one turn, in the order of the windows, on every rank. None: this rank had no window.
+
+    Tensors arrive bit for bit, one window at a time.
+    """
+    if world() == 1:
+        if tensors is not None:
+            yield tensors
+        return
+    mine = None if tensors is None else {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    for owner, layout in enumerate(_from_all(mine)):
+        if layout is None:
+            continue
+        here = tensors if owner == rank() and tensors is not None else None
+        found = {}
+        for name, (shape, dtype) in layout.items():
+            tensor = torch.empty(shape, dtype=dtype, device=device) if here is None else here[name].contiguous()
+            if tensor.numel():
+                dist.broadcast(tensor.view(-1).view(torch.uint8), owner)
+            found[name] = tensor
+        yield found
+
+
+def owner_of(slab: int) -> int:
+    """The rank that adds up slab number `slab` of a matrix: there and back again, since later slabs are longer."""
+    place = slab % (2 * world())
+    return min(place, 2 * world() - 1 - place)
 
 
 def sum_(tensor: Tensor) -> Tensor:
-    """Sum over the ranks, in place."""
+    """Sum over the ranks, in place. Exact where all ranks but one hold zeros."""
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def gather_rows(rows: Tensor) -> Tensor:
-    """Concatenate [n_r, d] tensors of all ranks in rank order (n_r may differ)."""
-    if world() == 1:
-        return rows
-    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world())]
-    dist.all_gather(counts, torch.tensor([rows.shape[0]], device=rows.device))
-    longest = max(int(count) for count in counts)
-    padded = rows.new_zeros(longest, rows.shape[1])
-    padded[: rows.shape[0]] = rows
-    parts = [torch.empty_like(padded) for _ in range(world())]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+def gather(values: Sequence[float]) -> list[float]:
+    """The values of all ranks, one after another."""
+    return [value for part in _from_all(list(values)) for value in part]
 
 
 def broadcast_(tensors: Sequence[Tensor], source: int) -> None:
@@ -78,19 +126,72 @@ def broadcast_(tensors: Sequence[Tensor], source: int) -> None:
             dist.broadcast(tensor, source)
 
 
-def same_everywhere(text: str) -> bool:
-    """Whether every rank passed the same text."""
-    if world() == 1:
-        return True
-    texts: list[str | None] = [None] * world()
-    dist.all_gather_object(texts, text)
-    return all(other == text for other in texts)
-
-
-def from_main(value: object) -> object:
-    """The value that rank 0 passed."""
+def from_rank(value: T, source: int) -> T:
+    """The value that rank `source` passed; it must pickle."""
     if world() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+def _from_all(value: Any) -> list[Any]:
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+# ---- failing together ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """A failure of one rank inside is raised on every rank, so that none waits for it. No collectives inside."""
+    failure: GossamerError | OSError | None = None
+    try:
+        yield
+    except (GossamerError, OSError) as error:
+        if world() == 1:
+            raise
+        failure = error
+    failures = _from_all(failure)
+    if any(failures):
+        first = next(error for error in failures if error is not None)
+        first.__dict__[_SHARED] = True
+        raise first
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0; its value, or its failure, on every rank."""
+    value: Any = None
+    with agreed():
+        if is_main():
+            value = work()
+    return from_rank(value, 0)
+
+
+@contextmanager
+def one_run() -> Iterator[None]:
+    """What a failure of one process looks like in a run of several.
+
+    A failure that is not `agreed` is marked `alone`: rank 0 will not tell it. When another process has ended, a
+    ResourceError rather than a traceback from the network.
+    """
+    try:
+        yield
+    except GossamerError as error:
+        error.alone = world() > 1 and not any(_SHARED in vars(e) for e in (error, error.__cause__) if e is not None)
+        raise
+    except RuntimeError as error:
+        if world() == 1 or not _is_lost_peer(error):
+            raise
+        raise ResourceError(
+            f"process {rank()} lost the others: one of the {world()} processes has ended",
+            hint="its own message says why; none means it was killed, for lack of memory perhaps; "
+            "repeat the command with --resume",
+        ) from error
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -31,15 +31,11 @@ class Exported:
 def export(context: Context) -> Exported:
     """Assemble, verify and describe the checkpoint below the partial folder. Repeats what the journal does not hold."""
     folder = context.partial / FILES
-    if distributed.is_main() and context.journal.done("verify") is None:
-        _write(context, folder)
-    distributed.barrier()
-    done = distributed.from_main(context.journal.done("verify"))
-    assert isinstance(done, dict)
+    done = distributed.on_main(lambda: context.journal.done("verify") or _write(context, folder))
     return Exported(folder, done["payload"], done["sizes"], done["masks"])
 
 
-def _write(context: Context, folder: Path) -> None:
+def _write(context: Context, folder: Path) -> dict[str, Any]:
     recipe = context.plan.recipe
     forms = recipe.export.forms
     source = context.current()
@@ -60,6 +56,7 @@ def _write(context: Context, folder: Path) -> None:
     sizes = {name: (folder / name).stat().st_size for name in payload}
     result = {"payload": payload, "sizes": sizes, "masks": checked.summary.masks_sha256}
     context.journal.finish("verify", result)
+    return result
 
 
 def _config(context: Context, forms: tuple[str, ...], summary: Summary) -> dict[str, Any]:

@@ -35,11 +35,8 @@ class Journal:
         return journal
 
     @classmethod
-    def resume(cls, partial: Path, identity: dict[str, Any], *, mend: bool = True) -> Journal:
-        """Open the journal of an earlier run. ResumeError names whatever differs from `identity`.
-
-        `mend`: drop a line cut short by a kill. Only one process may; the others just read.
-        """
+    def resume(cls, partial: Path, identity: dict[str, Any]) -> Journal:
+        """Open the journal of an earlier run. ResumeError names whatever differs from `identity`."""
         journal = cls(partial, identity)
         lines = journal._read()
         if not lines or "identity" not in lines[0]:
@@ -47,8 +44,7 @@ class Journal:
         _compare(lines[0]["identity"], identity)
         for line in lines[1:]:
             journal._done[line["done"]] = line["result"]
-        if mend:
-            journal._rewrite(lines)
+        journal._rewrite(lines)
         return journal
 
     def done(self, unit: str) -> dict[str, Any] | None:

@@ -56,21 +56,21 @@ def plan(
     machine = machine or Machine()
     device = resolve_device(machine.device)
     distributed.start(device)
-    _check_place(Path(out), model, overwrite=overwrite, resume=resume)
-    distributed.barrier()  # nobody may find the partial folder that rank 0 is about to make
-    source = open_source(str(model), revision=revision, token=token)
-    skeleton = StreamedModel.open(source, source.folder, device=device, trust_remote_code=trust_remote_code)
-    made = make_plan(
-        str(model),
-        recipe,
-        machine,
-        source=source,
-        skeleton=skeleton,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
-    found = estimate(made, Path(out))
-    check_room(found, Path(out), present=folder_bytes(partial_of(Path(out))) if resume else 0)
+    with distributed.agreed():  # and nobody may find the partial folder that rank 0 is about to make
+        _check_place(Path(out), model, overwrite=overwrite, resume=resume)
+        source = open_source(str(model), revision=revision, token=token)
+        skeleton = StreamedModel.open(source, source.folder, device=device, trust_remote_code=trust_remote_code)
+        made = make_plan(
+            str(model),
+            recipe,
+            machine,
+            source=source,
+            skeleton=skeleton,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        found = estimate(made, Path(out))
+        check_room(found, Path(out), present=folder_bytes(partial_of(Path(out))) if resume else 0)
     return replace(made, estimate=found)
 
 
@@ -94,33 +94,34 @@ def compress(
     exist, and `out.partial` holds what was finished.
     """
     out = Path(out).absolute()
-    recorder = Recorder((progress if distributed.is_main() else None) or Progress())
     memory.bound_heap()
-    with memory.PeakMemory() as peak:
+    with memory.PeakMemory() as peak, distributed.one_run():
         started = time.monotonic()
         job = plan(
             model, out, recipe, machine,
             revision=revision, token=token, trust_remote_code=trust_remote_code, resume=resume, overwrite=overwrite,
         )  # fmt: skip
         partial = partial_of(out)
+        recorder = Recorder((progress if distributed.is_main() else None) or Progress())
         if not resume:
-            check_finite(job.source, recorder)
-        with _storage_errors(partial):
+            distributed.on_main(lambda: check_finite(job.source, recorder))
+        with memory.frozen_heap(), _storage_errors(partial):
             context = Context(job, partial, _journal(partial, job, resume, recorder), recorder)
-            if context.journal.done("verify") is not None and not (partial / FILES).exists():
-                return _finish_published(partial, out)
+            if distributed.on_main(
+                lambda: context.journal.done("verify") is not None and not (partial / FILES).exists()
+            ):
+                return distributed.on_main(lambda: _finish_published(partial, out))
             if not overwrite:
-                require_free(out)
+                distributed.on_main(lambda: require_free(out))
             reports = [_stage(context, stage) for stage in job.stages]
             files = export(context)
-            report = build_report(
-                context, reports, files,
-                seconds=time.monotonic() - started, peak=lambda: peak.peak, command=command, out=out,
+            report = distributed.on_main(
+                lambda: build_report(
+                    context, reports, files,
+                    seconds=time.monotonic() - started, peak=lambda: peak.peak, command=command, out=out,
+                )
             )  # fmt: skip
-            distributed.barrier()
-            if distributed.is_main():
-                _publish(context, files.folder, out, overwrite)
-            distributed.barrier()
+            distributed.on_main(lambda: _publish(context, files.folder, out))
     return report
 
 
@@ -160,7 +161,6 @@ def identity(job: Plan) -> dict[str, Any]:
         "model": job.source.digest(),
         "device": job.device,
         "dtype": job.machine.dtype,
-        "processes": distributed.world(),
     }
     facts |= {key: value for key, value in environment().items() if key not in ("gossamer", "platform", "python")}
     for stage in job.stages:
@@ -169,13 +169,9 @@ def identity(job: Plan) -> dict[str, Any]:
 
 
 def _journal(partial: Path, job: Plan, resume: bool, progress: Progress) -> Journal:
-    """The run's journal. Rank 0 makes or mends it; the others read it before anything is added."""
+    """The run's journal. Rank 0 makes or mends it and is the only one to write; the others get a copy."""
     facts = identity(job)
-    journal = _own_journal(partial, facts, resume, progress) if distributed.is_main() else None
-    distributed.barrier()
-    journal = journal or Journal.resume(partial, facts, mend=False)
-    distributed.barrier()
-    return journal
+    return distributed.on_main(lambda: _own_journal(partial, facts, resume, progress))
 
 
 def _own_journal(partial: Path, facts: dict[str, Any], resume: bool, progress: Progress) -> Journal:
@@ -197,13 +193,11 @@ def _stage(context: Context, stage: PrunePlan | EvaluatePlan) -> StageReport:
             context.finished.append(context.work / stage.name)
         return StageReport(**done)
     report = PruneRun(context, stage).run() if isinstance(stage, PrunePlan) else run_evaluate(context, stage)
-    if distributed.is_main():
-        context.journal.finish(stage.name, asdict(report))
-    distributed.barrier()
+    context.finish(stage.name, asdict(report))
     return report
 
 
-def _publish(context: Context, files: Path, out: Path, overwrite: bool) -> None:
+def _publish(context: Context, files: Path, out: Path) -> None:
     """Rename the verified folder to OUT and remove the rest of the partial run."""
     failpoint("publish")
     if out.exists() and files.exists():
@@ -219,9 +213,7 @@ def _publish(context: Context, files: Path, out: Path, overwrite: bool) -> None:
 def _finish_published(partial: Path, out: Path) -> Report:
     """The run was killed after the rename: only the rest of the partial folder is left to remove."""
     report = Report(json.loads((out / "report.json").read_text(encoding="utf-8")))
-    distributed.barrier()
-    if distributed.is_main():
-        _remove(partial)
+    _remove(partial)
     return report
 
 

@@ -13,9 +13,9 @@ SLAB = 512
 class OuterSum:
     """sum a b^T over tokens, float64 [rows, cols], from float32 inputs a [tokens, rows] and b [tokens, cols].
 
-    Products are made in float32 and added in float64: sums of the same windows in another order (several processes)
-    then round to the same float32 result. `symmetric`: a and b are always the same, and the part right of each slab's
-    own diagonal block is left out until the end.
+    Products are made in float32 and added in float64. `symmetric`: a and b are always the same, and the part right of
+    each slab's own diagonal block is left out until the end. Several processes see the same windows in the same order,
+    and each adds up its own slabs only: the result is that of one process.
     """
 
     def __init__(self, rows: int, cols: int, device: torch.device, *, symmetric: bool = False) -> None:
@@ -23,33 +23,33 @@ class OuterSum:
         edges = [(first, min(first + SLAB, rows)) for first in range(0, rows, SLAB)]
         self._slabs = [
             torch.zeros(last - first, last if symmetric else cols, dtype=torch.float64, device=device)
-            for first, last in edges
+            if distributed.owner_of(number) == distributed.rank()
+            else None
+            for number, (first, last) in enumerate(edges)
         ]
         self._product = torch.empty(min(SLAB, rows) * cols, device=device)  # one buffer: fresh pages cost time
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Add one window."""
         for slab, columns in zip(self._slabs, a.split(SLAB, dim=1), strict=True):
+            if slab is None:
+                continue
             product = self._product[: slab.numel()].view(slab.shape)
             slab.add_(torch.mm(columns.T, b[:, : slab.shape[1]], out=product))
 
-    def reduce(self) -> None:
-        """Sum over the ranks, in place."""
-        for slab in self._slabs:
-            distributed.sum_(slab)
-
     def take(self) -> Tensor:
-        """The sum in float32. The float64 slabs are freed one by one; the object is empty afterwards."""
+        """The sum in float32, on every rank. The float64 slabs are freed one by one; the object is empty afterwards."""
         self._product = torch.empty(0)
-        result = torch.empty(self.rows, self.cols, dtype=torch.float32, device=self.device)
+        blank = torch.empty if distributed.world() == 1 else torch.zeros
+        result = blank(self.rows, self.cols, dtype=torch.float32, device=self.device)
         self._slabs.reverse()
-        first = 0
-        while self._slabs:
+        for first in range(0, self.rows, SLAB):
             slab = self._slabs.pop()
+            if slab is None:
+                continue
             result[first : first + len(slab), : slab.shape[1]] = slab
             if self.symmetric:
                 result[:first, first : first + len(slab)] = slab[:, :first].T
                 block = result[first : first + len(slab), first : first + len(slab)]
                 block.copy_(block.tril() + block.tril(-1).T)  # products need not be symmetric to the last bit
-            first += len(slab)
-        return result
+        return distributed.sum_(result)  # exact: every entry is zero on all ranks but one

@@ -18,9 +18,13 @@ from __future__ import annotations
 
 
 class GossamerError(Exception):
-    """Base of all expected failures. `hint`: what the user can do about it."""
+    """Base of all expected failures. `hint`: what the user can do about it.
+
+    `alone`: in a run of several processes only this one failed, so nobody else will tell.
+    """
 
     exit_code = 2
+    alone = False
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .. import distributed
 from ..blocks import StreamedModel
 from ..journal import Journal
 from ..plan import Plan
@@ -36,6 +37,10 @@ class Context:
         folder = self.work / "scratch"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def finish(self, unit: str, result: dict[str, Any]) -> None:
+        """Every rank calls it when `unit` is done; the journal is written once, and nobody goes on before it is."""
+        distributed.on_main(lambda: self.journal.finish(unit, result))
 
     def current(self) -> StoredSource:
         """The model's tensors after the stages finished so far."""

@@ -32,8 +32,7 @@ def budgets(context: Context, plan: PrunePlan, model: StreamedModel) -> dict[str
         context.progress.stage("spread the sparsity", model.num_blocks)
         counts = _owl(context, plan, model) if stage.allocation == "owl" else _global(plan, model)
         done = {"zeros": counts}
-        if distributed.is_main():
-            context.journal.finish(unit, done)
+        context.finish(unit, done)
     sizes = {job.name: job.size for job in plan.jobs}
     scope = "matrix" if stage.scope == "model" else stage.scope or "row"
     return {name: Unstructured(zeros / sizes[name], scope) for name, zeros in done["zeros"].items()}
@@ -62,15 +61,14 @@ def _magnitudes(plan: PrunePlan, model: StreamedModel) -> Iterator[Tensor]:
 def _owl(context: Context, plan: PrunePlan, model: StreamedModel) -> dict[str, int]:
     """Zeros per matrix from the outlier share of its block on the dense model (OWL, ICML 2024)."""
     assert plan.windows is not None
-    hidden = HiddenStore(context.scratch / "owl", context.plan.machine.max_memory_bytes // 2)
+    hidden = HiddenStore(context.scratch / f"owl-{distributed.rank()}", context.plan.machine.max_memory_bytes // 2)
     try:
         args = capture(model, plan.windows, hidden)
-        first = distributed.my_share(len(plan.windows))[0]
         shares, sizes = [], []
         for index in range(model.num_blocks):
             block = model.load_block(index)
             jobs = {job.name: job for job in plan.jobs if job.prunable.block == index}
-            groups = model.input_groups(index, block, hidden.get(first), args, first)
+            groups = model.input_groups(index, block, hidden.get(0), args)
             groups = [[member for member in group if member.name in jobs] for group in groups]
             groups = [group for group in groups if group]
             norms = collect(model, index, block, None, groups, hidden, None, args, frozenset(), len(plan.windows))

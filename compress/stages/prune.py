@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +89,6 @@ class PruneRun:
                 done = self.context.journal.done(self._unit(index))
                 if done is None:
                     block_rows = self._block(index, streams)
-                    distributed.barrier()
                     self._finish(index, block_rows, clock)
                 else:
                     block_rows = done["rows"]
@@ -120,13 +119,15 @@ class PruneRun:
         dense = None
         if self._asymmetric:
             dense = HiddenStore(scratch / f"dense-{distributed.rank()}", share)
-            for window in distributed.my_share(len(self.plan.windows)):
-                dense.put(window, hidden.get(window))
+            with distributed.agreed():
+                for window in distributed.followed(len(self.plan.windows)):
+                    dense.put(window, hidden.get(window))
         return _Streams(len(self.plan.windows), args, hidden, dense)
 
     def _block(self, index: int, streams: _Streams | None) -> list[dict[str, Any]]:
-        block = self.model.load_block(index)
-        _check_finite(block, self.model.block_names[index])
+        with distributed.agreed():
+            block = self.model.load_block(index)
+            _check_finite(block, self.model.block_names[index])
         jobs = {job.name: job for job in self.plan.jobs if job.prunable.block == index}
         keep = self._masks_so_far(index)
         dense_block = self.dense.load_block(index) if self._asymmetric else None
@@ -149,10 +150,13 @@ class PruneRun:
                 masks[member.name] = mask
                 rows.append(row)
         self._propagate(index, block, dense_block, streams, masks)
-        if distributed.is_main() and masks:
-            exported = self.model.export_block(index, block, masks)
-            write_exported(part_path(self.folder, index), exported, self._promises(jobs.values(), keep))
+        if masks:
+            promises = self._promises(jobs.values(), keep)
+            distributed.on_main(lambda: self._write(index, block, masks, promises))
         return rows
+
+    def _write(self, index: int, block: torch.nn.Module, masks: dict[str, Tensor], promises: dict[str, str]) -> None:
+        write_exported(part_path(self.folder, index), self.model.export_block(index, block, masks), promises)
 
     def _promises(self, jobs: Iterable[MatrixJob], keep: dict[str, Tensor]) -> dict[str, str]:
         """Checkpoint key -> the pattern its mask holds; "mixed" where matrices or stages differ."""
@@ -171,9 +175,7 @@ class PruneRun:
         root = self.model.block_names[index]
         kind = tuple((name, type(module)) for name, module in block.named_modules())
         if kind not in self._places_of_kind:
-            first = distributed.my_share(streams.windows)[0]
-            hidden = streams.hidden.get(first)
-            places = residual_places(self.model, index, block, hidden, streams.args, first)
+            places = residual_places(self.model, index, block, streams.hidden.get(0), streams.args, 0)
             self._places_of_kind[kind] = {name.removeprefix(root): place for name, place in places.items()}
         return {root + name: place for name, place in self._places_of_kind[kind].items()}
 
@@ -185,8 +187,7 @@ class PruneRun:
             return []
         if streams is None:
             return [[[job.prunable] for job in jobs.values()]]
-        first = distributed.my_share(streams.windows)[0]
-        steps = self.model.input_steps(index, block, streams.hidden.get(first), streams.args, first)
+        steps = self.model.input_steps(index, block, streams.hidden.get(0), streams.args)
         steps = [[[m for m in group if m.name in jobs] for group in step] for step in steps]
         steps = [[group for group in step if group] for step in steps]
         steps = [step for step in steps if step]
@@ -214,16 +215,23 @@ class PruneRun:
         pattern = self.patterns[job.name]
         owner = position % distributed.world()
         method, name = self._method_for(job, stats)
-        if owner == distributed.rank():
-            new, mask = self._solve(method, weight, stats, pattern, keep.get(job.name))
-        else:
-            new, mask = torch.empty(weight.shape), torch.empty(weight.shape, dtype=torch.bool)
-        bits = mask.to(torch.uint8)
+        new = torch.empty(weight.shape, device=weight.device)
+        bits = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        notes: list[str] = []
+        with distributed.agreed():
+            if owner == distributed.rank():
+                new, found = self._solve(method, weight, stats, pattern, keep.get(job.name), notes.append)
+                new, bits = new.contiguous(), found.to(torch.uint8)
         distributed.broadcast_([new, bits], owner)
         mask = bits.bool()
         self.model.set_weight(block, job.prunable, new.masked_fill_(~mask, 0))
         new = self.model.weight(block, job.prunable)
-        before, after = _errors(weight, [weight.masked_fill(~mask, 0), new], stats)
+        errors: list[float | None] = []
+        if owner == distributed.rank():
+            errors = _errors(weight, [weight.masked_fill(~mask, 0), new], stats)
+        (before, after), notes = distributed.from_rank((errors, notes), owner)
+        for note in notes:
+            self.context.progress.note(note)
         row = {
             "name": job.name,
             "shape": list(job.prunable.shape),
@@ -291,10 +299,8 @@ class PruneRun:
         self._propagate(index, block, dense_block, streams)
 
     def _finish(self, index: int, rows: list[dict[str, Any]], clock: Clock) -> None:
-        if distributed.is_main():
-            rebuilt = [entry for entry in self.rebuilt if entry["block"] == index]
-            self.context.journal.finish(self._unit(index), {"rows": rows, "rebuilt": rebuilt})
-        distributed.barrier()
+        rebuilt = [entry for entry in self.rebuilt if entry["block"] == index]
+        self.context.finish(self._unit(index), {"rows": rows, "rebuilt": rebuilt})
         seconds, left = clock.tick()
         errors = [row["error_after"] for row in rows if row["error_after"] is not None]
         size = sum(row["shape"][0] * row["shape"][1] for row in rows)
@@ -337,19 +343,26 @@ class PruneRun:
             stats = None if streams is None else head_stats(self.model, jobs[0], head, streams, self.needs)
             row, mask = self._matrix(head, jobs[0], stats, {}, 0)
             rows.append(row)
-        if distributed.is_main():
-            exported = self.model.export_head(head, mask)
-            promise = str(self.patterns[jobs[0].name]) if jobs else ""
-            write_exported(head_path(self.folder), exported, {item.key: promise for item in exported})
-            self.context.journal.finish(unit, {"rows": rows})
-        distributed.barrier()
+        promise = str(self.patterns[jobs[0].name]) if jobs else ""
+        distributed.on_main(lambda: self._write_head(head, mask, promise))
+        self.context.finish(unit, {"rows": rows})
         return rows
 
+    def _write_head(self, head: torch.nn.Module, mask: Tensor | None, promise: str) -> None:
+        exported = self.model.export_head(head, mask)
+        write_exported(head_path(self.folder), exported, {item.key: promise for item in exported})
+
     def _solve(
-        self, method: Any, weight: Tensor, stats: LayerStats | None, pattern: Pattern, kept: Tensor | None
+        self,
+        method: Any,
+        weight: Tensor,
+        stats: LayerStats | None,
+        pattern: Pattern,
+        kept: Tensor | None,
+        note: Callable[[str], None],
     ) -> tuple[Tensor, Tensor]:
         """The method's answer; with an earlier mask, its nearest answer inside that mask."""
-        new, mask = method.prune(weight, stats, pattern, self.context.progress.note)
+        new, mask = method.prune(weight, stats, pattern, note)
         if kept is None or not bool((mask & ~kept).any()):
             return new, mask
         # A method that updates weights may revive entries: choose again among the allowed ones by the new values.
@@ -365,9 +378,12 @@ def head_stats(
         model, head, None, [job.prunable], needs - {"target"}, streams.windows, streams.args.length, {}
     )
     with model.outer():
-        for window in distributed.my_share(streams.windows):
-            accumulator.add(model.head_input(streams.hidden.get(window), streams.args, window), None)
-    accumulator.reduce()
+        for window in distributed.turns(streams.windows):
+            found = None
+            if window is not None:
+                found = {job.name: model.head_input(streams.hidden.get(window), streams.args, window)}
+            for seen in distributed.in_turn(found, model.device):
+                accumulator.add(seen[job.name], None)
     return accumulator.finish()[job.name]
 
 
