@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.text import Text
 from ..compress.progress import BlockDone, Progress
 
 PIPE_WIDTH = 160
+BETWEEN_LINES = 10.0  # seconds
 
 
 class ConsoleProgress(Progress):
@@ -25,6 +27,7 @@ class ConsoleProgress(Progress):
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self._status = self.console.status("starting")
         self._live = self.console.is_terminal
+        self._printed = time.monotonic()
 
     def __enter__(self) -> ConsoleProgress:
         if self._live:
@@ -42,6 +45,7 @@ class ConsoleProgress(Progress):
             self._status.update(text)
 
     def block(self, event: BlockDone) -> None:
+        self._printed = time.monotonic()
         parts = [f"{event.stage} {event.block + 1}/{event.blocks} {event.name}"]
         if event.error is not None:
             parts.append(f"error {event.error:.3e}")
@@ -51,6 +55,16 @@ class ConsoleProgress(Progress):
         if event.block + 1 < event.blocks:
             parts.append(f"{duration(event.seconds_left)} left")
         self.console.print(Text("  ".join(parts)))
+
+    def windows(self, label: str, done: int, total: int, seconds_left: float) -> None:
+        """Every few seconds, and at the end."""
+        now = time.monotonic()
+        self.working(f"{label} {done}/{total}")
+        if done < total and now - self._printed < BETWEEN_LINES:
+            return
+        self._printed = now
+        left = f"  {duration(seconds_left)} left" if done < total else ""
+        self.console.print(Text(f"{label} {done}/{total} windows{left}"))
 
     def note(self, text: str) -> None:
         self.console.print(Text(f"note: {text}"))

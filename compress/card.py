@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from .checkpoint import atomic_write_text
 from .page import PICTURE
-from .plan import Plan
 from .report import Report, percent
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 
 def write_card(folder: Path, report: Report, plan: Plan) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import ModelError, RecipeError
 from .checkpoint import KINDS, MAX_SHARD_SIZE, assemble, atomic_write_text, publish, verify
+from .converted import refresh_report
 from .format import METADATA_KEY, dense_config, sparse_config
 from .modelfolder import MASKS
 from .source import FolderSource, StoredSource, open_source
@@ -52,6 +53,7 @@ def convert(
         config = build(folder.config, checked.summary)
         atomic_write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         copy_companions(folder.folder, work)
+        refresh_report(work, out.name, to, checked.payload)
         publish(work, out, overwrite=overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,9 +29,10 @@ from .timing import Clock
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything that must be equal before two perplexities may be compared."""
+    """Everything that must be equal before two perplexities may be compared. `text`: how it was put together."""
 
     dataset: str
+    text: str
     seqlen: int
     windows: int
     predicted_tokens: int
@@ -68,9 +69,10 @@ def score(
     """Perplexity of one model over windows [n, length]; hidden states beyond `memory_bytes` spill below `scratch`."""
     with _final_states(model, windows, memory_bytes, progress, label, scratch) as (hidden, args), model.outer():
         losses = [
-            _cross_entropy(model.logits(hidden.get(w), args, w), windows[w]) for w in distributed.my_share(len(windows))
+            _cross_entropy(model.logits(hidden.get(w), args, w), windows[w])
+            for w in _reported(distributed.my_share(len(windows)), f"{label}, output", progress)
         ]
-    return _summarise(distributed.gather(losses))
+    return _summarise(_everywhere(losses))
 
 
 def compare(
@@ -95,15 +97,24 @@ def compare(
     ):
         head = dense if same_head else model
         with dense.outer(), head.outer():
-            for w in distributed.my_share(len(windows)):
+            for w in _reported(distributed.my_share(len(windows)), "evaluate output", progress):
                 reference = dense.logits(dense_hidden.get(w), dense_args, w)
                 before = _cross_entropy(reference, windows[w])
                 reference = reference.log_softmax(-1)
                 logits = head.logits(hidden.get(w), args, w)
                 after = _cross_entropy(logits, windows[w])
                 rows.append((before, after, _kl(reference, logits.log_softmax(-1))))
-    columns = [distributed.gather([row[k] for row in rows]) for k in range(3)]
+    columns = [_everywhere([row[k] for row in rows]) for k in range(3)]
     return Comparison(_summarise(columns[0]), _summarise(columns[1]), _mean(columns[2]))
+
+
+def _reported(windows: Sequence[int], label: str, progress: Progress) -> Iterator[int]:
+    """The windows one by one; each is reported when the next is asked for."""
+    clock = Clock(len(windows))
+    for done, window in enumerate(windows, 1):
+        yield window
+        _, left = clock.tick()
+        progress.windows(label, done, len(windows), left)
 
 
 @contextmanager
@@ -133,26 +144,24 @@ def _final_states(
 
 
 def capture(model: StreamedModel, windows: Tensor, hidden: HiddenStore) -> BlockArgs:
-    """Embed the windows that this rank follows into `hidden` and record the arguments of every block."""
-    mine = distributed.followed(len(windows))
-    with distributed.agreed():
-        with model.outer():
-            args = model.capture(windows, hidden.put, indices=mine)
-        for window in mine:
-            if not bool(torch.isfinite(hidden.get(window)).all()):
-                raise ModelError(
-                    "the embeddings hold NaN or infinite values", hint="the checkpoint is damaged; download it again"
-                )
+    """Embed this rank's windows into `hidden` and record the arguments of every block."""
+    mine = distributed.my_share(len(windows))
+    with model.outer():
+        args = model.capture(windows, hidden.put, indices=mine)
+    for window in mine:
+        if not bool(torch.isfinite(hidden.get(window)).all()):
+            raise ModelError(
+                "the embeddings hold NaN or infinite values", hint="the checkpoint is damaged; download it again"
+            )
     return args
 
 
 def propagate(
     model: StreamedModel, index: int, block: torch.nn.Module, hidden: HiddenStore, args: BlockArgs, windows: int
 ) -> None:
-    """Replace the hidden state of every window that this rank follows by the block's output."""
-    with distributed.agreed():
-        for window in distributed.followed(windows):
-            hidden.put(window, model.run_block(index, block, hidden.get(window), args, window))
+    """Replace the hidden state of every window of this rank by the block's output."""
+    for window in distributed.my_share(windows):
+        hidden.put(window, model.run_block(index, block, hidden.get(window), args, window))
 
 
 def _cross_entropy(logits: Tensor, ids: Tensor) -> float:
@@ -163,6 +172,11 @@ def _kl(reference: Tensor, log_probabilities: Tensor) -> float:
     """Mean over tokens of sum_v p log(p / q), from log p and log q [tokens, vocabulary]."""
     total = torch.nn.functional.kl_div(log_probabilities[:-1], reference[:-1], log_target=True, reduction="sum")
     return float(total) / (reference.shape[0] - 1)
+
+
+def _everywhere(values: list[float]) -> list[float]:
+    rows = torch.tensor(values, dtype=torch.float64).reshape(-1, 1)
+    return distributed.gather_rows(rows).flatten().tolist()
 
 
 def _mean(values: list[float]) -> float:

@@ -24,7 +24,7 @@ from .evaluate import Protocol
 from .journal import begun
 from .recipe import DEFAULT_CALIBRATION, EvaluateStage, Machine, PruneStage, Recipe
 from .source import FolderSource
-from .text import Texts
+from .text import Texts, TextSource
 
 if TYPE_CHECKING:
     from .estimate import Estimate
@@ -56,15 +56,19 @@ class MatrixJob:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """Jobs of one prune stage. `windows`: calibration tokens [nsamples, seqlen], None when no text is needed."""
+    """Jobs of one prune stage. `windows`: tokens [nsamples, seqlen] of `calibration`; None where no text is needed."""
 
     index: int
     stage: PruneStage
     jobs: tuple[MatrixJob, ...]
     skipped: tuple[tuple[str, str], ...]
     windows: Tensor | None = field(compare=False)
-    calibration: str | None
-    digest: str | None
+    calibration: TextSource | None
+
+    @property
+    def digest(self) -> str | None:
+        """sha256 of the calibration text."""
+        return None if self.calibration is None else self.calibration.digest
 
     @property
     def name(self) -> str:
@@ -161,13 +165,13 @@ def _plan_prune(index: int, stage: PruneStage, recipe: Recipe, model: StreamedMo
             f"reconstruct trains on all windows in one process, and {distributed.world()} were started",
             hint="run the same command without a launcher",
         )
-    windows = name = digest = None
+    windows = source = None
     needed = bool(method.needs) or stage.reconstruct or stage.allocation == "owl"
     if needed or stage.calibration is not None:
         data = stage.calibration or DEFAULT_CALIBRATION
         seqlen = sequence_length(stage.seqlen, model.max_positions, "--seqlen")
-        windows, name, digest = texts.calibration(data, stage.nsamples, seqlen)
-    return PrunePlan(index, stage, tuple(jobs), tuple(skipped), windows, name, digest)
+        windows, source = texts.calibration(data, stage.nsamples, seqlen)
+    return PrunePlan(index, stage, tuple(jobs), tuple(skipped), windows, source)
 
 
 def _plan_evaluate(

@@ -31,6 +31,9 @@ class Progress:
     def block(self, event: BlockDone) -> None:
         """A block is finished and safe on disk."""
 
+    def windows(self, label: str, done: int, total: int, seconds_left: float) -> None:
+        """So many windows of a phase without blocks (embeddings, output matrix) are finished."""
+
     def note(self, text: str) -> None:
         """Something the user should know and that also goes into the report."""
 
@@ -50,6 +53,9 @@ class Recorder(Progress):
 
     def block(self, event: BlockDone) -> None:
         self.inner.block(event)
+
+    def windows(self, label: str, done: int, total: int, seconds_left: float) -> None:
+        self.inner.windows(label, done, total, seconds_left)
 
     def note(self, text: str) -> None:
         if text not in self.notes:

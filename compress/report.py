@@ -76,7 +76,7 @@ def evaluation_entry(comparison: Comparison, protocol: Protocol) -> dict[str, An
 def describe_protocol(protocol: dict[str, Any]) -> str:
     """The protocol in one line."""
     return (
-        f"{protocol['dataset']}, {protocol['windows']} windows of {protocol['seqlen']} tokens, "
+        f"{protocol['dataset']} ({protocol['text']}), {protocol['windows']} windows of {protocol['seqlen']} tokens, "
         f"stride {protocol['stride']}, BOS {protocol['bos']}, {protocol['predicted_tokens']} predicted tokens, "
         f"{protocol['dtype']}, {protocol['method']}"
     )

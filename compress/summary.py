@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +90,17 @@ def _calibration(plan: Plan) -> dict[str, Any] | None:
     if not stages:
         return None
     stage = stages[-1]
+    source = stage.calibration
     assert stage.windows is not None
+    assert source is not None
     nsamples, seqlen = stage.windows.shape
     return {
-        "dataset": stage.calibration,
-        "digest": stage.digest,
+        **asdict(source),
         "nsamples": nsamples,
         "seqlen": seqlen,
         "seed": plan.recipe.seed,
-        "description": f"{stage.calibration}, {nsamples} windows of {seqlen} tokens, seed {plan.recipe.seed}",
+        "description": f"{source.dataset} ({source.text}), {nsamples} windows of {seqlen} tokens, "
+        f"seed {plan.recipe.seed}",
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
     from .data import TextData
 
 
+@dataclass(frozen=True)
+class TextSource:
+    """What stays of a text when its windows are cut: `text` says how it was put together, `digest` is its sha256."""
+
+    dataset: str
+    text: str
+    digest: str
+
+
 class Texts:
     """Calibration and evaluation windows of one recipe, and the check that they do not overlap."""
 
@@ -31,13 +41,13 @@ class Texts:
         self._calibration: list[tuple[TextData, Tensor]] = []
         self._evaluation: list[tuple[TextData, Tensor]] = []
 
-    def calibration(self, data: str, nsamples: int, seqlen: int) -> tuple[Tensor, str, str]:
-        """(windows [nsamples, seqlen], name, digest)."""
+    def calibration(self, data: str, nsamples: int, seqlen: int) -> tuple[Tensor, TextSource]:
+        """Windows [nsamples, seqlen], and what is known of the text that they are from."""
         text = self._text(data, "calibration")
         windows = calibration_tokens(self.tokenizer, text, nsamples, seqlen, self.recipe.seed)
         self._check_vocabulary(windows)
         self._calibration.append((text, windows))
-        return windows, text.name, text.digest
+        return windows, TextSource(text.name, text.protocol, text.digest)
 
     def evaluation(self, data: str, seqlen: int, limit: int | None, dtype: torch.dtype) -> tuple[Tensor, Protocol, str]:
         """(windows [n, seqlen], protocol, digest)."""
@@ -50,6 +60,7 @@ class Texts:
         bos = self._bos(ids)
         protocol = Protocol(
             dataset=text.name,
+            text=text.protocol,
             seqlen=seqlen,
             windows=len(windows),
             predicted_tokens=len(windows) * (seqlen - 1),

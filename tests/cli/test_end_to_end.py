@@ -40,7 +40,11 @@ def test_compress_prints_the_table_and_the_progress(sparse):
     assert f"{after:.4f}" in done.stdout
     assert before < after
     assert report["sparsity"]["prunable"] == pytest.approx(0.5, abs=1e-3)
-    assert "heldout.txt, 6 windows of 128 tokens" in done.stdout
+    said = " ".join(done.stdout.split())
+    assert "perplexity: heldout.txt (the file as it is), 6 windows of 128 tokens, stride 128, BOS " in said
+    assert "calibration: calibration.txt (the file as it is), 8 windows of 128 tokens, seed 0" in said
+    assert report["evaluation"]["protocol"]["text"] == report["calibration"]["text"] == "the file as it is"
+    assert "evaluate output 6/6 windows" in done.stderr.splitlines()
     assert sum(line.startswith("prune") and "error" in line for line in done.stderr.splitlines()) >= 2
     assert "Traceback" not in done.stderr
 

@@ -86,7 +86,8 @@ def test_eval_passes_its_options_on(monkeypatch):
     asked = {}
     result = {"perplexity": 5.4321, "cross_entropy": 1.7, "standard_error": float("nan"), "peak_memory_bytes": 10**9}
     protocol = {
-        "dataset": "t.txt", "windows": 3, "seqlen": 64, "stride": 64, "bos": "none", "predicted_tokens": 189,
+        "dataset": "t.txt", "text": "the file as it is",
+        "windows": 3, "seqlen": 64, "stride": 64, "bos": "none", "predicted_tokens": 189,
         "dtype": "float32", "method": "m",
     }  # fmt: skip
 
@@ -101,7 +102,7 @@ def test_eval_passes_its_options_on(monkeypatch):
     assert (asked["model"], asked["stage"].data, asked["stage"].seqlen, asked["stage"].windows) == ("M", "t.txt", 64, 3)
     assert asked["machine"].max_memory_bytes == 2**30
     assert "perplexity 5.4321" in shown
-    assert "t.txt, 3 windows of 64 tokens" in shown
+    assert "t.txt (the file as it is), 3 windows of 64 tokens, stride 64, BOS none" in shown
     document = json.loads(run("eval", "M", "--data", "t.txt", "--json").stdout)
     assert document["standard_error"] is None
 
@@ -127,3 +128,19 @@ def test_one_line_per_block(event, line):
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (75, "1 m 15 s"), (3700, "1 h 01 m"), (float("inf"), "?")])
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_windows_are_counted_now_and_then(monkeypatch):
+    """A line every ten seconds, and the last one always; a block's line counts too."""
+    from gossamer.cli import console
+
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with ConsoleProgress(Console(file=stream, width=80, soft_wrap=True)) as progress:
+        for done, at in enumerate((4, 9, 11, 14, 22), 1):
+            now[0] = float(at)
+            progress.windows("evaluate output", done, 5, 7.0 - done)
+    assert stream.getvalue().splitlines() == [
+        "evaluate output 3/5 windows  4 s left", "evaluate output 5/5 windows",
+    ]  # fmt: skip
