@@ -72,7 +72,7 @@ def score(
             _cross_entropy(model.logits(hidden.get(w), args, w), windows[w])
             for w in _reported(distributed.my_share(len(windows)), f"{label}, output", progress)
         ]
-    return _summarise(_everywhere(losses))
+    return _summarise(distributed.gather(losses))
 
 
 def compare(
@@ -104,7 +104,7 @@ def compare(
                 logits = head.logits(hidden.get(w), args, w)
                 after = _cross_entropy(logits, windows[w])
                 rows.append((before, after, _kl(reference, logits.log_softmax(-1))))
-    columns = [_everywhere([row[k] for row in rows]) for k in range(3)]
+    columns = [distributed.gather([row[k] for row in rows]) for k in range(3)]
     return Comparison(_summarise(columns[0]), _summarise(columns[1]), _mean(columns[2]))
 
 
@@ -144,24 +144,26 @@ def _final_states(
 
 
 def capture(model: StreamedModel, windows: Tensor, hidden: HiddenStore) -> BlockArgs:
-    """Embed this rank's windows into `hidden` and record the arguments of every block."""
-    mine = distributed.my_share(len(windows))
-    with model.outer():
-        args = model.capture(windows, hidden.put, indices=mine)
-    for window in mine:
-        if not bool(torch.isfinite(hidden.get(window)).all()):
-            raise ModelError(
-                "the embeddings hold NaN or infinite values", hint="the checkpoint is damaged; download it again"
-            )
+    """Embed the windows that this rank follows into `hidden` and record the arguments of every block."""
+    mine = distributed.followed(len(windows))
+    with distributed.agreed():
+        with model.outer():
+            args = model.capture(windows, hidden.put, indices=mine)
+        for window in mine:
+            if not bool(torch.isfinite(hidden.get(window)).all()):
+                raise ModelError(
+                    "the embeddings hold NaN or infinite values", hint="the checkpoint is damaged; download it again"
+                )
     return args
 
 
 def propagate(
     model: StreamedModel, index: int, block: torch.nn.Module, hidden: HiddenStore, args: BlockArgs, windows: int
 ) -> None:
-    """Replace the hidden state of every window of this rank by the block's output."""
-    for window in distributed.my_share(windows):
-        hidden.put(window, model.run_block(index, block, hidden.get(window), args, window))
+    """Replace the hidden state of every window that this rank follows by the block's output."""
+    with distributed.agreed():
+        for window in distributed.followed(windows):
+            hidden.put(window, model.run_block(index, block, hidden.get(window), args, window))
 
 
 def _cross_entropy(logits: Tensor, ids: Tensor) -> float:
@@ -172,11 +174,6 @@ def _kl(reference: Tensor, log_probabilities: Tensor) -> float:
     """Mean over tokens of sum_v p log(p / q), from log p and log q [tokens, vocabulary]."""
     total = torch.nn.functional.kl_div(log_probabilities[:-1], reference[:-1], log_target=True, reduction="sum")
     return float(total) / (reference.shape[0] - 1)
-
-
-def _everywhere(values: list[float]) -> list[float]:
-    rows = torch.tensor(values, dtype=torch.float64).reshape(-1, 1)
-    return distributed.gather_rows(rows).flatten().tolist()
 
 
 def _mean(values: list[float]) -> float:
