@@ -186,11 +186,13 @@ def one_run() -> Iterator[None]:
     except RuntimeError as error:
         if world() == 1 or not _is_lost_peer(error):
             raise
-        raise ResourceError(
+        lost = ResourceError(
             f"process {rank()} lost the others: one of the {world()} processes has ended",
             hint="its own message says why; none means it was killed, for lack of memory perhaps; "
             "repeat the command with --resume",
-        ) from error
+        )
+        lost.alone = True
+        raise lost from error
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:
