@@ -16,6 +16,7 @@ from ..errors import ResumeError
 from .failpoint import failpoint
 
 NAME = "journal.jsonl"
+_AFRESH = "start afresh with --overwrite"
 
 
 class Journal:
@@ -39,8 +40,8 @@ class Journal:
         """Open the journal of an earlier run. ResumeError names whatever differs from `identity`."""
         journal = cls(partial, identity)
         lines = journal._read()
-        if not lines or "identity" not in lines[0]:
-            raise ResumeError(f"{journal.path} holds no usable journal", hint="start afresh with --overwrite")
+        if not lines:
+            raise ResumeError(f"{journal.path} holds no usable journal", hint=_AFRESH)
         _compare(lines[0]["identity"], identity)
         for line in lines[1:]:
             journal._done[line["done"]] = line["result"]
@@ -65,19 +66,18 @@ class Journal:
 
     def _read(self) -> list[dict[str, Any]]:
         try:
-            text = self.path.read_text(encoding="utf-8")
+            content = self.path.read_bytes()
         except OSError as error:
-            raise ResumeError(
-                f"{self.path} cannot be read: {error.strerror}", hint="start afresh with --overwrite"
-            ) from error
+            raise ResumeError(f"{self.path} cannot be read: {error.strerror}", hint=_AFRESH) from error
         lines = []
-        for row in text.splitlines(keepends=True):
-            if not row.endswith("\n"):
-                break  # cut short by a kill: that unit is done again
+        for number, row in enumerate(content.split(b"\n")[:-1], 1):  # what follows the last line break was cut short
             try:
-                lines.append(json.loads(row))
-            except json.JSONDecodeError as error:
-                raise ResumeError(f"{self.path} is damaged: {error}", hint="start afresh with --overwrite") from error
+                line = json.loads(row)
+            except ValueError as error:
+                raise ResumeError(f"{self.path} is damaged in line {number}: {error}", hint=_AFRESH) from error
+            if not _is_line(line, first=number == 1):
+                raise ResumeError(f"{self.path} is damaged: line {number} is not one of a journal", hint=_AFRESH)
+            lines.append(line)
         return lines
 
     def _rewrite(self, lines: list[dict[str, Any]]) -> None:
@@ -88,6 +88,14 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path)
+
+
+def _is_line(line: Any, *, first: bool) -> bool:
+    if not isinstance(line, dict):
+        return False
+    if first:
+        return isinstance(line.get("identity"), dict)
+    return isinstance(line.get("done"), str) and isinstance(line.get("result"), dict)
 
 
 def begun(partial: Path) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gossamer.compress.journal import Journal
+from gossamer.compress.journal import Journal, begun
 from gossamer.errors import ResumeError
 
 IDENTITY = {"recipe": "abc", "threads": 2, "model": "m"}
@@ -46,11 +46,75 @@ def test_a_missing_key_is_a_difference_too(tmp_path):
         Journal.resume(tmp_path / "p", IDENTITY | {"extra": 1})
 
 
-def test_garbage_is_an_error_not_an_empty_journal(tmp_path):
+@pytest.mark.parametrize(
+    ("line", "garbage"),
+    [
+        (0, b"{]"), (0, b"\xff\xfe"), (0, b"5"), (0, b"null"), (0, b"{}"), (0, b'{"identity": 3}'),
+        (1, b"{]"), (1, b"5"), (1, b'{"done": "a"}'), (1, b'{"done": 1, "result": {}}'), (1, b'{"result": {}}'),
+        (1, b'{"done": "a", "result": []}'), (1, b""), (2, b"\x00\x00\x00"),
+    ],
+)  # fmt: skip
+def test_garbage_is_an_error_that_names_the_line(tmp_path, line, garbage):
     journal = Journal.start(tmp_path / "p", IDENTITY)
-    journal.path.write_text("{]\n")
-    with pytest.raises(ResumeError, match="damaged"):
+    journal.finish("a", {})
+    journal.finish("b", {})
+    rows = journal.path.read_bytes().splitlines()
+    rows[line] = garbage
+    damaged = b"\n".join(rows) + b"\n"
+    journal.path.write_bytes(damaged)
+    with pytest.raises(ResumeError, match=f"is damaged.*line {line + 1}") as caught:
         Journal.resume(tmp_path / "p", IDENTITY)
+    assert "--overwrite" in (caught.value.hint or "")
+    assert journal.path.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x0b", "\x85", "\n"])
+def test_results_hold_any_text(tmp_path, separator):
+    """Only a line feed ends a line: names and notes may hold the other characters that split lines."""
+    journal = Journal.start(tmp_path / "p", IDENTITY | {"model": f"a{separator}b"})
+    journal.finish("a", {"note": f"x{separator}y"})
+    again = Journal.resume(tmp_path / "p", IDENTITY | {"model": f"a{separator}b"})
+    assert again.done("a") == {"note": f"x{separator}y"}
+
+
+def test_a_refused_resume_leaves_the_journal_as_it_is(tmp_path):
+    journal = Journal.start(tmp_path / "p", IDENTITY)
+    with open(journal.path, "ab") as file:
+        file.write(b'{"done": "ha')
+    before = journal.path.read_bytes()
+    with pytest.raises(ResumeError):
+        Journal.resume(tmp_path / "p", IDENTITY | {"threads": 3})
+    assert journal.path.read_bytes() == before
+
+
+def test_a_unit_finished_twice_has_its_last_result(tmp_path):
+    journal = Journal.start(tmp_path / "p", IDENTITY)
+    journal.finish("a", {"n": 1})
+    journal.finish("a", {"n": 2})
+    assert journal.done("a") == Journal.resume(tmp_path / "p", IDENTITY).done("a") == {"n": 2}
+
+
+def test_a_journal_is_not_started_over_another(tmp_path):
+    Journal.start(tmp_path / "p", IDENTITY)
+    with pytest.raises(FileExistsError):
+        Journal.start(tmp_path / "p", IDENTITY)
+
+
+def test_what_counts_as_begun(tmp_path):
+    partial = tmp_path / "p"
+    assert not begun(partial)
+    partial.mkdir()
+    assert not begun(partial)
+    (partial / "journal.jsonl").write_text('{"identity": {"ver')
+    assert not begun(partial)
+    (partial / "journal.jsonl").write_text('{"identity": {}}\n')
+    assert begun(partial)
+    (partial / "journal.jsonl").unlink()
+    (partial / "other").touch()
+    assert begun(partial)
+    file = tmp_path / "file"
+    file.touch()
+    assert begun(file)
 
 
 def test_a_folder_without_journal_is_not_resumed(tmp_path):
