@@ -58,6 +58,10 @@ class LayerStats:
 class Method(Protocol):
     """A one-shot pruning method.
 
+    A method that prunes another matrix than `weight` (say, one fitted to the dense model's outputs first) may have
+    `prune_towards` besides: `prune` with that dense matrix, float32 [out, in], as a third result. The errors in the
+    report then refer to it.
+
     Attributes:
         name: its key in the registry.
         needs: statistics that must not be None, of "norm", "gram", "target", "holdout".

@@ -88,24 +88,32 @@ class Gossamer:
 
     def prune(self, weight: Tensor, stats: LayerStats, pattern: Pattern, log: Log = silent) -> tuple[Tensor, Tensor]:
         """See `Method.prune`. Without a target or held-out tokens (experts) W* = W and mu is the first damping."""
+        values, keep, _ = self.prune_towards(weight, stats, pattern, log)
+        return values, keep
+
+    def prune_towards(
+        self, weight: Tensor, stats: LayerStats, pattern: Pattern, log: Log = silent
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, and W*, float32 [out, in]."""
         dense = prepare(weight, stats, frozenset({"gram"}), pattern)
         rows, cols = dense.shape
         zeros = pattern.zeros(rows, cols)
         if zeros == 0:
-            return dense, torch.ones_like(dense, dtype=torch.bool)
+            return dense, torch.ones_like(dense, dtype=torch.bool), dense
         if zeros == rows * cols:
-            return torch.zeros_like(dense), torch.zeros_like(dense, dtype=torch.bool)
+            return torch.zeros_like(dense), torch.zeros_like(dense, dtype=torch.bool), dense
         assert stats.gram is not None
         level = float(stats.gram.diagonal().mean(dtype=torch.float64))
         if level <= 0:
             log("all calibration inputs are zero; weights are compared by magnitude, none is adjusted")
             keep = pattern.mask(dense.abs())
-            return dense.masked_fill_(~keep, 0.0), keep
+            return dense.masked_fill(~keep, 0.0), keep, dense
         goal, damping = self._goal(dense, stats, pattern, level, log)
         del dense
         scale, gram = unit_diagonal(stats.gram, damping * level)
         values, keep = self._solve(goal.mul_(scale), gram, pattern)
-        return values.div_(scale).masked_fill_(~keep, 0.0), keep
+        del gram
+        return values.div_(scale).masked_fill_(~keep, 0.0), keep, goal.div_(scale)
 
     def _goal(self, dense: Tensor, stats: LayerStats, pattern: Pattern, level: float, log: Log) -> tuple[Tensor, float]:
         """W* (made in place in `dense`) and mu."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ModelError
-from ...pruning.base import LayerStats, relative_errors
+from ...pruning.base import LayerStats
 from ...pruning.pattern import Pattern
 from ...pruning.registry import get_method
 from .. import distributed, memory
@@ -30,6 +30,7 @@ from .base import Context, StageReport
 from .budget import budgets
 from .parts import head_path, part_path, write_exported
 from .rebuild import rebuild
+from .solve import output_errors, solve
 
 
 @dataclass
@@ -218,17 +219,19 @@ class PruneRun:
         new = torch.empty(weight.shape, device=weight.device)
         bits = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         notes: list[str] = []
+        aim = weight
         with distributed.agreed():
             if owner == distributed.rank():
-                new, found = self._solve(method, weight, stats, pattern, keep.get(job.name), notes.append)
+                new, found, aim = solve(method, weight, stats, pattern, keep.get(job.name), notes.append)
                 new, bits = new.contiguous(), found.to(torch.uint8)
+                del found
         distributed.broadcast_([new, bits], owner)
         mask = bits.bool()
         self.model.set_weight(block, job.prunable, new.masked_fill_(~mask, 0))
         new = self.model.weight(block, job.prunable)
         errors: list[float | None] = []
         if owner == distributed.rank():
-            errors = _errors(weight, [weight.masked_fill(~mask, 0), new], stats)
+            errors = output_errors(aim, [weight.masked_fill(~mask, 0), new], stats)
         (before, after), notes = distributed.from_rank((errors, notes), owner)
         for note in notes:
             self.context.progress.note(note)
@@ -352,23 +355,6 @@ class PruneRun:
         exported = self.model.export_head(head, mask)
         write_exported(head_path(self.folder), exported, {item.key: promise for item in exported})
 
-    def _solve(
-        self,
-        method: Any,
-        weight: Tensor,
-        stats: LayerStats | None,
-        pattern: Pattern,
-        kept: Tensor | None,
-        note: Callable[[str], None],
-    ) -> tuple[Tensor, Tensor]:
-        """The method's answer; with an earlier mask, its nearest answer inside that mask."""
-        new, mask = method.prune(weight, stats, pattern, note)
-        if kept is None or not bool((mask & ~kept).any()):
-            return new, mask
-        # A method that updates weights may revive entries: choose again among the allowed ones by the new values.
-        mask = pattern.mask(new.abs().masked_fill(~kept, -1.0)) & kept
-        return torch.where(mask, torch.where(new != 0, new, weight.float()), 0.0), mask
-
 
 def head_stats(
     model: StreamedModel, job: MatrixJob, head: torch.nn.Module, streams: _Streams, needs: frozenset[str]
@@ -385,13 +371,6 @@ def head_stats(
             for seen in distributed.in_turn(found, model.device):
                 accumulator.add(seen[job.name], None)
     return accumulator.finish()[job.name]
-
-
-def _errors(weight: Tensor, pruned: list[Tensor], stats: LayerStats | None) -> list[float | None]:
-    """Relative output error of each candidate; None when nothing was measured."""
-    if stats is None or stats.gram is None or stats.tokens == 0:
-        return [None] * len(pruned)
-    return [round(error, 6) for error in relative_errors(weight, pruned, stats)]
 
 
 def _check_finite(block: torch.nn.Module, name: str) -> None:
