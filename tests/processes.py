@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +91,7 @@ class Running:
 
     def wait(self) -> Done:
         code = int(self._launcher.ask({"wait": self.pid}))
+        self._launcher.alive.discard(self.pid)
         return Done(code, (self._folder / "stdout").read_text(), (self._folder / "stderr").read_text())
 
 
@@ -101,6 +103,7 @@ class Launcher:
         offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._folder = tempfile.TemporaryDirectory(prefix="launcher-")
         self._count = 0
+        self.alive: set[int] = set()
         self._parent = subprocess.Popen(
             [sys.executable, "-c", _PARENT],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -123,7 +126,9 @@ class Launcher:
             "words": [str(word) for word in words], "cwd": str(cwd or folder), "env": dict(env or {}), "before": before,
             "stdout": str(folder / "stdout"), "stderr": str(folder / "stderr"),
         }  # fmt: skip
-        return Running(self, int(self.ask(job)), folder)
+        running = Running(self, int(self.ask(job)), folder)
+        self.alive.add(running.pid)
+        return running
 
     def run(
         self,
@@ -147,6 +152,9 @@ class Launcher:
         return line.strip()
 
     def close(self) -> None:
+        for pid in self.alive:  # of a test that failed before it had waited for them
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._parent.send_signal(signal.SIGTERM)
         self._parent.communicate()
         self._folder.cleanup()
