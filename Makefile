@@ -20,7 +20,7 @@ demo: build/demo.txt
 
 test: $(VENV)/installed-test
 	$(BIN)/python -c "import peft, bitsandbytes, datasets, pyarrow"
-	$(BIN)/pytest $(PYTEST_OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_OPTIONS)
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff format --check .
