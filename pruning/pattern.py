@@ -112,7 +112,10 @@ class Block:
 
     def __post_init__(self) -> None:
         if min(self.rows, self.cols) < 1:
-            raise RecipeError(f"block size {self.rows}x{self.cols} must be at least 1x1")
+            raise RecipeError(
+                f"block size {self.rows}x{self.cols} is not allowed; both must be at least 1",
+                hint="block:4x8 has 4 outputs and 8 inputs",
+            )
         _check_sparsity(self.sparsity)
 
     def zero_blocks(self, rows: int, cols: int) -> int:
@@ -161,7 +164,10 @@ def _number(text: str, whole: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise RecipeError(f"pattern {whole!r} is not understood; allowed: {_WHAT_IS_ALLOWED}") from None
+        raise RecipeError(
+            f"pattern {whole!r} is not understood; allowed: {_WHAT_IS_ALLOWED}",
+            hint="N:M keeps N of every M inputs; block:RxC removes whole blocks of R outputs and C inputs",
+        ) from None
 
 
 def _check_sparsity(value: float, allow_one: bool = False) -> None:
