@@ -64,6 +64,15 @@ def expand(values: Tensor, bits: Tensor, cols: int) -> Tensor:
 
     Raises KernelError when the number of values is not the number of set bits, or bits are set beyond `cols`.
     """
+    check_values(values, bits, cols)
+    module = _module(values, bits)
+    if module is None:
+        return reference.expand(values, bits, cols)
+    return cpu.expand(module, values.detach().contiguous(), bits.contiguous(), cols)
+
+
+def check_values(values: Tensor, bits: Tensor, cols: int) -> None:
+    """Raises KernelError unless there is one of `values` [nnz] for every set bit, and none is set beyond `cols`."""
     if values.dim() != 1 or values.is_complex():
         raise KernelError(f"values must be real [nnz], got {values.dtype} {list(values.shape)}")
     _check_bits(bits, cols)
@@ -71,10 +80,6 @@ def expand(values: Tensor, bits: Tensor, cols: int) -> Tensor:
     found = int(row_counts(bits).sum())
     if found != values.numel():
         raise KernelError(f"{values.numel()} values for {found} set bits")
-    module = _module(values, bits)
-    if module is None:
-        return reference.expand(values, bits, cols)
-    return cpu.expand(module, values.detach().contiguous(), bits.contiguous(), cols)
 
 
 def _module(*tensors: Tensor) -> ModuleType | None:

@@ -5,13 +5,17 @@
 #include <cstdint>
 
 #include "bitmask.h"
+#include "gemv.h"
+#include "parallel.h"
+#include "tiers.h"
+#include "tiles.h"
 
 namespace nb = nanobind;
 
 namespace {
 
 // Raised whenever a signature changes, so that a stale build is noticed (kernels/extension.py).
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 using Address = std::uintptr_t;
 
@@ -45,10 +49,59 @@ void define_bitmask(nb::module_& m) {
     }, unlocked);
 }
 
+void define_tiles(nb::module_& m) {
+    const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
+    namespace t = gossamer::tiles;
+    m.def("tiles_size", [](std::int64_t rows, std::int64_t cols, std::int64_t nnz) {
+        return t::Shape(rows, cols).size(nnz);
+    });
+    m.def("tiles_fault", [](Address packed, std::int64_t size) { return t::find_fault(at<const Bytes>(packed), size); },
+          unlocked);
+    m.def("tiles_pack", [](Address bits, Address values, std::int64_t nnz, std::int64_t rows, std::int64_t cols,
+                           std::int64_t dtype, Address packed) {
+        return t::pack(at<const Bytes>(bits), at<const std::uint16_t>(values), nnz, rows, cols, dtype,
+                       at<Bytes>(packed));
+    }, unlocked);
+    m.def("tiles_unpack", [](Address packed, Address bits, Address values) {
+        t::unpack(at<const Bytes>(packed), at<Bytes>(bits), at<std::uint16_t>(values));
+    }, unlocked);
+}
+
+// Tiers are addresses to Python as well: those that `tiers` gave.
+void define_gemv(nb::module_& m) {
+    const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
+    namespace g = gossamer;
+    m.def("parallel_runtime", g::parallel_runtime);
+    m.def("tiers", [] {
+        nb::list found;
+        for (int i = 0; i < g::kTiers; ++i) {
+            const g::Tier* tier = g::tier_at(i);
+            if (tier != nullptr) found.append(nb::make_tuple(tier->name, reinterpret_cast<Address>(tier)));
+        }
+        return found;
+    });
+    m.def("dense_gemv", [](Address tier, int dtype, Address x, int batch, Address weight, std::int64_t rows,
+                           std::int64_t cols, Address y, int threads) {
+        g::dense_gemv(*at<const g::Tier>(tier), dtype, at<const void>(x), batch, at<const void>(weight), rows, cols,
+                      at<void>(y), threads);
+    }, unlocked);
+    m.def("bitmask_gemv", [](Address tier, Address x, int batch, Address packed, Address y, int threads) {
+        g::bitmask_gemv(*at<const g::Tier>(tier), at<const void>(x), batch, at<const Bytes>(packed), at<void>(y),
+                        threads);
+    }, unlocked);
+    m.def("channel_gemv", [](Address tier, int dtype, Address x, int batch, Address weight, Address threshold,
+                             std::int64_t channels, std::int64_t outputs, Address y, int threads) {
+        return g::channel_gemv(*at<const g::Tier>(tier), dtype, at<const void>(x), batch, at<const void>(weight),
+                               at<const float>(threshold), channels, outputs, at<void>(y), threads);
+    }, unlocked);
+}
+
 }  // namespace
 
 NB_MODULE(_C, m) {
     m.attr("__doc__") = "C++ kernels of Gossamer. Addresses in, nothing checked: call through the dispatch modules.";
     m.attr("interface") = kInterface;
     define_bitmask(m);
+    define_tiles(m);
+    define_gemv(m);
 }

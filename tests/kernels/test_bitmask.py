@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
@@ -24,8 +25,9 @@ def backend(request, monkeypatch) -> str:
     """Both implementations behind the same public names."""
     if request.param == "torch":
         monkeypatch.setattr(dispatch, "compiled", lambda: None)
-    else:
-        assert extension.compiled() is not None, "the compiled module is part of every test installation"
+    elif extension.compiled() is None:
+        assert os.environ.get(extension.VARIABLE, "0") not in ("", "0"), "every test installation has the module"
+        pytest.skip(f"{extension.VARIABLE} is set")
     return request.param
 
 
@@ -165,7 +167,8 @@ def test_what_does_not_fit_is_refused(backend, call, message):
 def test_the_compiled_code_never_writes_beyond_its_output():
     """Bits that promise more than the buffers hold, as if they changed after they were counted."""
     module = extension.compiled()
-    assert module is not None
+    if module is None:
+        pytest.skip("no compiled module")
     bits = torch.full((3, 17), 0xFF, dtype=torch.uint8)
     weight = torch.ones(3, 136)
     values = torch.full((200,), 7.0)
@@ -189,8 +192,6 @@ def test_compiled_equals_reference(shape):
 
 
 def run(code: str, **environment: str) -> str:
-    import os
-
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
     )
@@ -213,6 +214,7 @@ def test_without_a_usable_module_one_warning(state, monkeypatch):
 
     import gossamer.kernels
 
+    monkeypatch.delenv(extension.VARIABLE, raising=False)
     stale = None if state == "missing" else types.ModuleType("gossamer.kernels._C")
     monkeypatch.setitem(sys.modules, "gossamer.kernels._C", stale)
     monkeypatch.delattr(gossamer.kernels, "_C", raising=False)

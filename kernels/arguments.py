@@ -1,0 +1,59 @@
+"""Checks that all operations share. They run on every call, so each is one attribute and one comparison."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import KernelError
+
+MAX_ROWS = 8
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/gemv.h
+
+
+def check_rows(x: Tensor, cols: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Number of rows of x, [cols] or [..., cols] of 1 to 8 rows, contiguous, of `dtype`, on `device`.
+
+    Raises KernelError with what came and what is allowed, and under autograd: there is no backward pass.
+    """
+    if x.dtype is not dtype:
+        raise KernelError(f"x is {name(x.dtype)}, the weight {name(dtype)}; they must be equal")
+    if x.device != device:
+        raise KernelError(f"x is on {x.device}, the weight on {device}; they must be on the same device")
+    shape = x.shape
+    if not shape or shape[-1] != cols:
+        raise KernelError(f"x has shape {list(shape)}, its last length must be {cols}")
+    rows = 1
+    for length in shape[:-1]:
+        rows *= length
+    if not 1 <= rows <= MAX_ROWS:
+        raise KernelError(
+            f"x has {rows} rows, 1 to {MAX_ROWS} are allowed", hint="use the dense weight for more rows, as in prefill"
+        )
+    if not x.is_contiguous():
+        raise KernelError(f"x has strides {x.stride()}, it must be contiguous", hint="call x.contiguous()")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise KernelError(
+            "x requires a gradient, and sparse kernels have none",
+            hint="run under torch.no_grad(), or use the dense weight for training",
+        )
+    return rows
+
+
+def check_weight(weight: Tensor, what: str) -> int:
+    """Code of the dtype of a dense weight [a, b], float32, bfloat16 or float16, contiguous."""
+    code = CODES.get(weight.dtype)
+    if code is None:
+        raise KernelError(f"{what} is {name(weight.dtype)}, allowed: {', '.join(map(name, CODES))}")
+    if weight.dim() != 2 or not weight.is_contiguous():
+        raise KernelError(
+            f"{what} has shape {list(weight.shape)} and strides {weight.stride()}, it must be a contiguous matrix"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise KernelError(f"{what} requires a gradient, and sparse kernels have none", hint="run under torch.no_grad()")
+    return code
+
+
+def name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Bitmask matrix times 1 to 8 vectors, and its machine layout. `dispatch` has the public names."""

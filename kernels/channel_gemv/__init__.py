@@ -1,0 +1,1 @@
+"""Transposed matrix times 1 to 8 mostly small vectors. `dispatch` has the public names."""

@@ -1,0 +1,51 @@
+"""Activation-sparse product: the public name. Compiled code on the CPU, plain torch elsewhere or without it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import KernelError
+from ..arguments import check_rows, check_weight, name
+from ..library import operator
+from ..tier import current
+from . import cpu, reference
+
+
+def channel_gemv(x: Tensor, weight_t: Tensor, threshold: Tensor) -> Tensor:
+    """x [..., in] times weight_t [in, out] over the active inputs only: [..., out] in x's dtype, sums in float32.
+
+    Input i of a row is active unless |x_i| <= threshold_i (float32 [in]; negative: always, infinite: only NaN).
+    A row of weight_t is read when any row of x needs it; the others keep their own zeros, so a row gives the same bits
+    alone and among others, and for any number of threads. x and weight_t: float32, bfloat16 or float16, of one dtype,
+    contiguous, 1 to 8 rows of x. Raises KernelError otherwise and where a gradient would be needed.
+
+    NaN in x is always active. Weights should be finite: an infinite or NaN weight that is read for one row makes NaN of
+    all rows.
+    """
+    return _operator(x, weight_t, threshold)
+
+
+def _run(x: Tensor, weight_t: Tensor, threshold: Tensor) -> Tensor:
+    code = check_weight(weight_t, "weight_t")
+    channels = weight_t.shape[0]
+    rows = check_rows(x, channels, weight_t.dtype, weight_t.device)
+    _check_threshold(threshold, channels, x.device)
+    tier = current() if x.is_cpu else None
+    if tier is None:
+        return reference.channel_gemv(x, weight_t, threshold)
+    return cpu.channel_gemv(tier, x, rows, weight_t, threshold, code)
+
+
+def _check_threshold(threshold: Tensor, channels: int, device: torch.device) -> None:
+    if threshold.dtype is not torch.float32 or threshold.device != device:
+        raise KernelError(f"threshold is {name(threshold.dtype)} on {threshold.device}, it must be float32 on {device}")
+    if threshold.dim() != 1 or threshold.shape[0] != channels or not threshold.is_contiguous():
+        raise KernelError(f"threshold has shape {list(threshold.shape)}, it must be contiguous [{channels}]")
+
+
+def _fake(x: Tensor, weight_t: Tensor, threshold: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight_t.shape[1]))
+
+
+_operator = operator("channel_gemv(Tensor x, Tensor weight_t, Tensor threshold) -> Tensor", _run, _fake)

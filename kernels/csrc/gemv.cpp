@@ -1,0 +1,145 @@
+#include "gemv.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "parallel.h"
+
+namespace gossamer {
+namespace {
+
+// Waking a second thread costs microseconds, so less than this many bytes of weight per thread is not worth it.
+constexpr std::int64_t kBytesPerThread = 128 * 1024;
+constexpr std::int64_t kLine = 64;
+
+// Memory of the calling thread that only grows, on a cache line.
+template <int kSlot>
+std::uint8_t* scratch(std::int64_t bytes) {
+    thread_local std::unique_ptr<std::uint8_t[]> memory;
+    thread_local std::int64_t capacity = 0;
+    if (bytes + kLine > capacity) {
+        memory.reset(new std::uint8_t[static_cast<std::size_t>(bytes + kLine)]);
+        capacity = bytes + kLine;
+    }
+    const auto address = reinterpret_cast<std::uintptr_t>(memory.get());
+    return memory.get() + (kLine - address % kLine) % kLine;
+}
+
+std::int64_t element_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+int parts_for(std::int64_t bytes, int threads) {
+    return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, bytes / kBytesPerThread)));
+}
+
+template <class Body>
+void in_parts(int parts, Body body) {
+    run_parts(parts, [](void* data, int part) { (*static_cast<Body*>(data))(part); }, &body);
+}
+
+// x [batch, cols] as prepared rows, zero rows up to the padded batch. Returns bytes per row.
+std::int64_t prepare(std::int64_t (*row_bytes)(int, std::int64_t),
+                     void (*prepare_row)(int, const void*, std::int64_t, std::uint8_t*), int dtype, const void* x,
+                     int batch, std::int64_t cols, std::uint8_t** prepared) {
+    const std::int64_t stride = (row_bytes(dtype, cols) + kLine - 1) / kLine * kLine;
+    *prepared = scratch<0>(stride * padded_batch(batch));
+    for (int b = 0; b < batch; ++b) {
+        const auto* row = static_cast<const std::uint8_t*>(x) + b * cols * element_size(dtype);
+        prepare_row(dtype, row, cols, *prepared + b * stride);
+    }
+    std::memset(*prepared + batch * stride, 0, static_cast<std::size_t>((padded_batch(batch) - batch) * stride));
+    return stride;
+}
+
+// Rows [begin, end) of the sums [batch, rows] to y.
+void store(const Tier& tier, int dtype, const float* sums, int batch, std::int64_t rows, std::int64_t begin,
+           std::int64_t end, void* y) {
+    if (begin >= end) return;
+    for (int b = 0; b < batch; ++b) {
+        auto* to = static_cast<std::uint8_t*>(y) + (b * rows + begin) * element_size(dtype);
+        tier.narrow(dtype, sums + b * rows + begin, end - begin, to);
+    }
+}
+
+// First row tile whose bytes, over all panels, begin at or after `share` of all bytes.
+std::int64_t tile_at(const BitmaskCall& call, std::int64_t part, std::int64_t parts) {
+    const auto bytes_before = [&](std::int64_t tile) {
+        std::int64_t total = 0;
+        for (std::int64_t panel = 0; panel < call.panels; ++panel) {
+            const std::int64_t* row = call.offsets + panel * call.row_tiles;
+            total += row[tile] - row[0];
+        }
+        return total;
+    };
+    const std::int64_t wanted = bytes_before(call.row_tiles) / parts * part;
+    std::int64_t low = 0, high = call.row_tiles;
+    while (low < high) {
+        const std::int64_t middle = (low + high) / 2;
+        if (bytes_before(middle) < wanted) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+}  // namespace
+
+void dense_gemv(const Tier& tier, int dtype, const void* x, int batch, const void* weight, std::int64_t rows,
+                std::int64_t cols, void* y, int threads) {
+    DenseCall call{weight, rows, cols, nullptr, 0, batch, nullptr};
+    std::uint8_t* prepared = nullptr;
+    call.stride = prepare(tier.dense_row, tier.dense_prepare, dtype, x, batch, cols, &prepared);
+    call.x = prepared;
+    call.sums = reinterpret_cast<float*>(scratch<1>(4 * rows * batch));
+    const int parts = parts_for(rows * cols * element_size(dtype), threads);
+    in_parts(parts, [&](int part) {
+        const std::int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
+        tier.dense_run(dtype, call, begin, end);
+        store(tier, dtype, call.sums, batch, rows, begin, end, y);
+    });
+}
+
+void bitmask_gemv(const Tier& tier, const void* x, int batch, const std::uint8_t* packed, void* y, int threads) {
+    tiles::Header header;
+    std::memcpy(&header, packed, sizeof header);
+    const tiles::Shape shape(header.rows, header.cols);
+    const int dtype = static_cast<int>(header.dtype);
+    BitmaskCall call{};
+    call.offsets = reinterpret_cast<const std::int64_t*>(packed + sizeof header);
+    call.stream = reinterpret_cast<const std::uint16_t*>(packed + header.stream);
+    call.rows = shape.rows, call.cols = shape.cols, call.row_tiles = shape.row_tiles;
+    call.panels = shape.panels, call.panel_cols = shape.panel_cols, call.batch = batch;
+    std::uint8_t* prepared = nullptr;
+    call.stride = prepare(tier.bitmask_row, tier.bitmask_prepare, dtype, x, batch, shape.cols, &prepared);
+    call.x = prepared;
+    call.sums = reinterpret_cast<float*>(scratch<1>(4 * shape.rows * batch));
+    const int parts = parts_for(header.size, threads);
+    in_parts(parts, [&](int part) {
+        const std::int64_t begin = part == 0 ? 0 : tile_at(call, part, parts);
+        const std::int64_t end = part + 1 == parts ? call.row_tiles : tile_at(call, part + 1, parts);
+        tier.bitmask_run(dtype, call, begin, end);
+        store(tier, dtype, call.sums, batch, shape.rows, begin * tiles::kRows,
+              std::min(shape.rows, end * tiles::kRows), y);
+    });
+}
+
+std::int64_t channel_gemv(const Tier& tier, int dtype, const void* x, int batch, const void* weight,
+                          const float* threshold, std::int64_t channels, std::int64_t outputs, void* y, int threads) {
+    constexpr std::int64_t kSplit = 64;  // outputs; whole lines of the narrowest dtype
+    auto* active = reinterpret_cast<std::int32_t*>(scratch<0>(4 * channels));
+    auto* values = reinterpret_cast<float*>(scratch<1>(4 * channels * padded_batch(batch)));
+    const std::int64_t count = tier.compact(dtype, x, batch, channels, threshold, active, values);
+    const ChannelCall call{weight, outputs, active, count, values, batch, y};
+    const int parts = parts_for(count * outputs * element_size(dtype), threads);
+    const std::int64_t blocks = (outputs + kSplit - 1) / kSplit;
+    in_parts(parts, [&](int part) {
+        const std::int64_t begin = blocks * part / parts * kSplit;
+        const std::int64_t end = std::min(outputs, blocks * (part + 1) / parts * kSplit);
+        if (begin < end) tier.channel_run(dtype, call, begin, end);
+    });
+    return count;
+}
+
+}  // namespace gossamer

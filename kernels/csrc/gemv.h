@@ -1,0 +1,95 @@
+// Matrix times a few vectors: what a processor tier implements, and the calls that split the work over threads.
+#pragma once
+
+#include <cstdint>
+
+#include "tiles.h"
+
+namespace gossamer {
+
+enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+constexpr int kDtypes = 3;
+constexpr int kMaxBatch = 8;
+
+// Prepared x: whatever a tier's inner loop reads, one row of `stride` bytes per row of the batch, zero beyond the
+// columns, with the batch padded to 1, 2, 4 or 8 rows of zeros. Sums are float32 [batch, sums stride].
+struct DenseCall {
+    const void* weight;  // [rows, cols]
+    std::int64_t rows, cols;
+    const std::uint8_t* x;
+    std::int64_t stride;
+    int batch;
+    float* sums;  // [batch, rows]
+};
+
+struct BitmaskCall {
+    const std::int64_t* offsets;  // [panels * row_tiles + 1], in values of 2 bytes from the stream's begin
+    const std::uint16_t* stream;
+    std::int64_t rows, row_tiles, panels, panel_cols, cols;
+    const std::uint8_t* x;
+    std::int64_t stride;
+    int batch;
+    float* sums;  // [batch, rows]
+};
+
+struct ChannelCall {
+    const void* weight;  // [channels, outputs]
+    std::int64_t outputs;
+    const std::int32_t* active;  // [count] channels in rising order
+    std::int64_t count;
+    const float* x;  // [count, padded batch]; 0 where a row skips the channel
+    int batch;
+    void* y;  // [batch, outputs], in the weight's dtype
+};
+
+// One processor tier. All functions are pure: the same numbers for the same arguments, however the range is split.
+struct Tier {
+    const char* name;
+    // Bytes of one prepared row of x of `cols` columns, by operation.
+    std::int64_t (*dense_row)(int dtype, std::int64_t cols);
+    std::int64_t (*bitmask_row)(int dtype, std::int64_t cols);
+    void (*dense_prepare)(int dtype, const void* x, std::int64_t cols, std::uint8_t* row);
+    void (*bitmask_prepare)(int dtype, const void* x, std::int64_t cols, std::uint8_t* row);
+    void (*dense_run)(int dtype, const DenseCall&, std::int64_t row_begin, std::int64_t row_end);
+    void (*bitmask_run)(int dtype, const BitmaskCall&, std::int64_t tile_begin, std::int64_t tile_end);
+    void (*channel_run)(int dtype, const ChannelCall&, std::int64_t output_begin, std::int64_t output_end);
+    // Sums [count] to y, rounded to nearest even.
+    void (*narrow)(int dtype, const float* sums, std::int64_t count, void* y);
+    // Channels [begin, end) that any row of x [batch, channels] needs: not |x| <= threshold, so NaN is active.
+    // Returns their number; active [channels], values [count, padded batch].
+    std::int64_t (*compact)(int dtype, const void* x, int batch, std::int64_t channels, const float* threshold,
+                            std::int32_t* active, float* values);
+};
+
+// The same tables, defined in tier_*.cpp. A tier that was not compiled is absent from tiers().
+const Tier* tier_scalar();
+const Tier* tier_avx2();
+const Tier* tier_avx512();
+const Tier* tier_avx512bf16();
+
+// Rows of the padded batch: 1, 2, 4 or 8.
+// Asks for `lines` cache lines some way ahead of a sequential stream. The processor's own prefetchers stop at the end of
+// every page of 4 KiB; this reaches into the next one. 4 to 12 KiB ahead measured alike, 1 KiB made it slower.
+constexpr int kAhead = 6144;
+static inline void prefetch_ahead(const void* at, int lines) {
+#if defined(__GNUC__) || defined(__clang__)
+    const char* line = static_cast<const char*>(at) + kAhead;
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(line + 64 * i, 0, 3);
+#else
+    (void)at, (void)lines;
+#endif
+}
+
+// Static: an inline function compiled for a newer processor must never be the copy that the linker keeps.
+static inline int padded_batch(int batch) { return batch <= 2 ? batch : batch <= 4 ? 4 : 8; }
+
+void dense_gemv(const Tier& tier, int dtype, const void* x, int batch, const void* weight, std::int64_t rows,
+                std::int64_t cols, void* y, int threads);
+
+void bitmask_gemv(const Tier& tier, const void* x, int batch, const std::uint8_t* packed, void* y, int threads);
+
+// Returns the number of channels that were read.
+std::int64_t channel_gemv(const Tier& tier, int dtype, const void* x, int batch, const void* weight,
+                          const float* threshold, std::int64_t channels, std::int64_t outputs, void* y, int threads);
+
+}  // namespace gossamer

@@ -1,0 +1,25 @@
+// AVX-512 with VBMI2 but without BF16 (Ice Lake): 16-bit floats are widened to float32.
+#include "vector512.h"
+
+namespace gossamer {
+namespace {
+
+template <class W>
+using Dense = SplitDot<Channel<W>>;
+
+template <class W>
+using Mask = SplitMask<Channel<W>>;
+
+}  // namespace
+}  // namespace gossamer
+
+#include "tier_table.h"
+
+namespace gossamer {
+
+const Tier* tier_avx512() {
+    static constexpr Tier tier = make_tier("avx512");
+    return &tier;
+}
+
+}  // namespace gossamer

@@ -1,0 +1,65 @@
+// AVX-512 with VBMI2 and BF16 (Zen 4, Sapphire Rapids and later): dot products of bfloat16 pairs.
+// vdpbf16ps takes subnormal inputs and results as zero and rounds to nearest even, whatever the control register says.
+#include "vector512.h"
+
+namespace gossamer {
+namespace {
+
+template <class W>
+struct DenseOf {
+    using Type = SplitDot<Channel<W>>;
+};
+
+template <class W>
+struct MaskOf {
+    using Type = SplitMask<Channel<W>>;
+};
+
+// x stays bfloat16: 32 products and one addition chain per instruction.
+struct Pairs {
+    using S = Avx512;
+    using W = Bf16;
+    using V = __m512i;
+    static constexpr int kStep = 32, kXBytes = 2;
+    static constexpr bool kPrefetch = false;
+    static V load(const W* w) { return _mm512_loadu_si512(w); }
+    template <class Use>
+    static const std::uint16_t* row(const std::uint8_t* mask, const std::uint16_t* values, Use use) {
+        return expand_row(mask, values, use);
+    }
+    static __m512 mul(__m512 acc, V v, const std::uint8_t* x) {
+        const __m512i other = _mm512_loadu_si512(x);
+        return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(v), reinterpret_cast<__m512bh>(other));
+    }
+    static void prepare_step(const W* x, std::uint8_t* out) { std::memcpy(out, x, 64); }
+};
+
+template <>
+struct DenseOf<Bf16> {
+    using Type = Pairs;
+};
+
+template <>
+struct MaskOf<Bf16> {
+    using Type = Pairs;
+};
+
+template <class W>
+using Dense = typename DenseOf<W>::Type;
+
+template <class W>
+using Mask = typename MaskOf<W>::Type;
+
+}  // namespace
+}  // namespace gossamer
+
+#include "tier_table.h"
+
+namespace gossamer {
+
+const Tier* tier_avx512bf16() {
+    static constexpr Tier tier = make_tier("avx512bf16");
+    return &tier;
+}
+
+}  // namespace gossamer

@@ -1,0 +1,104 @@
+// From formats to a table of functions. Included once by every tier_*.cpp, behind its formats, which are the types
+// Dense<W>, Mask<W> and Channel<W> of an unnamed namespace with W in {float, Bf16, Fp16}.
+#pragma once
+
+#include "float16.h"
+#include "rows_bitmask.h"
+#include "rows_channel.h"
+#include "rows_dense.h"
+
+namespace gossamer {
+namespace {
+
+template <class T>
+struct Type {
+    using W = T;
+};
+
+template <class Run>
+auto by_dtype(int dtype, Run run) {
+    switch (dtype) {
+        case kBfloat16: return run(Type<Bf16>{});
+        case kFloat16: return run(Type<Fp16>{});
+        default: return run(Type<float>{});
+    }
+}
+
+// Bitmask matrices hold 16-bit values only.
+template <class Run>
+auto by_dtype16(int dtype, Run run) {
+    return dtype == kBfloat16 ? run(Type<Bf16>{}) : run(Type<Fp16>{});
+}
+
+std::int64_t dense_row_(int dtype, std::int64_t cols) {
+    return by_dtype(dtype, [&](auto t) { return dense_row_bytes<Dense<typename decltype(t)::W>>(cols); });
+}
+
+std::int64_t bitmask_row_(int dtype, std::int64_t cols) {
+    return by_dtype16(dtype, [&](auto t) { return bitmask_row_bytes<Mask<typename decltype(t)::W>>(cols); });
+}
+
+void dense_prepare_(int dtype, const void* x, std::int64_t cols, std::uint8_t* row) {
+    by_dtype(dtype, [&](auto t) { dense_prepare_row<Dense<typename decltype(t)::W>>(x, cols, row); });
+}
+
+void bitmask_prepare_(int dtype, const void* x, std::int64_t cols, std::uint8_t* row) {
+    by_dtype16(dtype, [&](auto t) { bitmask_prepare_row<Mask<typename decltype(t)::W>>(x, cols, row); });
+}
+
+void dense_run_(int dtype, const DenseCall& call, std::int64_t begin, std::int64_t end) {
+    by_dtype(dtype, [&](auto t) { dense_rows<Dense<typename decltype(t)::W>>(call, begin, end); });
+}
+
+void bitmask_run_(int dtype, const BitmaskCall& call, std::int64_t begin, std::int64_t end) {
+    by_dtype16(dtype, [&](auto t) { bitmask_tiles<Mask<typename decltype(t)::W>>(call, begin, end); });
+}
+
+void channel_run_(int dtype, const ChannelCall& call, std::int64_t begin, std::int64_t end) {
+    by_dtype(dtype, [&](auto t) { channel_outputs<Channel<typename decltype(t)::W>>(call, begin, end); });
+}
+
+void narrow_(int dtype, const float* sums, std::int64_t count, void* y) {
+    by_dtype(dtype, [&](auto t) {
+        auto* to = static_cast<typename decltype(t)::W*>(y);
+        for (std::int64_t i = 0; i < count; ++i) narrow(sums[i], to + i);
+    });
+}
+
+inline bool is_active(float x, float threshold) { return !((x < 0 ? -x : x) <= threshold); }
+
+template <class W>
+std::int64_t compact_rows(const W* x, int batch, std::int64_t channels, const float* threshold, std::int32_t* active,
+                          float* values) {
+    std::int64_t count = 0;
+    for (std::int64_t i = 0; i < channels; ++i) {
+        bool any = false;
+        for (int b = 0; b < batch; ++b) any |= is_active(widen(x[b * channels + i]), threshold[i]);
+        active[count] = static_cast<std::int32_t>(i);  // without a branch: half of them would be mispredicted
+        count += any;
+    }
+    const int padded = padded_batch(batch);
+    for (std::int64_t n = 0; n < count; ++n) {
+        const std::int64_t i = active[n];
+        for (int b = 0; b < padded; ++b) {
+            const float value = b < batch ? widen(x[b * channels + i]) : 0.0f;
+            values[n * padded + b] = is_active(value, threshold[i]) && b < batch ? value : 0.0f;
+        }
+    }
+    return count;
+}
+
+std::int64_t compact_(int dtype, const void* x, int batch, std::int64_t channels, const float* threshold,
+                      std::int32_t* active, float* values) {
+    return by_dtype(dtype, [&](auto t) {
+        return compact_rows(static_cast<const typename decltype(t)::W*>(x), batch, channels, threshold, active, values);
+    });
+}
+
+constexpr Tier make_tier(const char* name) {
+    return Tier{name,           dense_row_,   bitmask_row_, dense_prepare_, bitmask_prepare_,
+                dense_run_,     bitmask_run_, channel_run_, narrow_,        compact_};
+}
+
+}  // namespace
+}  // namespace gossamer

@@ -1,0 +1,27 @@
+#include "tiers.h"
+
+namespace gossamer {
+namespace {
+
+// CMake defines GOSSAMER_X86_TIERS where it compiled tier_avx*.cpp with their flags. The checks ask the processor and the
+// operating system; nothing of a tier runs before them.
+const Tier* find(int index) {
+#if defined(GOSSAMER_X86_TIERS)
+    __builtin_cpu_init();
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt");
+    // All processors with AVX2 have F16C, which older compilers cannot ask for.
+    const bool half = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
+    if (index == 0) return wide && __builtin_cpu_supports("avx512bf16") ? tier_avx512bf16() : nullptr;
+    if (index == 1) return wide ? tier_avx512() : nullptr;
+    if (index == 2) return half ? tier_avx2() : nullptr;
+#endif
+    return index == kTiers - 1 ? tier_scalar() : nullptr;
+}
+
+}  // namespace
+
+const Tier* tier_at(int index) { return index < 0 || index >= kTiers ? nullptr : find(index); }
+
+}  // namespace gossamer

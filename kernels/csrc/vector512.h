@@ -1,0 +1,137 @@
+// Formats of both AVX-512 tiers. Needs F, BW, DQ, VL and VBMI2.
+#pragma once
+
+#define GOSSAMER_VECTORS 1
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "float16.h"
+#include "split_dot.h"
+
+namespace gossamer {
+namespace {
+
+struct Avx512 {
+    using F = __m512;
+    static constexpr int kLanes = 16;
+    static F zero() { return _mm512_setzero_ps(); }
+    static F set1(float value) { return _mm512_set1_ps(value); }
+    static F load(const float* at) { return _mm512_loadu_ps(at); }
+    static void store(float* at, F f) { _mm512_storeu_ps(at, f); }
+    static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static float sum(F f) { return _mm512_reduce_add_ps(f); }
+};
+
+template <class Weight>
+struct Channel;
+
+template <>
+struct Channel<float> {
+    using S = Avx512;
+    using W = float;
+    static constexpr int kStep = 32;
+    static void widen(const W* w, __m512& a, __m512& b) { a = S::load(w), b = S::load(w + 16); }
+    static void narrow(__m512 a, __m512 b, W* out) { S::store(out, a), S::store(out + 16, b); }
+    static void prefetch(const W* w) {
+        _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(w + 16), _MM_HINT_T1);
+    }
+};
+
+template <>
+struct Channel<Bf16> {
+    using S = Avx512;
+    using W = Bf16;
+    static constexpr int kStep = 32;
+    // Even elements, then odd ones: a shift and a mask, no shuffle.
+    static void split(__m512i v, __m512& a, __m512& b) {
+        a = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+        b = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+    }
+    static void widen(const W* w, __m512& a, __m512& b) { split(_mm512_loadu_si512(w), a, b); }
+    // Nearest even in the upper half of each lane; NaN stays NaN.
+    static __m512i round(__m512 f) {
+        const __m512i bits = _mm512_castps_si512(f);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+        const __mmask16 nan = _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q);
+        return _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
+    }
+    static void narrow(__m512 a, __m512 b, W* out) {
+        const __m512i high = _mm512_and_si512(round(b), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)));
+        _mm512_storeu_si512(out, _mm512_or_si512(high, _mm512_srli_epi32(round(a), 16)));
+    }
+    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1); }
+};
+
+template <>
+struct Channel<Fp16> {
+    using S = Avx512;
+    using W = Fp16;
+    static constexpr int kStep = 32;
+    static void split(__m512i v, __m512& a, __m512& b) {
+        a = _mm512_cvtph_ps(_mm512_castsi512_si256(v));
+        b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1));
+    }
+    static void widen(const W* w, __m512& a, __m512& b) {
+        a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
+        b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 16)));
+    }
+    static void narrow(__m512 a, __m512 b, W* out) {
+        auto* to = reinterpret_cast<__m256i*>(out);
+        _mm256_storeu_si256(to, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        _mm256_storeu_si256(to + 1, _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1); }
+};
+
+// 32 weights from a mask of 32 bits and as many values as it has bits.
+inline __m512i expand32(std::uint64_t mask, const std::uint16_t* values) {
+    __m512i v;
+    // vpexpandw with zeroing still waits for the old content of its destination on AMD's Zen 4 and 5, and compilers reuse
+    // one register for all of them. Clearing it first, which costs nothing, cuts that chain.
+    __asm__("vpxor %x0, %x0, %x0\n\tvpexpandw %2, %0%{%1%}%{z%}"
+            : "=&x"(v)
+            : "Yk"(static_cast<__mmask32>(mask)), "v"(_mm512_loadu_si512(values)));
+    return v;
+}
+
+// One row of a tile: four steps, whose places in `values` come from the mask by themselves.
+template <class Use>
+inline const std::uint16_t* expand_row(const std::uint8_t* mask, const std::uint16_t* values, Use use) {
+    std::uint64_t low, high;
+    std::memcpy(&low, mask, 8);
+    std::memcpy(&high, mask + 8, 8);
+    const auto half = static_cast<unsigned>(__builtin_popcountll(low));
+    const std::uint16_t* middle = values + half;
+    use(0, expand32(low, values));
+    use(1, expand32(low >> 32, values + static_cast<unsigned>(__builtin_popcount(static_cast<std::uint32_t>(low)))));
+    use(2, expand32(high, middle));
+    use(3, expand32(high >> 32, middle + static_cast<unsigned>(__builtin_popcount(static_cast<std::uint32_t>(high)))));
+    return middle + static_cast<unsigned>(__builtin_popcountll(high));
+}
+
+// Bitmask format of a channel format with split().
+template <class C>
+struct SplitMask {
+    using S = Avx512;
+    using W = typename C::W;
+    using V = __m512i;
+    static constexpr int kStep = 32, kXBytes = 4;
+    template <class Use>
+    static const std::uint16_t* row(const std::uint8_t* mask, const std::uint16_t* values, Use use) {
+        return expand_row(mask, values, use);
+    }
+    static __m512 mul(__m512 acc, V v, const std::uint8_t* x) {
+        const auto* at = reinterpret_cast<const float*>(x);
+        __m512 a, b;
+        C::split(v, a, b);
+        return S::fma(b, S::load(at + 16), S::fma(a, S::load(at), acc));
+    }
+    static void prepare_step(const W* x, std::uint8_t* out) { SplitDot<C>::prepare_step(x, out); }
+};
+
+}  // namespace
+}  // namespace gossamer

@@ -1,0 +1,94 @@
+"""Which tier runs: the processor decides, the environment overrules it; threads are torch's own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gossamer.errors import KernelError
+from gossamer.kernels import extension, tier
+
+WITHOUT = extension.compiled() is None
+needs_module = pytest.mark.skipif(WITHOUT, reason="no compiled module")
+
+
+@pytest.fixture(autouse=True)
+def _decide_anew():
+    tier.current.cache_clear()
+    yield
+    tier.current.cache_clear()
+
+
+@needs_module
+def test_the_fastest_tier_is_the_default_and_scalar_always_exists(monkeypatch):
+    monkeypatch.delenv(tier.VARIABLE, raising=False)
+    names = list(tier.available())
+    assert names == [name for name in tier.NAMES if name in names]
+    assert names[-1] == "scalar"
+    assert tier.current().name == names[0]
+
+
+@needs_module
+def test_every_available_tier_can_be_forced(monkeypatch):
+    for name in tier.available():
+        monkeypatch.setenv(tier.VARIABLE, name)
+        tier.current.cache_clear()
+        assert tier.current().name == name
+        with tier.forced("scalar"):
+            assert tier.current().name == "scalar"
+            with tier.forced(None):
+                assert tier.current() is None
+        assert tier.current().name == name
+
+
+def test_unknown_names_are_refused(monkeypatch):
+    monkeypatch.setenv(tier.VARIABLE, "sse9")
+    with pytest.raises(KernelError, match="'sse9', allowed: avx512bf16, avx512, avx2, scalar"):
+        tier.current()
+
+
+@needs_module
+def test_a_tier_that_is_not_here_is_refused(monkeypatch):
+    monkeypatch.setattr(tier, "available", lambda: {"scalar": None})
+    monkeypatch.setenv(tier.VARIABLE, "avx2")
+    with pytest.raises(KernelError, match="does not have; it has scalar"):
+        tier.current()
+
+
+def test_without_compiled_code_there_is_no_tier(monkeypatch):
+    monkeypatch.setattr(tier, "available", dict)
+    monkeypatch.delenv(tier.VARIABLE, raising=False)
+    assert tier.current() is None
+
+
+@needs_module
+@pytest.mark.skipif(sys.platform != "linux", reason="threads come from torch's OpenMP on Linux only")
+def test_threads_are_those_of_torch():
+    """One OpenMP runtime in the process: the one that torch brought."""
+    from gossamer.kernels.dense_gemv.dispatch import dense_gemv
+
+    assert extension.compiled().parallel_runtime() == "openmp of torch"
+    weight = torch.randn(1024, 1024)
+    for _ in range(3):
+        dense_gemv(torch.randn(1, 1024), weight)
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        runtimes = {line.split()[-1] for line in maps if "gomp" in line or "iomp" in line}
+    assert len({os.path.realpath(path) for path in runtimes}) == 1
+
+
+@needs_module
+@pytest.mark.parametrize("name", tier.NAMES)
+def test_the_environment_variable_in_a_process_of_its_own(name):
+    if name not in tier.available():
+        pytest.skip(f"no tier {name} here")
+    code = (
+        "import torch\nfrom gossamer.kernels import tier\nfrom gossamer.kernels.dense_gemv.dispatch import dense_gemv\n"
+    )
+    code += "print(tier.current().name, dense_gemv(torch.ones(1, 3), torch.ones(2, 3)).tolist())"
+    environment = {**os.environ, tier.VARIABLE: name}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip() == f"{name} [[3.0, 3.0]]", done.stderr
