@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ...errors import KernelError
+from ..memory import empty_weight
 from ..tier import Tier
 from .layout import CODES
 
 
 def pack(module: ModuleType, bits: Tensor, values: Tensor, cols: int) -> Tensor:
     rows, nnz = bits.shape[0], values.numel()
-    packed = torch.empty(module.tiles_size(rows, cols, nnz), dtype=torch.uint8)
+    packed = empty_weight(module.tiles_size(rows, cols, nnz), dtype=torch.uint8)
     arguments = (bits.data_ptr(), values.data_ptr(), nnz, rows, cols, CODES[values.dtype], packed.data_ptr())
     if not module.tiles_pack(*arguments):
         raise KernelError("the bits changed during the call")

@@ -100,8 +100,5 @@ def _check(packed: Tensor) -> None:
 
 
 def _version(packed: Tensor) -> int:
-    """Counts writes to the tensor; tensors made in inference mode have no such count."""
-    try:
-        return packed._version
-    except RuntimeError:
-        return -1
+    """Counts writes. Tensors made in inference mode have no count, and the error for asking takes 40 microseconds."""
+    return -1 if packed.is_inference() else packed._version

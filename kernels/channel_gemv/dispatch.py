@@ -1,4 +1,4 @@
-"""Activation-sparse product: the public name. Compiled code on the CPU, plain torch elsewhere or without it."""
+"""Activation-sparse product: the public names. Compiled code on the CPU, plain torch elsewhere or without it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from torch import Tensor
 from ...errors import KernelError
 from ..arguments import check_rows, check_weight, name
 from ..library import operator
+from ..memory import empty_weight
 from ..tier import current
 from . import cpu, reference
+
+
+def transpose(weight: Tensor) -> Tensor:
+    """weight [out, in] on the CPU as weight_t [in, out], in memory of its own; `.t()` of the result gives it back."""
+    if weight.dim() != 2 or not weight.is_cpu:
+        raise KernelError(f"weight has shape {list(weight.shape)} on {weight.device}, it must be a matrix on the CPU")
+    return empty_weight(*reversed(weight.shape), dtype=weight.dtype).copy_(weight.detach().t())
 
 
 def channel_gemv(x: Tensor, weight_t: Tensor, threshold: Tensor) -> Tensor:

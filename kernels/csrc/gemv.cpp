@@ -127,9 +127,10 @@ void bitmask_gemv(const Tier& tier, const void* x, int batch, const std::uint8_t
 
 std::int64_t channel_gemv(const Tier& tier, int dtype, const void* x, int batch, const void* weight,
                           const float* threshold, std::int64_t channels, std::int64_t outputs, void* y, int threads) {
-    constexpr std::int64_t kSplit = 64;  // outputs; whole lines of the narrowest dtype
-    auto* active = reinterpret_cast<std::int32_t*>(scratch<0>(4 * channels));
-    auto* values = reinterpret_cast<float*>(scratch<1>(4 * channels * padded_batch(batch)));
+    constexpr std::int64_t kSplit = 64;   // outputs; whole lines of the narrowest dtype
+    constexpr std::int64_t kVector = 64;  // bytes that `compact` may write beyond the last channel
+    auto* active = reinterpret_cast<std::int32_t*>(scratch<0>(4 * channels + kVector));
+    auto* values = reinterpret_cast<float*>(scratch<1>(4 * channels * padded_batch(batch) + kVector));
     const std::int64_t count = tier.compact(dtype, x, batch, channels, threshold, active, values);
     const ChannelCall call{weight, outputs, active, count, values, batch, y};
     const int parts = parts_for(count * outputs * element_size(dtype), threads);

@@ -55,8 +55,8 @@ struct Tier {
     void (*channel_run)(int dtype, const ChannelCall&, std::int64_t output_begin, std::int64_t output_end);
     // Sums [count] to y, rounded to nearest even.
     void (*narrow)(int dtype, const float* sums, std::int64_t count, void* y);
-    // Channels [begin, end) that any row of x [batch, channels] needs: not |x| <= threshold, so NaN is active.
-    // Returns their number; active [channels], values [count, padded batch].
+    // Channels that any row of x [batch, channels] needs: not |x| <= threshold, so NaN is active. Returns their number;
+    // active [channels] and values [count, padded batch], both with room for one more vector.
     std::int64_t (*compact)(int dtype, const void* x, int batch, std::int64_t channels, const float* threshold,
                             std::int32_t* active, float* values);
 };
@@ -69,8 +69,8 @@ const Tier* tier_avx512bf16();
 
 // Rows of the padded batch: 1, 2, 4 or 8.
 // Asks for `lines` cache lines some way ahead of a sequential stream. The processor's own prefetchers stop at the end of
-// every page of 4 KiB; this reaches into the next one. 4 to 12 KiB ahead measured alike, 1 KiB made it slower.
-constexpr int kAhead = 6144;
+// every page of 4 KiB; this reaches into the next one.
+template <int kAhead>
 static inline void prefetch_ahead(const void* at, int lines) {
 #if defined(__GNUC__) || defined(__clang__)
     const char* line = static_cast<const char*>(at) + kAhead;

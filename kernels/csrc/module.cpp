@@ -6,6 +6,7 @@
 
 #include "bitmask.h"
 #include "gemv.h"
+#include "memory.h"
 #include "parallel.h"
 #include "tiers.h"
 #include "tiles.h"
@@ -15,7 +16,7 @@ namespace nb = nanobind;
 namespace {
 
 // Raised whenever a signature changes, so that a stale build is noticed (kernels/extension.py).
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 using Address = std::uintptr_t;
 
@@ -71,6 +72,7 @@ void define_tiles(nb::module_& m) {
 void define_gemv(nb::module_& m) {
     const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
     namespace g = gossamer;
+    m.def("prefer_huge_pages", [](Address memory, std::int64_t size) { g::prefer_huge_pages(at<void>(memory), size); });
     m.def("parallel_runtime", g::parallel_runtime);
     m.def("tiers", [] {
         nb::list found;

@@ -1,61 +1,140 @@
 // Sums of active rows of W^T [channels, outputs], written once for all tiers.
 //
 // A format C gives: S (the vector unit), W, kStep = 2 lanes, widen(w, a, b): kStep weights as two vectors of floats in
-// an order of its own, narrow(a, b, out), which undoes that order, and prefetch(w).
+// an order of its own, narrow(a, b, out), which undoes that order, prefetch(w), and row(w): one vector of floats in order.
+// The unit S also has exceed(x, t): bit i set unless |x_i| <= t_i, and append(bits, vector, out), which writes the lanes
+// whose bit is set one after the other (and may write up to a vector more).
 #pragma once
 
+#include "float16.h"
 #include "gemv.h"
 
 namespace gossamer {
 
-constexpr int kGroup = 16;                    // channels read side by side; 8 were 5 to 15 % slower, 24 twice as slow
-constexpr std::int64_t kAheadOutputs = 1024;  // how far ahead of the sums weights are asked for, into the second level
-constexpr std::int64_t kBlockFloats = 4096;   // sums of a block of outputs, all rows of x: half of a first-level cache
+// Lanes [0, count) of x and thresholds, of `count` up to the vector's length; the others are never active.
+template <class C>
+inline unsigned channel_exceed(const typename C::W* x, const float* threshold, std::int64_t count, typename C::S::F* out) {
+    using S = typename C::S;
+    if (count >= S::kLanes) {
+        *out = C::row(x);
+        return S::exceed(*out, S::load(threshold));
+    }
+    typename C::W part[S::kLanes] = {};
+    float limits[S::kLanes] = {};
+    for (std::int64_t i = 0; i < count; ++i) part[i] = x[i], limits[i] = threshold[i];
+    *out = C::row(part);
+    return S::exceed(*out, S::load(limits));
+}
 
-// Adds kCount channels to the sums [B][outputs] of outputs [0, outputs), a multiple of kStep.
-template <class C, int B, int kCount>
-inline void channel_group(const typename C::W* const* rows, const float* x, std::int64_t outputs, float* sums,
-                          const typename C::W* const* next) {
+// Channels that any row of x [batch, channels] needs, and their inputs [count][padded batch], 0 where a row does not.
+// Both outputs have room for one more vector.
+template <class C>
+std::int64_t channel_compact(const typename C::W* x, int batch, std::int64_t channels, const float* threshold,
+                             std::int32_t* active, float* values) {
     using S = typename C::S;
     using F = typename S::F;
-    constexpr int kHold = B == 1 ? kCount : 2;  // widened rows that stay in registers while the rows of x go by
-    for (std::int64_t o = 0; o < outputs; o += C::kStep) {
-        // Jumping from channel to channel leaves the processor's own prefetchers without a stream to follow.
-        const std::int64_t ahead = o + kAheadOutputs;
-        if (next != nullptr) {
-            const bool over = ahead >= outputs;
-            for (int i = 0; i < kCount; ++i) C::prefetch(over ? next[i] + (ahead - outputs) : rows[i] + ahead);
+    std::int64_t count = 0;
+    for (std::int64_t i = 0; i < channels; i += S::kLanes) {
+        F row;
+        unsigned bits = channel_exceed<C>(x + i, threshold + i, channels - i, &row);
+        if (batch == 1) S::append(bits, row, values + count);
+        for (int b = 1; b < batch; ++b) {
+            bits |= channel_exceed<C>(x + b * channels + i, threshold + i, channels - i, &row);
         }
-        if constexpr (B == 1) {
-            F a = S::load(sums + o), b = S::load(sums + o + S::kLanes);
-            for (int i = 0; i < kCount; ++i) {
+        count += S::append(bits, static_cast<std::int32_t>(i), active + count);
+    }
+    if (batch == 1) return count;
+    const int padded = padded_batch(batch);
+    for (std::int64_t n = 0; n < count; ++n) {
+        const std::int64_t i = active[n];
+        for (int b = 0; b < padded; ++b) {
+            const float value = b < batch ? widen(x[b * channels + i]) : 0.0f;
+            values[n * padded + b] = (value < 0 ? -value : value) <= threshold[i] ? 0.0f : value;
+        }
+        for (int b = batch; b < padded; ++b) values[n * padded + b] = 0.0f;
+    }
+    return count;
+}
+
+// Channels read side by side. Rows of W^T are often a power of two apart, so their lines compete for the 8 to 12 places of
+// one cache set: 16 were at times faster, at times slower, 24 took twice as long.
+constexpr int kGroup = 8;
+constexpr std::int64_t kAheadOutputs = 512;   // how far ahead of the sums weights are asked for
+constexpr std::int64_t kBlockFloats = 4096;   // sums of a block of outputs, all rows of x: half of a first-level cache
+
+// Channels to add: rows[i] points at their weights of the first output, x [kCount][B] at their inputs.
+template <class W>
+struct Group {
+    const W* const* rows;
+    const float* x;
+};
+
+// Adds kCount channels to the sums [B][outputs] of kWide steps of outputs from o on.
+template <class C, int B, int kCount, int kWide>
+inline void channel_step(const Group<typename C::W>& group, std::int64_t outputs, std::int64_t o, float* sums) {
+    using S = typename C::S;
+    using F = typename S::F;
+    constexpr int kHold = B == 1 ? 1 : kCount < 4 ? kCount : 4;  // widened rows in registers while the rows of x go by
+    F sum[B == 1 ? 2 * kWide : 1];
+    if constexpr (B == 1) {
+        for (int n = 0; n < 2 * kWide; ++n) sum[n] = S::load(sums + o + n * S::kLanes);
+        for (int i = 0; i < kCount; ++i) {
+            const F value = S::set1(group.x[i]);
+            for (int n = 0; n < kWide; ++n) {
                 F u, v;
-                C::widen(rows[i] + o, u, v);
-                const F value = S::set1(x[i]);
-                a = S::fma(value, u, a);
-                b = S::fma(value, v, b);
+                C::widen(group.rows[i] + o + n * C::kStep, u, v);
+                sum[2 * n] = S::fma(value, u, sum[2 * n]);
+                sum[2 * n + 1] = S::fma(value, v, sum[2 * n + 1]);
             }
-            S::store(sums + o, a);
-            S::store(sums + o + S::kLanes, b);
-        } else {
+        }
+        for (int n = 0; n < 2 * kWide; ++n) S::store(sums + o + n * S::kLanes, sum[n]);
+    } else {
+        for (int n = 0; n < kWide; ++n) {
             for (int first = 0; first < kCount; first += kHold) {
-                constexpr int kHere = kHold < kCount ? kHold : kCount;
-                F u[kHere], v[kHere];
-                for (int i = 0; i < kHere; ++i) C::widen(rows[first + i] + o, u[i], v[i]);
+                F u[kHold], v[kHold];
+                for (int i = 0; i < kHold; ++i) C::widen(group.rows[first + i] + o + n * C::kStep, u[i], v[i]);
                 for (int r = 0; r < B; ++r) {
-                    float* sum = sums + r * outputs + o;
-                    F a = S::load(sum), b = S::load(sum + S::kLanes);
-                    for (int i = 0; i < kHere; ++i) {
-                        const F value = S::set1(x[(first + i) * B + r]);
+                    float* at = sums + r * outputs + o + n * C::kStep;
+                    F a = S::load(at), b = S::load(at + S::kLanes);
+                    for (int i = 0; i < kHold; ++i) {
+                        const F value = S::set1(group.x[(first + i) * B + r]);
                         a = S::fma(value, u[i], a);
                         b = S::fma(value, v[i], b);
                     }
-                    S::store(sum, a);
-                    S::store(sum + S::kLanes, b);
+                    S::store(at, a);
+                    S::store(at + S::kLanes, b);
                 }
             }
         }
     }
+}
+
+// Steps [from, to) of one group; asks for `ahead[i] + o` on the way, unless ahead is nullptr.
+template <class C, int B, int kCount>
+inline void channel_steps(const Group<typename C::W>& group, std::int64_t outputs, std::int64_t from, std::int64_t to,
+                          float* sums, const typename C::W* const* ahead, std::int64_t shift) {
+    constexpr int kWide = 2;
+    std::int64_t o = from;
+    for (; o + kWide * C::kStep <= to; o += kWide * C::kStep) {
+        if (ahead != nullptr) {
+            for (int i = 0; i < kCount; ++i) {
+                for (int n = 0; n < kWide; ++n) C::prefetch(ahead[i] + o + shift + n * C::kStep);
+            }
+        }
+        channel_step<C, B, kCount, kWide>(group, outputs, o, sums);
+    }
+    for (; o < to; o += C::kStep) channel_step<C, B, kCount, 1>(group, outputs, o, sums);
+}
+
+// A group over all outputs of a block. Jumping from channel to channel leaves the processor's own prefetchers without a
+// stream to follow, so weights are asked for some way ahead, first in the same rows, at their end in those of `next`.
+template <class C, int B, int kCount>
+inline void channel_group(const Group<typename C::W>& group, std::int64_t outputs, float* sums,
+                          const typename C::W* const* next) {
+    const std::int64_t shift = kAheadOutputs < outputs ? kAheadOutputs : outputs;
+    const std::int64_t turn = (outputs - shift) / (2 * C::kStep) * (2 * C::kStep);
+    channel_steps<C, B, kCount>(group, outputs, 0, turn, sums, next != nullptr ? group.rows : nullptr, shift);
+    channel_steps<C, B, kCount>(group, outputs, turn, outputs, sums, next, shift - outputs);
 }
 
 // Outputs [begin, end), end - begin a multiple of kStep and at most a block.
@@ -76,11 +155,11 @@ void channel_block(const ChannelCall& call, std::int64_t begin, std::int64_t end
     for (int now = 0; i + kGroup <= call.count; i += kGroup, now = 1 - now) {
         const bool more = i + 2 * kGroup <= call.count;
         if (more) point(i + kGroup, rows[1 - now]);
-        channel_group<C, B, kGroup>(rows[now], call.x + i * B, outputs, sums, more ? rows[1 - now] : nullptr);
+        channel_group<C, B, kGroup>({rows[now], call.x + i * B}, outputs, sums, more ? rows[1 - now] : nullptr);
     }
     for (; i < call.count; ++i) {
         const W* row = weight + call.active[i] * call.outputs;
-        channel_group<C, B, 1>(&row, call.x + i * B, outputs, sums, nullptr);
+        channel_group<C, B, 1>({&row, call.x + i * B}, outputs, sums, nullptr);
     }
     for (int r = 0; r < call.batch; ++r) {
         W* y = static_cast<W*>(call.y) + r * call.outputs + begin;
@@ -103,7 +182,7 @@ void channel_rest(const ChannelCall& call, std::int64_t begin, std::int64_t end)
     const W* row = part;
     for (std::int64_t i = 0; i < call.count; ++i) {
         for (std::int64_t o = 0; o < end - begin; ++o) part[o] = weight[call.active[i] * call.outputs + o];
-        channel_group<C, B, 1>(&row, call.x + i * B, C::kStep, sums, nullptr);
+        channel_group<C, B, 1>({&row, call.x + i * B}, C::kStep, sums, nullptr);
     }
     for (int r = 0; r < call.batch; ++r) {
         const float* sum = sums + r * C::kStep;

@@ -1,8 +1,8 @@
 // Dense rows times prepared x, written once for all tiers.
 //
 // A format D gives: W (the weight's element), S (the vector unit), kStep (weights per step), kXBytes (bytes of prepared
-// x per weight), V and load(w) -> V (kStep weights), mul(acc, V, x) -> acc + partial sums of their products,
-// prepare_step(x, out), and kPrefetch: whether asking for weights ahead made it faster.
+// x per weight), V and load(w) -> V (kStep weights), mul(acc, V, x) -> acc + partial sums of their products, and
+// prepare_step(x, out).
 // D is a type of the including file's unnamed namespace, so every tier gets code of its own.
 #pragma once
 
@@ -41,7 +41,7 @@ void dense_row(const typename D::W* w, std::int64_t cols, const std::uint8_t* x,
     for (; k + kChains * kStep <= cols; k += kChains * kStep, x += kChains * kBytes) {
         for (int i = 0; i < kChains; ++i) {
             const auto v = D::load(w + k + i * kStep);
-            if (D::kPrefetch && i * sizeof(typename D::W) * kStep % 64 == 0) prefetch_ahead(w + k + i * kStep, kLines);
+            if (i * sizeof(typename D::W) * kStep % 64 == 0) prefetch_ahead<4096>(w + k + i * kStep, kLines);
             for (int b = 0; b < B; ++b) acc[b][i] = D::mul(acc[b][i], v, x + b * stride + i * kBytes);
         }
     }

@@ -13,7 +13,6 @@ struct SplitDot {
     using F = typename S::F;
     static constexpr int kStep = C::kStep;
     static constexpr int kXBytes = 4;
-    static constexpr bool kPrefetch = sizeof(W) == 2;
     struct V {
         F a, b;
     };

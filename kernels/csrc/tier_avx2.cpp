@@ -11,6 +11,32 @@
 namespace gossamer {
 namespace {
 
+// What replaces instructions that AVX2 lacks, by mask of eight bits.
+struct Tables {
+    // Byte shuffles: lane i takes the next 16-bit value if bit i is set, else zero (index 0x80). For bfloat16 it goes to
+    // the upper half of 32-bit lane i, so the result is eight floats; for float16 to lane i of eight 16-bit lanes.
+    alignas(64) std::uint8_t floats[256][32] = {};
+    alignas(64) std::uint8_t halves[256][16] = {};
+    // The set bits in rising order: lanes to keep.
+    alignas(64) std::int32_t lanes[256][8] = {};
+    constexpr Tables() {
+        for (int mask = 0; mask < 256; ++mask) {
+            int next = 0;
+            for (int i = 0; i < 8; ++i) {
+                const bool kept = (mask >> i) & 1;
+                const int low = kept ? 2 * next : 0x80, high = kept ? 2 * next + 1 : 0x80;
+                floats[mask][4 * i] = floats[mask][4 * i + 1] = 0x80;
+                floats[mask][4 * i + 2] = static_cast<std::uint8_t>(low);
+                floats[mask][4 * i + 3] = static_cast<std::uint8_t>(high);
+                halves[mask][2 * i] = static_cast<std::uint8_t>(low);
+                halves[mask][2 * i + 1] = static_cast<std::uint8_t>(high);
+                if (kept) lanes[mask][next++] = i;
+            }
+        }
+    }
+};
+constexpr Tables kTables;
+
 struct Avx2 {
     using F = __m256;
     static constexpr int kLanes = 8;
@@ -20,6 +46,17 @@ struct Avx2 {
     static void store(float* at, F f) { _mm256_storeu_ps(at, f); }
     static F add(F a, F b) { return _mm256_add_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    static unsigned exceed(F x, F t) {
+        const __m256 size = _mm256_andnot_ps(set1(-0.0f), x);
+        return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(size, t, _CMP_NLE_UQ)));
+    }
+    static __m256i kept(unsigned bits) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(kTables.lanes[bits])); }
+    static void append(unsigned bits, F f, float* out) { store(out, _mm256_permutevar8x32_ps(f, kept(bits))); }
+    static int append(unsigned bits, std::int32_t first, std::int32_t* out) {
+        const __m256i index = _mm256_add_epi32(kept(bits), _mm256_set1_epi32(first));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), index);
+        return __builtin_popcount(bits);
+    }
     static float sum(F f) {
         __m128 s = _mm_add_ps(_mm256_castps256_ps128(f), _mm256_extractf128_ps(f, 1));
         s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -35,9 +72,10 @@ struct Channel<float> {
     using S = Avx2;
     using W = float;
     static constexpr int kStep = 16;
+    static __m256 row(const W* w) { return S::load(w); }
     static void widen(const W* w, __m256& a, __m256& b) { a = S::load(w), b = S::load(w + 8); }
     static void narrow(__m256 a, __m256 b, W* out) { S::store(out, a), S::store(out + 8, b); }
-    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1); }
+    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T0); }
 };
 
 template <>
@@ -45,6 +83,10 @@ struct Channel<Bf16> {
     using S = Avx2;
     using W = Bf16;
     static constexpr int kStep = 16;
+    static __m256 row(const W* w) {
+        const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+    }
     // Even elements, then odd ones: a shift and a mask, no shuffle.
     static void widen(const W* w, __m256& a, __m256& b) {
         const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
@@ -64,7 +106,7 @@ struct Channel<Bf16> {
         const __m256i both = _mm256_or_si256(high, _mm256_srli_epi32(round(a), 16));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), both);
     }
-    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1); }
+    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T0); }
 };
 
 template <>
@@ -72,44 +114,18 @@ struct Channel<Fp16> {
     using S = Avx2;
     using W = Fp16;
     static constexpr int kStep = 16;
-    static void widen(const W* w, __m256& a, __m256& b) {
-        a = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
-        b = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 8)));
-    }
+    static __m256 row(const W* w) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))); }
+    static void widen(const W* w, __m256& a, __m256& b) { a = row(w), b = row(w + 8); }
     static void narrow(__m256 a, __m256 b, W* out) {
         auto* to = reinterpret_cast<__m128i*>(out);
         _mm_storeu_si128(to, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
         _mm_storeu_si128(to + 1, _mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
-    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1); }
+    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T0); }
 };
 
 template <class W>
 using Dense = SplitDot<Channel<W>>;
-
-// Byte shuffles by mask: lane i takes the next value if bit i is set, else zero (index 0x80).
-struct Tables {
-    // bfloat16: the value goes to the upper half of 32-bit lane i, so the result is eight floats.
-    alignas(64) std::uint8_t floats[256][32] = {};
-    // float16: lane i of eight 16-bit lanes.
-    alignas(64) std::uint8_t halves[256][16] = {};
-    constexpr Tables() {
-        for (int mask = 0; mask < 256; ++mask) {
-            int next = 0;
-            for (int i = 0; i < 8; ++i) {
-                const bool kept = (mask >> i) & 1;
-                const int low = kept ? 2 * next : 0x80, high = kept ? 2 * next + 1 : 0x80;
-                floats[mask][4 * i] = floats[mask][4 * i + 1] = 0x80;
-                floats[mask][4 * i + 2] = static_cast<std::uint8_t>(low);
-                floats[mask][4 * i + 3] = static_cast<std::uint8_t>(high);
-                halves[mask][2 * i] = static_cast<std::uint8_t>(low);
-                halves[mask][2 * i + 1] = static_cast<std::uint8_t>(high);
-                next += kept;
-            }
-        }
-    }
-};
-constexpr Tables kTables;
 
 inline __m256 expand8(Bf16, int mask, __m128i values) {
     const __m256i control = _mm256_load_si256(reinterpret_cast<const __m256i*>(kTables.floats[mask]));

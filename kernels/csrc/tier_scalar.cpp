@@ -33,6 +33,29 @@ struct Scalar {
         for (int i = 0; i < kLanes; ++i) c.lane[i] += a.lane[i] * b.lane[i];
         return c;
     }
+    static unsigned exceed(F x, F t) {
+        unsigned bits = 0;
+        for (int i = 0; i < kLanes; ++i) {
+            const float size = x.lane[i] < 0 ? -x.lane[i] : x.lane[i];
+            bits |= static_cast<unsigned>(!(size <= t.lane[i])) << i;
+        }
+        return bits;
+    }
+    // Without branches: half of them would be mispredicted.
+    static void append(unsigned bits, F f, float* out) {
+        for (int i = 0; i < kLanes; ++i) {
+            *out = f.lane[i];
+            out += bits >> i & 1;
+        }
+    }
+    static int append(unsigned bits, std::int32_t first, std::int32_t* out) {
+        int count = 0;
+        for (int i = 0; i < kLanes; ++i) {
+            out[count] = first + i;
+            count += static_cast<int>(bits >> i & 1);
+        }
+        return count;
+    }
     static float sum(F f) {
         return ((f.lane[0] + f.lane[4]) + (f.lane[2] + f.lane[6])) + ((f.lane[1] + f.lane[5]) + (f.lane[3] + f.lane[7]));
     }
@@ -44,12 +67,12 @@ struct Channel {
     using W = Weight;
     using F = S::F;
     static constexpr int kStep = 2 * S::kLanes;
-    static void widen(const W* w, F& a, F& b) {
-        for (int i = 0; i < S::kLanes; ++i) {
-            a.lane[i] = gossamer::widen(w[i]);
-            b.lane[i] = gossamer::widen(w[i + S::kLanes]);
-        }
+    static F row(const W* w) {
+        F f;
+        for (int i = 0; i < S::kLanes; ++i) f.lane[i] = gossamer::widen(w[i]);
+        return f;
     }
+    static void widen(const W* w, F& a, F& b) { a = row(w), b = row(w + S::kLanes); }
     static void narrow(F a, F b, W* out) {
         for (int i = 0; i < S::kLanes; ++i) {
             gossamer::narrow(a.lane[i], out + i);

@@ -65,33 +65,11 @@ void narrow_(int dtype, const float* sums, std::int64_t count, void* y) {
     });
 }
 
-inline bool is_active(float x, float threshold) { return !((x < 0 ? -x : x) <= threshold); }
-
-template <class W>
-std::int64_t compact_rows(const W* x, int batch, std::int64_t channels, const float* threshold, std::int32_t* active,
-                          float* values) {
-    std::int64_t count = 0;
-    for (std::int64_t i = 0; i < channels; ++i) {
-        bool any = false;
-        for (int b = 0; b < batch; ++b) any |= is_active(widen(x[b * channels + i]), threshold[i]);
-        active[count] = static_cast<std::int32_t>(i);  // without a branch: half of them would be mispredicted
-        count += any;
-    }
-    const int padded = padded_batch(batch);
-    for (std::int64_t n = 0; n < count; ++n) {
-        const std::int64_t i = active[n];
-        for (int b = 0; b < padded; ++b) {
-            const float value = b < batch ? widen(x[b * channels + i]) : 0.0f;
-            values[n * padded + b] = is_active(value, threshold[i]) && b < batch ? value : 0.0f;
-        }
-    }
-    return count;
-}
-
 std::int64_t compact_(int dtype, const void* x, int batch, std::int64_t channels, const float* threshold,
                       std::int32_t* active, float* values) {
     return by_dtype(dtype, [&](auto t) {
-        return compact_rows(static_cast<const typename decltype(t)::W*>(x), batch, channels, threshold, active, values);
+        using W = typename decltype(t)::W;
+        return channel_compact<Channel<W>>(static_cast<const W*>(x), batch, channels, threshold, active, values);
     });
 }
 

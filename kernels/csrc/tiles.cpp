@@ -6,24 +6,8 @@
 
 #include "bitmask.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace gossamer::tiles {
 namespace {
-
-// Fresh memory of many megabytes in pages of 2 MiB: the stream is read 4 to 8 % faster. A hint, so failures do not matter.
-void prefer_huge_pages(std::uint8_t* memory, std::int64_t size) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr std::uintptr_t kHuge = std::uintptr_t{1} << 21;
-    const auto begin = (reinterpret_cast<std::uintptr_t>(memory) + kHuge - 1) & ~(kHuge - 1);
-    const auto end = (reinterpret_cast<std::uintptr_t>(memory) + static_cast<std::uintptr_t>(size)) & ~(kHuge - 1);
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)memory, (void)size;
-#endif
-}
 
 constexpr std::int64_t kMaxLength = std::int64_t{1} << 31;
 
@@ -176,7 +160,6 @@ bool pack(const std::uint8_t* bits, const std::uint16_t* values, std::int64_t nn
     const Shape shape(rows, cols);
     const std::int64_t width = row_bytes(cols);
     const Header header{kMagic, rows, cols, dtype, nnz, shape.panel_cols, shape.stream(), shape.size(nnz)};
-    prefer_huge_pages(packed, header.size);
     std::memset(packed, 0, static_cast<std::size_t>(header.stream));
     std::memcpy(packed, &header, sizeof header);
     auto* offsets = reinterpret_cast<std::int64_t*>(packed + sizeof(Header));

@@ -22,6 +22,17 @@ struct Avx512 {
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static float sum(F f) { return _mm512_reduce_add_ps(f); }
+    static unsigned exceed(F x, F t) { return _mm512_cmp_ps_mask(_mm512_abs_ps(x), t, _CMP_NLE_UQ); }
+    // Compressed in a register and stored whole: the instruction that stores what it compresses is slow on AMD.
+    static void append(unsigned bits, F f, float* out) {
+        store(out, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), f));
+    }
+    static int append(unsigned bits, std::int32_t first, std::int32_t* out) {
+        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i index = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
+        _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), index));
+        return __builtin_popcount(bits);
+    }
 };
 
 template <class Weight>
@@ -32,11 +43,12 @@ struct Channel<float> {
     using S = Avx512;
     using W = float;
     static constexpr int kStep = 32;
+    static __m512 row(const W* w) { return S::load(w); }
     static void widen(const W* w, __m512& a, __m512& b) { a = S::load(w), b = S::load(w + 16); }
     static void narrow(__m512 a, __m512 b, W* out) { S::store(out, a), S::store(out + 16, b); }
     static void prefetch(const W* w) {
-        _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1);
-        _mm_prefetch(reinterpret_cast<const char*>(w + 16), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(w + 16), _MM_HINT_T0);
     }
 };
 
@@ -49,6 +61,10 @@ struct Channel<Bf16> {
     static void split(__m512i v, __m512& a, __m512& b) {
         a = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
         b = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+    }
+    static __m512 row(const W* w) {
+        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
     }
     static void widen(const W* w, __m512& a, __m512& b) { split(_mm512_loadu_si512(w), a, b); }
     // Nearest even in the upper half of each lane; NaN stays NaN.
@@ -63,7 +79,7 @@ struct Channel<Bf16> {
         const __m512i high = _mm512_and_si512(round(b), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)));
         _mm512_storeu_si512(out, _mm512_or_si512(high, _mm512_srli_epi32(round(a), 16)));
     }
-    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1); }
+    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T0); }
 };
 
 template <>
@@ -71,20 +87,20 @@ struct Channel<Fp16> {
     using S = Avx512;
     using W = Fp16;
     static constexpr int kStep = 32;
+    static __m512 row(const W* w) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w))); }
     static void split(__m512i v, __m512& a, __m512& b) {
         a = _mm512_cvtph_ps(_mm512_castsi512_si256(v));
         b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1));
     }
     static void widen(const W* w, __m512& a, __m512& b) {
-        a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
-        b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 16)));
+        a = row(w), b = row(w + 16);
     }
     static void narrow(__m512 a, __m512 b, W* out) {
         auto* to = reinterpret_cast<__m256i*>(out);
         _mm256_storeu_si256(to, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
         _mm256_storeu_si256(to + 1, _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
-    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1); }
+    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T0); }
 };
 
 // 32 weights from a mask of 32 bits and as many values as it has bits.

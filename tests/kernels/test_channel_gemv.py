@@ -8,7 +8,7 @@ from gemv_cases import BACKENDS, BATCHES, FLOATS, assert_close, backend, bits_of
 from gemv_cases import poisoned_results as poisoned
 
 from gossamer.errors import KernelError
-from gossamer.kernels.channel_gemv.dispatch import channel_gemv
+from gossamer.kernels.channel_gemv.dispatch import channel_gemv, transpose
 
 SHAPES = [(1, 1), (63, 1), (1, 63), (63, 100), (100, 63), (4, 4097), (4097, 5), (40, 1100), (0, 5), (5, 0), (16, 64)]
 INF, NAN = float("inf"), float("nan")
@@ -83,6 +83,17 @@ def test_skipped_channels_are_not_read(name):
     weight_t[unused] = NAN
     with backend(name):
         assert torch.equal(channel_gemv(x, weight_t, torch.zeros(50)), wanted)
+
+
+def test_transpose_is_the_weight_in_memory_of_its_own():
+    weight = normal(2051, 1030, dtype=torch.bfloat16, seed=1)
+    weight_t = transpose(weight)
+    assert weight_t.is_contiguous()
+    assert torch.equal(weight_t, weight.t())
+    assert weight_t.data_ptr() != weight.data_ptr()
+    assert transpose(torch.nn.Parameter(weight[:3])).requires_grad is False
+    with pytest.raises(KernelError, match="must be a matrix on the CPU"):
+        transpose(weight[0])
 
 
 W = torch.ones(6, 4, dtype=torch.bfloat16)
