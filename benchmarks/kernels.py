@@ -5,8 +5,8 @@
 One row of x, bfloat16, every weight from memory: a large unrelated tensor is read before each timed call. Then the same
 operation runs on a matrix of 16 x 64, so that the code is in the cache, as between the layers of a model, but no
 weight; --cold-code leaves that out. Every round calls each contender once, in another order. Times are best deciles,
-because another process on a core makes two-thread medians meaningless; medians are in the JSON. A contender whose result
-is wrong has no speed, and the command ends with 1.
+because another process on a core makes two-thread medians meaningless; medians are in the JSON. A contender whose
+result is wrong has no speed, and the command ends with 1.
 """
 
 from __future__ import annotations
