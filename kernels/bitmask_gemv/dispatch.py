@@ -6,6 +6,7 @@ tensor; its content is checked when it is first used.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...errors import KernelError
@@ -65,6 +66,33 @@ def bitmask_gemv(x: Tensor, packed: Tensor, rows: int) -> Tensor:
     others. Raises KernelError for what does not fit, a malformed matrix, and where a gradient would be needed.
     """
     return _operator(x, packed, rows)
+
+
+def bitmask_dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """`dense(packed)` as an operator, for torch.compile, which has to know [rows, cols] and dtype beforehand.
+
+    Raises KernelError when the packed matrix has others.
+    """
+    return _dense_operator(packed, rows, cols, dtype)
+
+
+def _run_dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    record = record_of(packed)
+    if (rows, cols, dtype) != (record.rows, record.cols, record.dtype):
+        raise KernelError(
+            f"the packed matrix is {name(record.dtype)} [{record.rows}, {record.cols}], the call says "
+            f"{name(dtype)} [{rows}, {cols}]"
+        )
+    return dense(packed)
+
+
+def _fake_dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    return packed.new_empty((rows, cols), dtype=dtype)
+
+
+_dense_operator = operator(
+    "bitmask_dense(Tensor packed, int rows, int cols, ScalarType dtype) -> Tensor", _run_dense, _fake_dense
+)
 
 
 def _run(x: Tensor, packed: Tensor, rows: int) -> Tensor:

@@ -8,7 +8,7 @@ from gemv_cases import integers
 
 from gossamer.errors import KernelError
 from gossamer.kernels.bitmask import dispatch as bitmask
-from gossamer.kernels.bitmask_gemv.dispatch import bitmask_gemv, pack
+from gossamer.kernels.bitmask_gemv.dispatch import bitmask_dense, bitmask_gemv, pack
 from gossamer.kernels.channel_gemv.dispatch import channel_gemv
 from gossamer.kernels.dense_gemv.dispatch import dense_gemv
 
@@ -67,3 +67,12 @@ def test_gradients_are_refused_and_no_grad_is_fine(name):
         assert call(x, *rest).shape == (1, 20)
     with torch.inference_mode():
         assert call(x_of(1, 70), *rest).shape == (1, 20)
+
+
+def test_dense_matrix_of_a_packed_one():
+    arguments = (PACKED, 20, 70, torch.bfloat16)
+    torch.library.opcheck(torch.ops.gossamer.bitmask_dense.default, arguments)
+    assert torch.equal(bitmask_dense(*arguments), WEIGHT)
+    for wrong in ((21, 70, torch.bfloat16), (20, 71, torch.bfloat16), (20, 70, torch.float16)):
+        with pytest.raises(KernelError, match=r"is bfloat16 \[20, 70\], the call says"):
+            bitmask_dense(PACKED, *wrong)

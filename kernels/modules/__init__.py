@@ -1,0 +1,1 @@
+"""Modules that hold sparse weights in place of torch's dense ones."""
