@@ -6,7 +6,7 @@ saving packs by it. `gossamer_masks[name].to_bool()` is True where a weight is k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..errors import CheckpointError
 from ..kernels.bitmask.dispatch import pack_bits
 from .format import MatrixRecord, SourceMask, record_of
 from .keymap import Group, KeyMap
+from .placement import PackedMask
 from .unpack import run_operations
 
 MIXED = "mixed"
@@ -44,11 +45,45 @@ class Outgoing:
     mask: SourceMask | None
 
 
-def parameter_masks(model: Any, keys: KeyMap, masks: Mapping[str, SourceMask]) -> dict[str, SourceMask]:
-    """Masks by checkpoint key -> masks by parameter name, through the conversion that the weights went through."""
+class ModelMasks(MutableMapping[str, SourceMask]):
+    """Masks by parameter name. Those of packed modules are read from the modules: no second copy lies in memory."""
+
+    def __init__(self, masks: Mapping[str, SourceMask], packed: Mapping[str, PackedMask] | None = None) -> None:
+        self._masks: dict[str, SourceMask | PackedMask] = {**(packed or {}), **masks}
+
+    def __getitem__(self, name: str) -> SourceMask:
+        mask = self._masks[name]
+        return mask.load() if isinstance(mask, PackedMask) else mask
+
+    def __setitem__(self, name: str, mask: SourceMask) -> None:
+        self._masks[name] = mask
+
+    def __delitem__(self, name: str) -> None:
+        del self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._masks
+
+    def __repr__(self) -> str:
+        return f"ModelMasks({', '.join(self._masks)})"
+
+
+def parameter_masks(
+    model: Any, keys: KeyMap, masks: Mapping[str, SourceMask], without: Collection[str] = ()
+) -> dict[str, SourceMask]:
+    """Masks by checkpoint key -> masks by parameter name, through the conversion that the weights went through.
+
+    `without`: parameters that are left out.
+    """
     found: dict[str, SourceMask] = {}
     for group in keys.conversions():
-        if any(key in masks for key in group.sources):
+        if any(key in masks for key in group.sources) and group.targets[0] not in without:
             found |= _converted(model, keys, group, masks) if group.converted else _same(group, masks)
     return found
 
@@ -59,8 +94,11 @@ def outgoing(attached: Attached, masks: Mapping[str, SourceMask], state: Mapping
     Names that did not come from the checkpoint (modules added later) keep their own. CheckpointError for a mask that
     does not fit its parameter.
     """
-    for name, mask in masks.items():
-        if name in state and tuple(state[name].shape) != mask.record.shape:
+    for name in masks:
+        if name not in state:
+            continue
+        mask = masks[name]
+        if tuple(state[name].shape) != mask.record.shape:
             shape = list(state[name].shape)
             raise CheckpointError(f"the mask of {name} is {list(mask.record.shape)}, the parameter is {shape}")
     left = dict(state)

@@ -10,8 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ..errors import CheckpointError, GossamerError, ModelError
+from .attached import ModelMasks
 from .keymap import KeyMap
 from .modelfolder import SPARSE, SPARSE_INDEX, find_weights, read_config, resolve_folder
+from .placement import Placed, RuntimeOptions, adopt_dense, runtime
 from .quantizer import METHOD, GossamerConfig, source_masks
 from .saving import attach
 from .source import FolderSource
@@ -25,15 +27,24 @@ def load(
     revision: str | None = None,
     token: str | None = None,
     trust_remote_code: bool = False,
+    packed: bool = True,
+    prefill: str = "streamed",
     **options: Any,
 ) -> Any:
     """A causal language model in eval mode, with its masks as `model.gossamer_masks` (parameter name -> mask).
 
-    Reads sparse folders (packed matrices are expanded while they are loaded), dense ones with masks beside them, and
-    ordinary HuggingFace folders, which have no masks; of a folder with both, the sparse weights. `dtype`: "auto" is
-    the checkpoint's. `options` go to `AutoModelForCausalLM.from_pretrained`. ModelError for what is no such model,
-    CheckpointError for damaged, missing or misshapen tensors: a parameter is never left at random.
+    Reads sparse folders, dense ones with masks beside them, and ordinary HuggingFace folders, which have no masks; of a
+    folder with both, the sparse weights. `dtype`: "auto" is the checkpoint's.
+
+    Sparse matrices stay `packed` in memory where a kernel runs them (bfloat16 and float16), and are expanded while they
+    are loaded otherwise or with packed=False, for training. `prefill`: "streamed" expands one layer at a time for
+    inputs of many tokens, "cached" keeps what was expanded: faster, and as much memory again as the dense model.
+    `model.gossamer_runtime` says what was done.
+
+    `options` go to `AutoModelForCausalLM.from_pretrained`. ModelError for what is no such model, CheckpointError for
+    damaged, missing or misshapen tensors: a parameter is never left at random.
     """
+    how = RuntimeOptions(packed, prefill)
     folder = resolve_folder(path_or_id, revision=revision, token=token)
     config = read_config(folder)
     sparse = (folder / SPARSE).is_file() or (folder / SPARSE_INDEX).is_file()
@@ -44,16 +55,21 @@ def load(
     options |= {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
     if sparse:
         options["variant"] = "sparse"
-    model, info = _from_pretrained(folder, options)
+    with runtime(how):
+        model, info = _from_pretrained(folder, options)
     _check_info(folder, info)
     if not hasattr(model, "gossamer_masks"):
         _attach_dense(model, source)
+    if not hasattr(model, "gossamer_runtime"):
+        model.gossamer_runtime = Placed(how)
+        if packed:
+            adopt_dense(model)
     return model.eval()
 
 
 def _attach_dense(model: Any, source: FolderSource) -> None:
     """The masks that lie beside dense weights; none for a model that was quantised on the way."""
-    model.gossamer_masks = {}
+    model.gossamer_masks = ModelMasks({})
     if source.records() and not getattr(model, "is_quantized", False):
         with torch.device("cpu"):
             keys = KeyMap(model, source, model.dtype, torch.device("cpu"))

@@ -2,8 +2,9 @@
 
 `import gossamer` registers both classes (gossamer/_hook.py); then `from_pretrained(FOLDER, variant="sparse")` reads the
 packed matrices of docs/format.md. Before a weight is loaded, headers, records and masks of all files are checked and
-every parameter must have its tensors: nothing is ever initialised at random. Matrices are expanded while they are
-loaded, one parameter at a time, and the model keeps its masks (`model.gossamer_masks`).
+every parameter must have its tensors: nothing is ever initialised at random. Matrices stay packed where a module can
+run them so (placement.py), the others are expanded one parameter at a time, and the model keeps its masks
+(`model.gossamer_masks`).
 
 Imported in the middle of transformers' own import: only its base classes are imported here, the rest in functions.
 """
@@ -23,6 +24,7 @@ from ..errors import CheckpointError
 if TYPE_CHECKING:
     from .format import SourceMask
     from .keymap import KeyMap
+    from .placement import Placement
     from .source import FolderSource
 
 METHOD = "gossamer"
@@ -67,13 +69,20 @@ class GossamerHfQuantizer(HfQuantizer):
         self._keys: KeyMap | None = None
         self._masks: dict[str, SourceMask] = {}
         self._form = "dense"
+        self._placement: Placement | None = None
         self.outgoing: tuple[dict[str, torch.Tensor], dict[str, str]] | None = None
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, dtype: Any = None, **kwargs: Any
+        self,
+        model: Any,
+        checkpoint_files: list[str] | None = None,
+        dtype: Any = None,
+        device_map: Any = None,
+        **kwargs: Any,
     ) -> Any:
         """Check everything that can be checked without loading. transformers calls this with the meta device set."""
         from .keymap import KeyMap
+        from .placement import Placement
         from .unpack import check_conversions
 
         paths = [Path(file) for file in checkpoint_files or []]
@@ -87,6 +96,7 @@ class GossamerHfQuantizer(HfQuantizer):
             if self._form == "sparse":
                 self._check_config(source)
             self._masks = source_masks(source)
+            self._placement = Placement(model, device_map)
         return model
 
     def _check_config(self, source: FolderSource) -> None:
@@ -106,7 +116,7 @@ class GossamerHfQuantizer(HfQuantizer):
             return weight_conversions
         from .unpack import check_names, packed_conversions
 
-        conversions = packed_conversions(weight_conversions, self._keys, self._masks)
+        conversions = packed_conversions(weight_conversions, self._keys, self._masks, self._placement)
         check_names(copy.deepcopy(conversions), self._keys, self._masks, model)
         return conversions
 
@@ -116,7 +126,9 @@ class GossamerHfQuantizer(HfQuantizer):
             from .saving import attach
 
             with torch.device("cpu"):
-                attach(model, self._keys, self._masks, self._form)
+                if self._placement is not None:
+                    self._placement.finish(model)
+                attach(model, self._keys, self._masks, self._form, self._placement)
             self._masks = {}
         if self._form == "dense":
             self.remove_quantization_config(model)
@@ -127,9 +139,11 @@ class GossamerHfQuantizer(HfQuantizer):
         return (None, {}) if self.outgoing is None else (self.outgoing[0], dict(self.outgoing[1]))
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        """The weights are dense already; from now on the model is saved as an ordinary one."""
+        """Ordinary layers with dense weights; from now on the model is saved as an ordinary one."""
+        from .placement import expand_modules
         from .saving import detach
 
+        expand_modules(model)
         detach(model)
         return model
 

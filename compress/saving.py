@@ -20,7 +20,9 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..errors import RecipeError
 from ..kernels.bitmask.dispatch import compress
-from .attached import Attached, Outgoing, outgoing, parameter_masks
+from ..kernels.modules.bitmask_linear import lazy_weights
+from ..kernels.modules.weight import PackedWeight, ordinary
+from .attached import Attached, ModelMasks, Outgoing, outgoing, parameter_masks
 from .format import (
     BITMASK,
     FORMAT_VERSION,
@@ -35,18 +37,23 @@ from .format import (
 )
 from .keymap import KeyMap
 from .modelfolder import DENSE, DENSE_INDEX, MASKS, SPARSE, SPARSE_INDEX
+from .placement import Placement
 from .writer import Output, output, write_file
 
 VARIANT = "sparse"
 _NAMES = {"sparse": (SPARSE, SPARSE_INDEX), "dense": (DENSE, DENSE_INDEX)}
 
 
-def attach(model: Any, keys: KeyMap, masks: Mapping[str, SourceMask], form: str) -> None:
+def attach(
+    model: Any, keys: KeyMap, masks: Mapping[str, SourceMask], form: str, placement: Placement | None = None
+) -> None:
     """Give `model` its masks (by checkpoint key) as `gossamer_masks` and a `save_pretrained` that keeps them.
 
-    `form`: "sparse" or "dense", what the checkpoint was and what saving writes.
+    `form`: "sparse" or "dense", what the checkpoint was and what saving writes. Masks of matrices that `placement` put
+    into modules are read from there.
     """
-    model.gossamer_masks = parameter_masks(model, keys, masks)
+    packed = {} if placement is None else placement.packed_masks(model)
+    model.gossamer_masks = ModelMasks(parameter_masks(model, keys, masks, without=packed), packed)
     model._weight_conversions = list(keys.used)
     patterns = {key: mask.pattern for key, mask in masks.items()}
     model._gossamer = Attached(keys, form, patterns)
@@ -126,7 +133,11 @@ def _prepared(
     model: Any, form: str, state_dict: dict[str, Tensor] | None
 ) -> tuple[dict[str, Tensor], dict[str, MatrixRecord], list[Output]]:
     """Tensors by stored name, records by key, and masks that go to a file of their own."""
-    state = remove_tied_weights_from_state_dict(dict(state_dict or model.state_dict()), model)
+    with lazy_weights():
+        state = dict(state_dict or model.state_dict())
+    packed = {name: tensor for name, tensor in state.items() if isinstance(tensor, PackedWeight)}
+    plain = {name: tensor for name, tensor in state.items() if name not in packed}
+    state = {**remove_tied_weights_from_state_dict(plain, model), **packed}
     state = {name: _present(model, name, tensor) for name, tensor in state.items()}
     tensors: dict[str, Tensor] = {}
     records: dict[str, MatrixRecord] = {}
@@ -137,7 +148,7 @@ def _prepared(
         if item.mask is not None and packed is None:
             filled.append(item.key)
         if packed is None or form == "dense":
-            tensors[item.key] = item.tensor
+            tensors[item.key] = ordinary(item.tensor)
         if packed is not None:
             records[item.key] = packed.record
             if form == "dense":
@@ -161,7 +172,7 @@ def _packed(item: Outgoing) -> PackedTensor | None:
     if item.mask is None:
         return None
     record = item.mask.record
-    rows = record.as_rows(item.tensor.cpu())
+    rows = record.as_rows(ordinary(item.tensor).cpu())
     values = compress(rows, item.mask.bits)
     if int(torch.count_nonzero(rows)) != int(torch.count_nonzero(values)):
         return None

@@ -2,7 +2,8 @@
 
 transformers loads a parameter by a converter: patterns that collect checkpoint tensors, operations that turn them into
 the parameter. Packed matrices come as `K_bitmask` and `K_values`: both are collected for the parameter that K belongs
-to and expanded to K; then the model's own operations (stacking experts, ...) follow as if K had been stored dense.
+to and expanded to K; then the model's own operations (stacking experts, ...) follow as if K had been stored dense. A
+matrix that is a parameter by itself is handed to placement.py first, which may keep it packed.
 """
 
 from __future__ import annotations
@@ -18,14 +19,20 @@ from ..errors import CheckpointError
 from .format import BITMASK, VALUES, PackedTensor, SourceMask, unpack
 from .hf_private import WeightConverter, WeightRenaming, rename_source_key
 from .keymap import Group, KeyMap
+from .placement import Placement
 
 _ENDS = ("", BITMASK, VALUES)
 
 
-def packed_conversions(conversions: Sequence[Any], keys: KeyMap, masks: Mapping[str, SourceMask]) -> list[Any]:
-    """The model's `conversions`, able to collect packed matrices, and one for parameters that have no conversion."""
+def packed_conversions(
+    conversions: Sequence[Any], keys: KeyMap, masks: Mapping[str, SourceMask], placement: Placement | None = None
+) -> list[Any]:
+    """The model's `conversions`, able to collect packed matrices, and one for parameters that have no conversion.
+
+    Matrices that `placement` takes stay packed; the others are expanded.
+    """
     rewritten = [_collecting(entry, keys, masks) for entry in conversions]
-    return [*rewritten, WeightConverter([BITMASK, VALUES], "", [Unpack(keys, masks, {})])]
+    return [*rewritten, WeightConverter([BITMASK, VALUES], "", [Unpack(keys, masks, {}, placement=placement)])]
 
 
 def check_names(conversions: Sequence[Any], keys: KeyMap, masks: Mapping[str, SourceMask], model: Any) -> None:
@@ -98,12 +105,18 @@ class Unpack(ConversionOps):
     supports_many_to_many = True
 
     def __init__(
-        self, keys: KeyMap, masks: Mapping[str, SourceMask], names: dict[str, tuple[str, ...]], converter: Any = None
+        self,
+        keys: KeyMap,
+        masks: Mapping[str, SourceMask],
+        names: dict[str, tuple[str, ...]],
+        converter: Any = None,
+        placement: Placement | None = None,
     ) -> None:
         self._keys = keys
         self._masks = masks
         self._names = names
         self._converter = converter
+        self._placement = placement
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unpack:
         return self  # the loader copies a converter for every parameter; masks are not to be copied along
@@ -120,7 +133,7 @@ class Unpack(ConversionOps):
     ) -> dict[str, Any]:
         group = self._keys.groups[full_layer_name]
         if self._converter is None:
-            return {full_layer_name: self._expand(group.sources[0], input_dict.pop(VALUES)[0])}
+            return {full_layer_name: self._single(full_layer_name, group.sources[0], input_dict.pop(VALUES)[0])}
         made: dict[str, Any] = {
             pattern: self._members(group.patterns[pattern], input_dict, self._names[pattern])
             for pattern in self._converter.source_patterns
@@ -140,6 +153,10 @@ class Unpack(ConversionOps):
         """The dense tensors of `keys`, in order; plain and packed ones may be mixed."""
         plain, _, values = (iter(collected.pop(name, [])) for name in names)
         return [self._expand(key, next(values)) if key in self._masks else next(plain) for key in keys]
+
+    def _single(self, name: str, key: str, values: Tensor) -> Tensor:
+        kept = None if self._placement is None else self._placement.take(name, values, self._masks[key])
+        return self._expand(key, values) if kept is None else kept
 
     def _expand(self, key: str, values: Tensor) -> Tensor:
         mask = self._masks[key]

@@ -37,6 +37,7 @@ def check_rows(x: Tensor, cols: int, dtype: torch.dtype, device: torch.device) -
             "x requires a gradient, and sparse kernels have none",
             hint="run under torch.no_grad(), or use the dense weight for training",
         )
+    check_memory(x)
     return rows
 
 
@@ -51,7 +52,18 @@ def check_weight(weight: Tensor, what: str) -> int:
         )
     if weight.requires_grad and torch.is_grad_enabled():
         raise KernelError(f"{what} requires a gradient, and sparse kernels have none", hint="run under torch.no_grad()")
+    check_memory(weight)
     return code
+
+
+def check_memory(*tensors: Tensor) -> None:
+    """KernelError for a tensor whose numbers lie elsewhere, like the weight of a sparse module: it has no address."""
+    for tensor in tensors:
+        if tensor.data_ptr() == 0 and tensor.numel():
+            raise KernelError(
+                f"a {type(tensor).__name__} of shape {list(tensor.shape)} has no memory of its own",
+                hint="add 0 to it: that makes an ordinary tensor",
+            )
 
 
 def name(dtype: torch.dtype) -> str:

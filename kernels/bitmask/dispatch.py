@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import KernelError
+from ..arguments import check_memory
 from ..extension import compiled
 from . import cpu, reference
 
@@ -87,7 +88,10 @@ def _module(*tensors: Tensor) -> ModuleType | None:
     devices = {tensor.device.type for tensor in tensors}
     if len(devices) > 1:
         raise KernelError(f"arguments on different devices: {', '.join(sorted(devices))}")
-    return compiled() if devices == {"cpu"} else None
+    if devices != {"cpu"}:
+        return None
+    check_memory(*tensors)
+    return compiled()
 
 
 def _check_bits(bits: Tensor, cols: int) -> None:

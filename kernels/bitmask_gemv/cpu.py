@@ -11,6 +11,7 @@ from ...errors import KernelError
 from ..memory import empty_weight
 from ..tier import Tier
 from .layout import CODES
+from .record import Record
 
 
 def pack(module: ModuleType, bits: Tensor, values: Tensor, cols: int) -> Tensor:
@@ -31,8 +32,15 @@ def unpack(
     return bits, values
 
 
-def bitmask_gemv(tier: Tier, x: Tensor, batch: int, packed: Tensor, rows: int) -> Tensor:
-    y = x.new_empty((*x.shape[:-1], rows))
+def dense(tier: Tier, packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    weight = torch.empty(rows, cols, dtype=dtype)
+    tier.module.bitmask_expand_tiles(tier.address, packed.data_ptr(), weight.data_ptr(), torch.get_num_threads())
+    return weight
+
+
+def bitmask_gemv(tier: Tier, x: Tensor, batch: int, packed: Tensor, record: Record) -> Tensor:
+    y = x.new_empty((*x.shape[:-1], record.rows))
+    matrices = [(packed.data_ptr(), record.rows, True, y.data_ptr())]
     threads = torch.get_num_threads()
-    tier.module.bitmask_gemv(tier.address, x.data_ptr(), batch, packed.data_ptr(), y.data_ptr(), threads)
+    tier.module.gemv(tier.address, CODES[record.dtype], x.data_ptr(), batch, record.cols, matrices, threads)
     return y

@@ -49,6 +49,10 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor, int]:
 
 def dense(packed: Tensor) -> Tensor:
     """The matrix [out, in] with +0.0 where nothing is kept, on the packed tensor's device."""
+    tier = current() if packed.is_cpu else None
+    if tier is not None:
+        record = record_of(packed)
+        return cpu.dense(tier, packed, record.rows, record.cols, record.dtype)
     bits, values, cols = unpack(packed)
     return bitmask.expand(values, bits, cols).to(packed.device)
 
@@ -103,7 +107,7 @@ def _run(x: Tensor, packed: Tensor, rows: int) -> Tensor:
     tier = current() if x.is_cpu else None
     if tier is None:
         return reference.bitmask_gemv(x, packed)
-    return cpu.bitmask_gemv(tier, x, batch, packed, rows)
+    return cpu.bitmask_gemv(tier, x, batch, packed, record)
 
 
 def _fake(x: Tensor, packed: Tensor, rows: int) -> Tensor:

@@ -55,6 +55,9 @@ struct Tier {
     void (*channel_run)(int dtype, const ChannelCall&, std::int64_t output_begin, std::int64_t output_end);
     // Sums [count] to y, rounded to nearest even.
     void (*narrow)(int dtype, const float* sums, std::int64_t count, void* y);
+    // One row of a tile: 128 values of 16 bits to `out`, zeros where its mask of 16 bytes has none. Returns the address
+    // behind its kept values; may read 64 bytes beyond it.
+    const std::uint16_t* (*expand_row)(const std::uint8_t* mask, const std::uint16_t* values, std::uint16_t* out);
     // Channels that any row of x [batch, channels] needs: not |x| <= threshold, so NaN is active. Returns their number;
     // active [channels] and values [count, padded batch], both with room for one more vector.
     std::int64_t (*compact)(int dtype, const void* x, int batch, std::int64_t channels, const float* threshold,
@@ -67,7 +70,6 @@ const Tier* tier_avx2();
 const Tier* tier_avx512();
 const Tier* tier_avx512bf16();
 
-// Rows of the padded batch: 1, 2, 4 or 8.
 // Asks for `lines` cache lines some way ahead of a sequential stream. The processor's own prefetchers stop at the end of
 // every page of 4 KiB; this reaches into the next one.
 template <int kAhead>
@@ -80,13 +82,24 @@ static inline void prefetch_ahead(const void* at, int lines) {
 #endif
 }
 
+// Rows of the padded batch: 1, 2, 4 or 8.
 // Static: an inline function compiled for a newer processor must never be the copy that the linker keeps.
 static inline int padded_batch(int batch) { return batch <= 2 ? batch : batch <= 4 ? 4 : 8; }
 
-void dense_gemv(const Tier& tier, int dtype, const void* x, int batch, const void* weight, std::int64_t rows,
-                std::int64_t cols, void* y, int threads);
+// One of several matrices that are multiplied with the same x.
+struct Matrix {
+    const void* weight;  // dense [rows, cols], or a packed tensor of tiles.h
+    std::int64_t rows;
+    bool packed;
+    void* y;  // [batch, rows]
+};
 
-void bitmask_gemv(const Tier& tier, const void* x, int batch, const std::uint8_t* packed, void* y, int threads);
+// All of them in one parallel region, x prepared once. The same bits as one after the other.
+void gemv(const Tier& tier, int dtype, const void* x, int batch, std::int64_t cols, const Matrix* matrices, int count,
+          int threads);
+
+// The dense matrix [rows, cols] of a packed tensor without fault, zeros where nothing is kept.
+void expand(const Tier& tier, const std::uint8_t* packed, std::uint16_t* weight, int threads);
 
 // Returns the number of channels that were read.
 std::int64_t channel_gemv(const Tier& tier, int dtype, const void* x, int batch, const void* weight,

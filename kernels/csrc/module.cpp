@@ -1,8 +1,12 @@
 // Bindings. Tensors come as addresses: handing over a tensor object costs microseconds per argument, and Python has
 // checked device, dtype, size and contiguity before and keeps the tensors alive during the call.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <cstdint>
+#include <tuple>
+#include <vector>
 
 #include "bitmask.h"
 #include "gemv.h"
@@ -16,7 +20,7 @@ namespace nb = nanobind;
 namespace {
 
 // Raised whenever a signature changes, so that a stale build is noticed (kernels/extension.py).
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 using Address = std::uintptr_t;
 
@@ -82,14 +86,23 @@ void define_gemv(nb::module_& m) {
         }
         return found;
     });
-    m.def("dense_gemv", [](Address tier, int dtype, Address x, int batch, Address weight, std::int64_t rows,
-                           std::int64_t cols, Address y, int threads) {
-        g::dense_gemv(*at<const g::Tier>(tier), dtype, at<const void>(x), batch, at<const void>(weight), rows, cols,
-                      at<void>(y), threads);
+    m.def("gemv", [](Address tier, int dtype, Address x, int batch, std::int64_t cols,
+                     const std::vector<std::tuple<Address, std::int64_t, bool, Address>>& matrices, int threads) {
+        g::Matrix few[8];
+        std::vector<g::Matrix> many;
+        g::Matrix* list = few;
+        if (matrices.size() > 8) {
+            many.resize(matrices.size());
+            list = many.data();
+        }
+        int count = 0;
+        for (const auto& [weight, rows, packed, y] : matrices) {
+            list[count++] = {at<const void>(weight), rows, packed, at<void>(y)};
+        }
+        g::gemv(*at<const g::Tier>(tier), dtype, at<const void>(x), batch, cols, list, count, threads);
     }, unlocked);
-    m.def("bitmask_gemv", [](Address tier, Address x, int batch, Address packed, Address y, int threads) {
-        g::bitmask_gemv(*at<const g::Tier>(tier), at<const void>(x), batch, at<const Bytes>(packed), at<void>(y),
-                        threads);
+    m.def("bitmask_expand_tiles", [](Address tier, Address packed, Address weight, int threads) {
+        g::expand(*at<const g::Tier>(tier), at<const Bytes>(packed), at<std::uint16_t>(weight), threads);
     }, unlocked);
     m.def("channel_gemv", [](Address tier, int dtype, Address x, int batch, Address weight, Address threshold,
                              std::int64_t channels, std::int64_t outputs, Address y, int threads) {

@@ -73,9 +73,33 @@ std::int64_t compact_(int dtype, const void* x, int batch, std::int64_t channels
     });
 }
 
+#if !defined(__AVX512VBMI2__)
+// Without branches on single bits, which nobody can predict.
+const std::uint16_t* expand_row(const std::uint8_t* mask, const std::uint16_t* values, std::uint16_t* out) {
+    for (int byte = 0; byte < tiles::kCols / 8; ++byte, out += 8) {
+        const unsigned bits = mask[byte];
+        for (int i = 0; i < 8; ++i) {
+            const unsigned kept = bits >> i & 1u;
+            out[i] = kept != 0 ? *values : std::uint16_t{0};
+            values += kept;
+        }
+    }
+    return values;
+}
+#endif
+
+const std::uint16_t* expand_row_(const std::uint8_t* mask, const std::uint16_t* values, std::uint16_t* out) {
+#if defined(__AVX512VBMI2__)
+    return expand_row(mask, values, [&](int i, __m512i v) { _mm512_storeu_si512(out + 32 * i, v); });
+#else
+    return expand_row(mask, values, out);
+#endif
+}
+
 constexpr Tier make_tier(const char* name) {
     return Tier{name,           dense_row_,   bitmask_row_, dense_prepare_, bitmask_prepare_,
-                dense_run_,     bitmask_run_, channel_run_, narrow_,        compact_};
+                dense_run_,     bitmask_run_, channel_run_, narrow_,        expand_row_,
+                compact_};
 }
 
 }  // namespace

@@ -12,7 +12,6 @@ def dense_gemv(tier: Tier, x: Tensor, rows: int, weight: Tensor, code: int) -> T
     outputs, cols = weight.shape
     y = x.new_empty((*x.shape[:-1], outputs))
     threads = torch.get_num_threads()
-    tier.module.dense_gemv(
-        tier.address, code, x.data_ptr(), rows, weight.data_ptr(), outputs, cols, y.data_ptr(), threads
-    )
+    matrices = [(weight.data_ptr(), outputs, False, y.data_ptr())]
+    tier.module.gemv(tier.address, code, x.data_ptr(), rows, cols, matrices, threads)
     return y

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,27 +15,45 @@ from ...errors import KernelError
 from ..arguments import MAX_ROWS, name
 from ..bitmask import dispatch as bitmask
 from ..bitmask_gemv.dispatch import bitmask_dense, bitmask_gemv, dense, describe, pack, unpack
+from ..together.dispatch import together
+from .siblings import Siblings, product, wants_gradient
 from .weight import PackedWeight, packed_weight
+
+PREFILL = ("streamed", "cached")
+# Up to this many rows the kernel runs several times, eight rows each; from there on a dense product is faster, although
+# the dense view has to be made first.
+FEW_ROWS = 32
+
+_lazy: ContextVar[bool] = ContextVar("lazy_weights", default=False)
 
 
 class BitmaskLinear(nn.Module):
     """y = x W^T + b for a W [out, in] of which only mask and kept values are held.
 
     x [..., in] in the dtype of W, bfloat16 or float16; y [..., out]. 1 to 8 rows without gradient go through
-    `bitmask_gemv`; others through the dense view of W, which is freed after the product, and made again by the backward
-    pass. W takes no gradient; x and the bias do. The bias is added after rounding, in the dtype of y.
+    `bitmask_gemv`, together with the layers that get the same x (siblings.py); a few more in groups of eight; others
+    through the dense view of W, which is freed after the product (prefill "streamed") or kept ("cached"), and made
+    again by the backward pass. W takes no gradient; x and the bias do. The bias is added after rounding, in the dtype
+    of y.
 
     `weight` is a PackedWeight. `state_dict()` has the dense `weight`, as of nn.Linear, and `load_state_dict` takes one
-    whose entries outside the mask are zero: the mask belongs to the module.
+    whose entries outside the mask are zero: the mask belongs to the module. With `transposed`, both are [in, out], as
+    in transformers' Conv1D.
     """
 
     packed: Tensor
 
-    def __init__(self, packed: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, packed: Tensor, bias: Tensor | None = None, *, transposed: bool = False, prefill: str = "streamed"
+    ) -> None:
         """packed: from `bitmask_gemv.dispatch.pack`. bias: [out] or None; a Parameter stays the same object."""
         super().__init__()
         record = describe(packed)
         self.in_features, self.out_features, self.dtype = record.cols, record.rows, record.dtype
+        self.transposed, self.prefill = transposed, prefill
+        self.siblings: Siblings | None = None
+        self.alone = False
+        self._view: tuple[Tensor, Tensor] | None = None
         self.register_buffer("packed", packed, persistent=False)
         if bias is not None and bias.shape != (record.rows,):
             raise KernelError(f"the bias has shape {list(bias.shape)}, the matrix has {record.rows} rows")
@@ -49,16 +69,58 @@ class BitmaskLinear(nn.Module):
 
     @property
     def weight(self) -> PackedWeight:
-        return packed_weight(self.packed, self.out_features, self.in_features, self.dtype)
+        """W, or its transpose if `transposed`: shape, dtype and device at once, numbers when they are read."""
+        return packed_weight(self.packed, self.out_features, self.in_features, self.dtype, self.transposed)
+
+    def matrix(self) -> Tensor:
+        """The packed tensor, as the kernels take it."""
+        return self.packed
+
+    def dense_weight(self) -> Tensor:
+        """`weight` as an ordinary tensor."""
+        weight = dense(self.packed)
+        return weight.t().contiguous() if self.transposed else weight
+
+    def bits(self) -> Tensor:
+        """The mask as packed rows, uint8 [out, ceil(in / 8)]."""
+        return unpack(self.packed)[0]
+
+    def expanded(self, transposed_class: type[nn.Module]) -> nn.Module:
+        """The ordinary layer with the same dense weight and bias: nn.Linear or, if transposed, the given class.
+
+        `transposed_class(out, in)` makes a layer whose weight is [in, out], as transformers' Conv1D does.
+        """
+        with torch.device("meta"):
+            if self.transposed:
+                layer = transposed_class(self.out_features, self.in_features)
+            else:
+                layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        layer.weight = nn.Parameter(self.dense_weight())
+        layer.bias = self.bias
+        return layer.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._checked(x)
-        rows = x.shape[:-1].numel()
-        if 1 <= rows <= MAX_ROWS and not (x.requires_grad and torch.is_grad_enabled()):
-            y = bitmask_gemv(x.contiguous(), self.packed, self.out_features)
-        else:
-            y = _DenseProduct.apply(x, self.packed, self.out_features, self.in_features, self.dtype)
+        y = self._product(self._checked(x))
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        rows = x.shape[:-1].numel()
+        if not 1 <= rows <= FEW_ROWS or wants_gradient(x):
+            return self._dense_product(x)
+        if rows > MAX_ROWS:
+            flat = x.reshape(rows, self.in_features)
+            parts = [bitmask_gemv(part, self.packed, self.out_features) for part in flat.split(MAX_ROWS)]
+            return torch.cat(parts).view(*x.shape[:-1], self.out_features)
+        if torch.compiler.is_compiling() or not x.is_contiguous():
+            return bitmask_gemv(x.contiguous(), self.packed, self.out_features)
+        return product(self, x, together)
+
+    def _dense_product(self, x: Tensor) -> Tensor:
+        if self.prefill == "cached" and not torch.compiler.is_compiling() and not wants_gradient(x):
+            if self._view is None or self._view[0] is not self.packed:
+                self._view = self.packed, dense(self.packed)
+            return functional.linear(x, self._view[1])
+        return _DenseProduct.apply(x, self.packed, self.out_features, self.in_features, self.dtype)
 
     def _checked(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
@@ -79,11 +141,12 @@ class BitmaskLinear(nn.Module):
             bits, values, cols = unpack(self.packed)
             self.packed = pack(bits, values.to(wanted), cols).to(self.packed.device)
             self.dtype = wanted
+        self._view = None
         super()._apply(fn, recurse)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = dense(self.packed)
+        destination[prefix + "weight"] = self.weight if _lazy.get() else self.dense_weight()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -112,16 +175,27 @@ class BitmaskLinear(nn.Module):
 
     def _take(self, weight: Tensor) -> str | None:
         """Packs a dense W under the module's mask; what is wrong with it, or None."""
-        shape = (self.out_features, self.in_features)
+        shape = self.weight.shape
         if weight.shape != shape:
             return f"shape {list(weight.shape)}, the sparse module has {list(shape)}"
         bits, _, cols = unpack(self.packed)
         weight = weight.detach().to("cpu", self.dtype)
+        weight = weight.t().contiguous() if self.transposed else weight
         values = bitmask.compress(weight, bits)
         if int(weight.count_nonzero()) != int(values.count_nonzero()):
             return "values that are not zero where the sparse module is pruned"
-        self.packed = pack(bits, values, cols).to(self.packed.device)
+        self.packed, self._view = pack(bits, values, cols).to(self.packed.device), None
         return None
+
+
+@contextmanager
+def lazy_weights() -> Iterator[None]:
+    """Inside the block, `state_dict()` of this thread has each `weight` as a PackedWeight, expanded when it is read."""
+    token = _lazy.set(True)
+    try:
+        yield
+    finally:
+        _lazy.reset(token)
 
 
 class _DenseProduct(torch.autograd.Function):

@@ -66,9 +66,16 @@ class PackedWeight(Tensor):
         return tree_map(_protect, result) if _is_view(func) else result
 
 
-def packed_weight(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> PackedWeight:
-    """The weight [rows, cols] of a packed tensor; nothing is expanded yet."""
+def packed_weight(packed: Tensor, rows: int, cols: int, dtype: torch.dtype, transposed: bool = False) -> PackedWeight:
+    """The weight [rows, cols] of a packed tensor, or its transpose; nothing is expanded yet."""
+    if transposed:
+        return PackedWeight((cols, rows), (rows, 1), dtype, packed.device, lambda: dense(packed).t().contiguous())
     return PackedWeight((rows, cols), (cols, 1), dtype, packed.device, lambda: dense(packed))
+
+
+def ordinary(tensor: Tensor) -> Tensor:
+    """The tensor itself, or the dense matrix that a PackedWeight stands for."""
+    return tensor.read() if isinstance(tensor, PackedWeight) else tensor
 
 
 def _like(tensor: Tensor, read: Callable[[], Tensor]) -> PackedWeight:

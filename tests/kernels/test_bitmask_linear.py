@@ -14,6 +14,7 @@ from gossamer.kernels.bitmask import dispatch as bitmask
 from gossamer.kernels.bitmask_gemv.dispatch import unpack
 from gossamer.kernels.modules import bitmask_linear, weight
 from gossamer.kernels.modules.bitmask_linear import BitmaskLinear
+from gossamer.kernels.together.dispatch import together
 
 OUT, IN = 37, 140
 SHAPES = [(IN,), (1, IN), (8, IN), (2, 4, IN), (9, IN), (3, 11, IN), (0, IN), (2, 0, IN)]
@@ -213,3 +214,11 @@ def test_compiled_whole_and_equal(rows):
     with torch.no_grad():
         compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), sparse(x))
+
+
+def test_a_weight_without_memory_reaches_no_kernel():
+    weight = layers()[0].weight
+    with pytest.raises(KernelError, match="no memory of its own"):
+        bitmask.compress(weight, bitmask.pack_bits(mask_of()))
+    with pytest.raises(KernelError, match="no memory of its own"):
+        together(weight[:2], [integers(3, IN, dtype=torch.bfloat16, seed=0)])

@@ -1,0 +1,1 @@
+"""Several matrices times the same few vectors, in one call."""
