@@ -1,8 +1,9 @@
 """Fused 3-D experts, one expert at a time, through a function registered with transformers' experts interface.
 
-The default implementations multiply all experts at once, so no hook can see one expert's input. Ours computes the same
-sum expert by expert and shows every input to a tap. It is switched on only while a block is being observed; everywhere
-else the model's own default runs.
+The default implementations multiply all experts at once, so no hook can see one expert's input, and no packed matrix
+can take part. Ours computes the same sum expert by expert, shows every input to a tap, and knows packed stacks. It is
+switched on while a block is being observed, and for models whose experts are packed; everywhere else the model's own
+default runs.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels.modules.packed_stack import PackedStack
 from .hf_private import ALL_EXPERTS_FUNCTIONS
 
 IMPLEMENTATION = "gossamer_observed"
+EXPERTS = "gossamer"  # the same function, for experts whose matrices are packed
 _TAP = "_gossamer_tap"
 
 # tap(stack name "gate_up_proj" | "up_proj" | "down_proj", expert, input [tokens of that expert, in])
@@ -38,6 +41,8 @@ def observed_experts(
     outputs = hidden_states.new_zeros(tokens * k, hidden_states.shape[-1])
     start = 0
     for expert, count in enumerate(counts):
+        if not count and tap is None:
+            continue
         places = order[start : start + count]
         outputs[places] = _one_expert(self, expert, hidden_states[places // k], tap).to(outputs.dtype)
         start += count
@@ -58,8 +63,11 @@ def _one_expert(module: Any, expert: int, x: torch.Tensor, tap: Tap | None) -> t
 
 
 def _linear(module: Any, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-    weight = getattr(module, name)[expert]
-    out = x @ weight if module.is_transposed else nn.functional.linear(x, weight)
+    stack = getattr(module, name)
+    if isinstance(stack, PackedStack):
+        out = stack(expert, x)
+    else:
+        out = x @ stack[expert] if module.is_transposed else nn.functional.linear(x, stack[expert])
     return out + getattr(module, f"{name}_bias")[expert] if module.has_bias else out
 
 
@@ -77,3 +85,4 @@ def tapped(module: Any, tap: Tap) -> Iterator[None]:
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, observed_experts)
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS, observed_experts)

@@ -94,6 +94,8 @@ class KeyMap:
         self._pieces: dict[tuple[str, ...], list[tuple[int, bool, tuple[int, ...]]]] = {}
         self.groups: dict[str, Group] = {}
         self.unmapped: list[str] = []
+        # As they are now: sparse modules may take the place of parameters later.
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._assign(source.keys())
         self._used = [c for c in self._conversions if c.was_used()]
         self._check_shapes()
@@ -207,7 +209,7 @@ class KeyMap:
     def pieces(self, name: str, *, transposed: bool) -> list[Piece]:
         """Where parameter `name` lies in the checkpoint. `transposed`: it is stored as [in, out] in the model."""
         group = self.groups[name]
-        shape = tuple(self._model.get_parameter(name).shape)
+        shape = self._shapes[name]
         if not group.converted:
             experts = tuple(range(shape[0])) if len(shape) == 3 else None
             return [Piece(group.sources[0], transposed, experts)]
@@ -229,7 +231,7 @@ class KeyMap:
             made = self._revert_row_numbers(group, name, thin=True)
         except (ModelError, RuntimeError, ValueError, IndexError):
             made = self._revert_row_numbers(group, name, thin=False)
-        rows = self._model.get_parameter(name).shape[-2]
+        rows = self._shapes[name][-2]
         result = []
         for i, key in enumerate(group.sources):
             numbers = made[key]
@@ -242,7 +244,7 @@ class KeyMap:
     def _revert_row_numbers(self, group: Group, name: str, *, thin: bool) -> dict[str, torch.Tensor]:
         tensors = {}
         for target in group.targets:
-            shape = list(self._model.get_parameter(target).shape)
+            shape = self._shapes[target]
             lead = math.prod(shape[:-1])
             numbers = torch.arange(lead) if target == name else torch.full((lead,), -1)
             tensors[target] = numbers.view(*shape[:-1], 1).expand(*shape[:-1], 1 if thin else shape[-1])

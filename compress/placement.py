@@ -7,6 +7,7 @@ peak of loading is therefore the packed size.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,11 +20,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import RecipeError
+from ..kernels.bitmask.dispatch import compress, row_counts
 from ..kernels.bitmask_gemv.dispatch import pack
 from ..kernels.modules.bitmask_linear import PREFILL, BitmaskLinear
 from ..kernels.modules.dense_linear import DenseLinear
+from ..kernels.modules.packed_stack import PackedStack
+from .experts import EXPERTS
 from .format import SourceMask
+from .keymap import Group, KeyMap
+from .parametermasks import converted_masks
 
+STACKS = ("gate_up_proj", "up_proj", "down_proj")
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -75,53 +82,92 @@ class Placement:
     def __init__(self, model: Any, device_map: Any = None) -> None:
         self.options = _options.get()
         self.placed = Placed(self.options)
-        self._packed: dict[str, Tensor] = {}
+        self._packed: dict[str, list[Tensor]] = {}
         self._records: dict[str, Any] = {}
-        self._names = set(_candidates(model)) if self.options.packed and _one_device(device_map) else set()
+        self._model = model
+        wanted = self.options.packed and _one_device(device_map)
+        self._names = set(_candidates(model)) if wanted else set()
+        self._experts = set(_expert_parameters(model)) if wanted else set()
 
     def take(self, name: str, values: Tensor, mask: SourceMask) -> Tensor | None:
-        """Keeps the matrix of parameter `name` packed and returns its stand-in; None where it has to be dense."""
-        record = mask.record
-        if name not in self._names or values.dtype not in HALVES or len(record.shape) != 2:
+        """Keeps the matrix, or the stack of experts, of parameter `name` packed and returns its stand-in.
+
+        values: [nnz] in row order. None where the parameter has to be dense.
+        """
+        wanted = self._names if len(mask.record.shape) == 2 else self._experts
+        if name not in wanted or values.dtype not in HALVES:
             return None
+        return self._pack(name, mask, values)
+
+    def take_stacks(
+        self, group: Group, made: dict[str, Any], keys: KeyMap, masks: Mapping[str, SourceMask]
+    ) -> dict[str, Any]:
+        """The parameters that a conversion made, those of masked experts kept packed and replaced by stand-ins."""
+        wanted = [name for name in made if name in self._experts and made[name].dtype in HALVES]
+        if not wanted or not any(key in masks for key in group.sources):
+            return made
+        found = converted_masks(self._model, keys, group, masks)
+        for name in wanted:
+            mask = found[name]
+            rows = mask.record.as_rows(made[name].cpu()).contiguous()
+            made[name] = self._pack(name, mask, compress(rows, mask.bits).to(made[name].device))
+        return made
+
+    def _pack(self, name: str, mask: SourceMask, values: Tensor) -> Tensor:
         start = time.perf_counter()
-        packed = pack(mask.bits, values.cpu(), record.cols).to(values.device)
-        self.placed.seconds += time.perf_counter() - start
-        self.placed.packed_bytes += packed.nbytes
-        self.placed.dense_bytes += record.shape[0] * record.shape[1] * values.element_size()
+        record, device = mask.record, values.device
+        count = record.rows // record.matrix_rows if record.matrix_rows else 1
+        matrices = mask.bits.view(count, record.matrix_rows, -1)
+        sizes = [int(row_counts(bits).sum()) for bits in matrices]
+        pieces = values.cpu().split(sizes)
+        packed = [pack(bits, own, record.cols).to(device) for bits, own in zip(matrices, pieces, strict=True)]
         self._packed[name], self._records[name] = packed, record
-        return torch.zeros((), dtype=values.dtype, device=values.device).expand(record.shape)
+        self.placed.packed_bytes += sum(matrix.nbytes for matrix in packed)
+        self.placed.dense_bytes += math.prod(record.shape) * values.element_size()
+        self.placed.seconds += time.perf_counter() - start
+        return torch.zeros((), dtype=values.dtype, device=device).expand(record.shape)
 
     def finish(self, model: Any) -> None:
         """Replace the modules whose matrices were taken, and let the other linear layers use our dense product."""
         for name, packed in self._packed.items():
-            path = name.removesuffix(".weight")
-            parent, _, child = path.rpartition(".")
-            before = model.get_submodule(path)
-            after = BitmaskLinear(
-                packed, before.bias, transposed=isinstance(before, Conv1D), prefill=self.options.prefill
-            )
-            after.train(before.training)
-            setattr(model.get_submodule(parent), child, after)
+            if name in self._experts:
+                self._put_stack(model, name, packed)
+            else:
+                self._put_linear(model, name, packed[0])
             self.placed.sparse.append(name)
+        if self._experts & self._packed.keys():
+            model.set_experts_implementation(EXPERTS)
         if self.options.packed:
             adopt_dense(model)
         model.gossamer_runtime = self.placed
         self._packed = {}
 
+    def _put_linear(self, model: Any, name: str, packed: Tensor) -> None:
+        path = name.removesuffix(".weight")
+        parent, _, child = path.rpartition(".")
+        before = model.get_submodule(path)
+        after = BitmaskLinear(packed, before.bias, transposed=isinstance(before, Conv1D), prefill=self.options.prefill)
+        after.train(before.training)
+        setattr(model.get_submodule(parent), child, after)
+
+    def _put_stack(self, model: Any, name: str, packed: list[Tensor]) -> None:
+        path, _, parameter = name.rpartition(".")
+        module = model.get_submodule(path)
+        delattr(module, parameter)
+        transposed = self._records[name].transposed
+        setattr(module, parameter, PackedStack(packed, transposed=transposed, prefill=self.options.prefill))
+
     def packed_masks(self, model: Any) -> dict[str, PackedMask]:
         """Masks of the placed matrices by parameter name, read from the modules when they are asked for."""
-        return {
-            name: PackedMask(model.get_submodule(name.removesuffix(".weight")), self._records[name])
-            for name in self.placed.sparse
-        }
+        paths = {name: name if name in self._experts else name.removesuffix(".weight") for name in self.placed.sparse}
+        return {name: PackedMask(model.get_submodule(path), self._records[name]) for name, path in paths.items()}
 
 
 @dataclass(frozen=True)
 class PackedMask:
     """The mask of a packed module, without a second copy of its bits."""
 
-    module: BitmaskLinear
+    module: BitmaskLinear | PackedStack
     record: Any
 
     def load(self) -> SourceMask:
@@ -138,9 +184,14 @@ def adopt_dense(model: Any) -> None:
 def expand_modules(model: Any) -> None:
     """Ordinary layers with dense weights in place of all packed ones, one at a time."""
     for path, module in list(model.named_modules()):
-        if isinstance(module, BitmaskLinear):
+        if type(module) is BitmaskLinear:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, module.expanded(Conv1D))
+        elif isinstance(module, PackedStack):
+            parent, _, child = path.rpartition(".")
+            owner = model.get_submodule(parent)
+            delattr(owner, child)
+            owner.register_parameter(child, nn.Parameter(module.dense_weight()))
     model.gossamer_runtime = Placed(RuntimeOptions(packed=False))
 
 
@@ -151,6 +202,17 @@ def _candidates(model: Any) -> Iterator[str]:
         name = f"{path}.weight"
         if type(module) in (nn.Linear, Conv1D) and name not in shared:
             yield name
+
+
+def _expert_parameters(model: Any) -> Iterator[str]:
+    """Stacked weights of experts that run through transformers' experts interface."""
+    if not model._can_set_experts_implementation():
+        return
+    for path, module in model.named_modules():
+        if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed"):
+            for name in STACKS:
+                if isinstance(getattr(module, name, None), nn.Parameter):
+                    yield f"{path}.{name}"
 
 
 def _one_device(device_map: Any) -> bool:

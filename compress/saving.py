@@ -22,7 +22,7 @@ from ..errors import RecipeError
 from ..kernels.bitmask.dispatch import compress
 from ..kernels.modules.bitmask_linear import lazy_weights
 from ..kernels.modules.weight import PackedWeight, ordinary
-from .attached import Attached, ModelMasks, Outgoing, outgoing, parameter_masks
+from .attached import Attached, ModelMasks, Outgoing, outgoing
 from .format import (
     BITMASK,
     FORMAT_VERSION,
@@ -37,6 +37,7 @@ from .format import (
 )
 from .keymap import KeyMap
 from .modelfolder import DENSE, DENSE_INDEX, MASKS, SPARSE, SPARSE_INDEX
+from .parametermasks import parameter_masks
 from .placement import Placement
 from .writer import Output, output, write_file
 
@@ -135,9 +136,10 @@ def _prepared(
     """Tensors by stored name, records by key, and masks that go to a file of their own."""
     with lazy_weights():
         state = dict(state_dict or model.state_dict())
-    packed = {name: tensor for name, tensor in state.items() if isinstance(tensor, PackedWeight)}
+    packed = {name for name, tensor in state.items() if isinstance(tensor, PackedWeight)}
     plain = {name: tensor for name, tensor in state.items() if name not in packed}
-    state = {**remove_tied_weights_from_state_dict(plain, model), **packed}
+    plain = remove_tied_weights_from_state_dict(plain, model)
+    state = {name: state[name] if name in packed else plain[name] for name in state if name in packed or name in plain}
     state = {name: _present(model, name, tensor) for name, tensor in state.items()}
     tensors: dict[str, Tensor] = {}
     records: dict[str, MatrixRecord] = {}

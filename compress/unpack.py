@@ -3,13 +3,14 @@
 transformers loads a parameter by a converter: patterns that collect checkpoint tensors, operations that turn them into
 the parameter. Packed matrices come as `K_bitmask` and `K_values`: both are collected for the parameter that K belongs
 to and expanded to K; then the model's own operations (stacking experts, ...) follow as if K had been stored dense. A
-matrix that is a parameter by itself is handed to placement.py first, which may keep it packed.
+matrix that is a parameter by itself is handed to placement.py before, a stack of experts after that: it may keep them
+packed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from ..errors import CheckpointError
 from .format import BITMASK, VALUES, PackedTensor, SourceMask, unpack
 from .hf_private import WeightConverter, WeightRenaming, rename_source_key
 from .keymap import Group, KeyMap
-from .placement import Placement
+
+if TYPE_CHECKING:
+    from .placement import Placement
 
 _ENDS = ("", BITMASK, VALUES)
 
@@ -31,7 +34,7 @@ def packed_conversions(
 
     Matrices that `placement` takes stay packed; the others are expanded.
     """
-    rewritten = [_collecting(entry, keys, masks) for entry in conversions]
+    rewritten = [_collecting(entry, keys, masks, placement) for entry in conversions]
     return [*rewritten, WeightConverter([BITMASK, VALUES], "", [Unpack(keys, masks, {}, placement=placement)])]
 
 
@@ -92,7 +95,21 @@ def run_operations(group: Group, tensors: dict[str, Any], model: Any) -> dict[st
         for key, tensor in zip(group.patterns[pattern], members, strict=True):
             converter.add_tensor(group.targets[0], key, pattern, tensor)
     made = converter.convert(group.targets[0], model=model, config=model.config)
-    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+    return {name: _one(value) for name, value in made.items()}
+
+
+def _one(value: Any) -> Any:
+    return value[0] if isinstance(value, list) else value
+
+
+def _parameters(patterns: Iterable[str], name: str) -> dict[str, str]:
+    """Target pattern -> full parameter name, as transformers completes them from the first parameter's `name`."""
+    listed = list(patterns)
+    for pattern in listed:
+        if pattern in name:
+            before, _, after = name.partition(pattern)
+            return {other: before + other + after for other in listed}
+    return {other: other for other in listed}
 
 
 class Unpack(ConversionOps):
@@ -147,6 +164,11 @@ class Unpack(ConversionOps):
                 full_layer_name=full_layer_name,
                 **rest,
             )
+        if self._placement is not None:
+            names = _parameters(made, full_layer_name)
+            whole = {names[pattern]: _one(value) for pattern, value in made.items()}
+            taken = self._placement.take_stacks(group, whole, self._keys, self._masks)
+            made = {pattern: taken[name] for pattern, name in names.items()}
         return made
 
     def _members(self, keys: list[str], collected: dict[str, Any], names: tuple[str, ...]) -> list[Tensor]:
@@ -167,11 +189,11 @@ class Unpack(ConversionOps):
         raise NotImplementedError("packed weights are saved by compress/saving.py")
 
 
-def _collecting(entry: Any, keys: KeyMap, masks: Mapping[str, SourceMask]) -> Any:
+def _collecting(entry: Any, keys: KeyMap, masks: Mapping[str, SourceMask], placement: Placement | None) -> Any:
     if not isinstance(entry, WeightConverter):
         return entry
     sources = [source + end for source in entry._original_source_patterns for end in _ENDS]
-    operation = Unpack(keys, masks, {}, entry)
+    operation = Unpack(keys, masks, {}, entry, placement)
     copy = entry.copy(sources, list(entry._original_target_patterns), operations=[operation])
     width = len(_ENDS)
     for i, pattern in enumerate(entry.source_patterns):

@@ -146,7 +146,7 @@ class BitmaskLinear(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.weight if _lazy.get() else self.dense_weight()
+        destination[prefix + "weight"] = self.weight if lazy_state() else self.dense_weight()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -169,11 +169,11 @@ class BitmaskLinear(nn.Module):
             return
         if key in unexpected_keys:
             unexpected_keys.remove(key)
-        fault = self._take(state_dict[key])
+        fault = self.take(state_dict[key])
         if fault is not None:
             error_msgs.append(f"{key}: {fault}")
 
-    def _take(self, weight: Tensor) -> str | None:
+    def take(self, weight: Tensor) -> str | None:
         """Packs a dense W under the module's mask; what is wrong with it, or None."""
         shape = self.weight.shape
         if weight.shape != shape:
@@ -186,6 +186,11 @@ class BitmaskLinear(nn.Module):
             return "values that are not zero where the sparse module is pruned"
         self.packed, self._view = pack(bits, values, cols).to(self.packed.device), None
         return None
+
+
+def lazy_state() -> bool:
+    """Whether `lazy_weights` is in force."""
+    return _lazy.get()
 
 
 @contextmanager
