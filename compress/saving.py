@@ -136,10 +136,10 @@ def _prepared(
     """Tensors by stored name, records by key, and masks that go to a file of their own."""
     with lazy_weights():
         state = dict(state_dict or model.state_dict())
-    packed = {name for name, tensor in state.items() if isinstance(tensor, PackedWeight)}
-    plain = {name: tensor for name, tensor in state.items() if name not in packed}
+    unread = {name for name, tensor in state.items() if isinstance(tensor, PackedWeight)}
+    plain = {name: tensor for name, tensor in state.items() if name not in unread}
     plain = remove_tied_weights_from_state_dict(plain, model)
-    state = {name: state[name] if name in packed else plain[name] for name in state if name in packed or name in plain}
+    state = {name: state[name] if name in unread else plain[name] for name in state if name in unread or name in plain}
     state = {name: _present(model, name, tensor) for name, tensor in state.items()}
     tensors: dict[str, Tensor] = {}
     records: dict[str, MatrixRecord] = {}

@@ -23,7 +23,7 @@ HEAVY = ("torch", "transformers", "accelerate", "datasets", "numpy", "yaml", "ma
 
 
 def test_all_commands_are_there():
-    assert COMMANDS == ["compress", "convert", "demo", "env", "eval", "inspect", "methods"]
+    assert COMMANDS == ["compress", "convert", "demo", "env", "eval", "generate", "inspect", "methods"]
 
 
 def test_cli_page_is_fresh():

@@ -25,6 +25,7 @@ PREFILL = ("streamed", "cached")
 FEW_ROWS = 32
 
 _lazy: ContextVar[bool] = ContextVar("lazy_weights", default=False)
+_dense: ContextVar[bool] = ContextVar("dense_products", default=False)
 
 
 class BitmaskLinear(nn.Module):
@@ -42,6 +43,7 @@ class BitmaskLinear(nn.Module):
     """
 
     packed: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self, packed: Tensor, bias: Tensor | None = None, *, transposed: bool = False, prefill: str = "streamed"
@@ -96,7 +98,7 @@ class BitmaskLinear(nn.Module):
             else:
                 layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         layer.weight = nn.Parameter(self.dense_weight())
-        layer.bias = self.bias
+        layer.register_parameter("bias", self.bias)
         return layer.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,13 +109,19 @@ class BitmaskLinear(nn.Module):
         rows = x.shape[:-1].numel()
         if not 1 <= rows <= FEW_ROWS or wants_gradient(x):
             return self._dense_product(x)
-        if rows > MAX_ROWS:
-            flat = x.reshape(rows, self.in_features)
-            parts = [bitmask_gemv(part, self.packed, self.out_features) for part in flat.split(MAX_ROWS)]
-            return torch.cat(parts).view(*x.shape[:-1], self.out_features)
-        if torch.compiler.is_compiling() or not x.is_contiguous():
-            return bitmask_gemv(x.contiguous(), self.packed, self.out_features)
-        return product(self, x, together)
+        if torch.compiler.is_compiling():
+            return (
+                bitmask_gemv(x.contiguous(), self.packed, self.out_features)
+                if rows <= MAX_ROWS
+                else self._dense_product(x)
+            )
+        if _dense.get():
+            return self._dense_product(x)
+        x = x.contiguous()
+        if rows <= MAX_ROWS:
+            return product(self, x, together)
+        parts = [bitmask_gemv(part, self.packed, self.out_features) for part in x.view(rows, -1).split(MAX_ROWS)]
+        return torch.cat(parts).view(*x.shape[:-1], self.out_features)
 
     def _dense_product(self, x: Tensor) -> Tensor:
         if self.prefill == "cached" and not torch.compiler.is_compiling() and not wants_gradient(x):
@@ -186,6 +194,16 @@ class BitmaskLinear(nn.Module):
             return "values that are not zero where the sparse module is pruned"
         self.packed, self._view = pack(bits, values, cols).to(self.packed.device), None
         return None
+
+
+@contextmanager
+def dense_products() -> Iterator[None]:
+    """Inside the block, every product of this thread goes through the dense view: what the kernels are checked with."""
+    token = _dense.set(True)
+    try:
+        yield
+    finally:
+        _dense.reset(token)
 
 
 def lazy_state() -> bool:

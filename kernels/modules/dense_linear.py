@@ -28,6 +28,12 @@ class DenseLinear(nn.Linear):
         layer.__class__ = cls
         return layer  # type: ignore[return-value]
 
+    def release(self) -> nn.Linear:
+        """The layer itself, an ordinary nn.Linear again."""
+        layer: nn.Module = self
+        layer.__class__ = nn.Linear
+        return self
+
     def matrix(self) -> Tensor:
         """The weight, as the kernels take it."""
         return self.weight

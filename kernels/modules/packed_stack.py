@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,15 @@ class PackedStack(nn.ModuleList):
     def __init__(self, packed: Sequence[Tensor], *, transposed: bool = False, prefill: str = "streamed") -> None:
         """packed: at least one, all of one shape and dtype, from `bitmask_gemv.dispatch.pack`."""
         super().__init__(_Member(matrix, transposed=transposed, prefill=prefill) for matrix in packed)
-        shapes = {(tuple(member.weight.shape), member.dtype) for member in self}
+        shapes = {(tuple(member.weight.shape), member.dtype) for member in self.members}
         if len(shapes) != 1:
             raise KernelError(f"a stack needs matrices of one shape and dtype, got {sorted(map(str, shapes))}")
         self.transposed = transposed
+
+    @property
+    def members(self) -> list[BitmaskLinear]:
+        """The matrices, in order."""
+        return cast(list[BitmaskLinear], list(self))
 
     def forward(self, index: int, x: Tensor) -> Tensor:
         return self[index](x)
@@ -44,18 +49,18 @@ class PackedStack(nn.ModuleList):
     @property
     def weight(self) -> PackedWeight:
         """The dense parameter: shape, dtype and device at once, numbers when they are read."""
-        one = self[0].weight
+        one = self.members[0].weight
         shape = (len(self), *one.shape)
         strides = (one.shape[0] * one.shape[1], one.shape[1], 1)
         return PackedWeight(shape, strides, one.dtype, one.device, self.dense_weight)
 
     def dense_weight(self) -> Tensor:
         """`weight` as an ordinary tensor."""
-        return torch.stack([member.dense_weight() for member in self])
+        return torch.stack([member.dense_weight() for member in self.members])
 
     def bits(self) -> Tensor:
         """The masks as packed rows, uint8 [n * out, ceil(in / 8)]."""
-        return torch.cat([member.bits() for member in self])
+        return torch.cat([member.bits() for member in self.members])
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[prefix[:-1]] = self.weight if lazy_state() else self.dense_weight()
@@ -79,7 +84,7 @@ class PackedStack(nn.ModuleList):
         if given.shape != wanted:
             error_msgs.append(f"{key}: shape {list(given.shape)}, the sparse module has {list(wanted)}")
             return
-        for index, member in enumerate(self):
+        for index, member in enumerate(self.members):
             fault = member.take(given[index])
             if fault is not None:
                 error_msgs.append(f"{key}, matrix {index}: {fault}")

@@ -97,8 +97,8 @@ def product(layer: Layer, x: Tensor, run: Run) -> Tensor:
 
 def _learn(layer: Layer, x: Tensor, run: Run) -> None:
     before = _last.layer() if _last.layer is not None else None
-    same = before is not None and _last.x is not None and _last.x() is x and _last.run is run
-    if same and before is not layer and not before.alone:
+    same = _last.x is not None and _last.x() is x and _last.run is run
+    if same and before is not None and before is not layer and not before.alone:
         if before.siblings is None:
             before.siblings = Siblings(before)
         if before.siblings.layers[-1] is before:

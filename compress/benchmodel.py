@@ -1,0 +1,197 @@
+"""Decode speed of models on this machine: dense ones in every way that torch offers, and in ours, beside sparse ones.
+
+All contenders take turns in one process, with the same loop (generate.py), the same prompt and the same threads, so
+that a machine whose speed drifts treats them alike. A contender whose numbers are wrong has no speed.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from ..kernels.modules.bitmask_linear import dense_products
+from ..kernels.modules.dense_linear import DenseLinear
+from .environment import processor_name
+from .generate import Timing, generate
+from .load import load
+from .placement import adopt_dense
+from .progress import Progress
+
+TOLERANCE = 0.04  # relative error of logits in 16-bit arithmetic, both against the product with dense weights
+
+
+@dataclass
+class Contender:
+    """One way to run a model. `bytes_per_token`: weights that one decode step reads."""
+
+    name: str
+    folder: str
+    model: Any
+    setting: Callable[[], AbstractContextManager[object]] = nullcontext
+    sparse: bool = False
+    error: float = 0.0
+    steps: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+
+    @property
+    def right(self) -> bool:
+        return self.error <= TOLERANCE
+
+
+def bench_models(
+    folders: list[str],
+    *,
+    prompt_tokens: int = 32,
+    new_tokens: int = 64,
+    rounds: int = 3,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Milliseconds per token of every model in every way, as plain data; keys as in docs/report.md.
+
+    A folder with sparse weights runs in our runtime; any other one in transformers (bfloat16, bfloat16 without oneDNN,
+    float16) and in our runtime. Ratios are to the fastest and to the first dense contender.
+    """
+    told = progress or Progress()
+    contenders = [contender for folder in folders for contender in _contenders(folder, told)]
+    vocabulary = min(contender.model.config.vocab_size for contender in contenders)
+    ids = torch.randint(0, vocabulary, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    for contender in contenders:
+        told.working(f"checking {contender.name}")
+        contender.error = _error(contender, ids)
+    order = random.Random(0)
+    running = [contender for contender in contenders if contender.right]
+    for turn in range(rounds):
+        for contender in order.sample(running, len(running)):
+            told.working(f"round {turn + 1}/{rounds}: {contender.name}")
+            timing = Timing()
+            with contender.setting():
+                for _ in generate(contender.model, ids, new_tokens, timing=timing):
+                    pass
+            contender.first.append(timing.first_token_seconds)
+            contender.steps += timing.steps[2:]  # the first decode step finds out which layers belong together
+    return {
+        "machine": {
+            "processor": processor_name(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        },
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "contenders": _rows(contenders),
+    }  # fmt: skip
+
+
+def _contenders(folder: str, progress: Progress) -> Iterator[Contender]:
+    progress.working(f"loading {folder}")
+    model = load(folder)
+    if model.gossamer_runtime.sparse:
+        yield Contender("ours, sparse", folder, model, sparse=True)
+        return
+    del model
+    read: Any = AutoModelForCausalLM.from_pretrained
+    plain = read(folder, dtype=torch.bfloat16).eval()
+    half = read(folder, dtype=torch.float16).eval()
+    yield Contender("transformers bfloat16", folder, plain)
+    yield Contender("transformers bfloat16, no oneDNN", folder, plain, _no_onednn)
+    yield Contender("transformers float16", folder, half)
+    yield Contender("ours, dense", folder, plain, lambda: _our_layers(plain))
+
+
+@contextmanager
+def _our_layers(model: Any) -> Iterator[None]:
+    """Our dense layers in place of torch's, for as long as the block lasts: the same weights."""
+    adopt_dense(model)
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, DenseLinear):
+                module.release()
+
+
+@contextmanager
+def _no_onednn() -> Iterator[None]:
+    before = torch.backends.mkldnn.set_flags(False)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(*before)
+
+
+def _error(contender: Contender, ids: Tensor) -> float:
+    """Relative error of the last logits against torch's products with dense weights; 0 for torch's own."""
+    with torch.no_grad():
+        with contender.setting():
+            found = _last_logits(contender.model, ids)
+        with dense_products(), torch.backends.mkldnn.flags(enabled=True):
+            wanted = _last_logits(contender.model, ids)
+    error = ((found - wanted).norm() / wanted.norm()).item()
+    return error if error == error else float("inf")
+
+
+def _last_logits(model: Any, ids: Tensor) -> Tensor:
+    """After a pass over all but the last token and one over that: both kinds of product take part."""
+    out = model(input_ids=ids[:, :-1], use_cache=True)
+    return model(input_ids=ids[:, -1:], past_key_values=out.past_key_values, use_cache=True).logits[:, -1].float()
+
+
+def _rows(contenders: list[Contender]) -> list[dict[str, Any]]:
+    rows = [_row(contender) for contender in contenders]
+    dense = [row["decile_ms"] for row, one in zip(rows, contenders, strict=True) if not one.sparse and one.right]
+    for row in rows:
+        if row["decile_ms"] is not None and dense:
+            row["over_best_dense"] = min(dense) / row["decile_ms"]
+            row["over_first_dense"] = dense[0] / row["decile_ms"]
+    return rows
+
+
+def _row(contender: Contender) -> dict[str, Any]:
+    ordered = sorted(contender.steps)
+    read = _bytes_per_token(contender.model)
+    row: dict[str, Any] = {
+        "name": contender.name,
+        "model": contender.folder,
+        "sparse": contender.sparse,
+        "relative_error": contender.error,
+        "weight_bytes": _weight_bytes(contender.model),
+        "bytes_per_token": read,
+        "decile_ms": None,
+        "median_ms": None,
+        "first_token_ms": None,
+        "gb_per_s": None,
+        "over_best_dense": None,
+        "over_first_dense": None,
+    }
+    if contender.right and ordered:
+        decile = ordered[len(ordered) // 10]
+        row |= {
+            "decile_ms": decile * 1e3,
+            "median_ms": statistics.median(ordered) * 1e3,
+            "first_token_ms": min(contender.first) * 1e3,
+            "gb_per_s": read / decile / 1e9,
+        }
+    return row
+
+
+def _weight_bytes(model: Any) -> int:
+    """Parameters and buffers, shared ones once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _bytes_per_token(model: Any) -> int:
+    """Weights of all layers but the embedding tables, of which a step reads one row; experts as if all were chosen."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        total += sum(tensor.nbytes for tensor in own)
+    return total
