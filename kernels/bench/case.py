@@ -43,4 +43,4 @@ def _excess(y: Tensor, x: Tensor, weight: Tensor, dtype: torch.dtype) -> float:
     truth, size = x @ weight.t(), x.abs() @ weight.abs().t()
     allowed = (x.shape[-1] + 8) * 2.0**-24 * size + torch.finfo(dtype).eps * truth.abs()
     error = (y - truth).abs()
-    return torch.where(error == 0, 0.0, error / allowed).nan_to_num(float("inf")).max().item()
+    return torch.where(error == 0, 0.0, error / allowed).nan_to_num(float("inf"), posinf=float("inf")).max().item()
