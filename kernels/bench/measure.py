@@ -18,7 +18,7 @@ from .case import Case
 from .cases import cases
 from .rounds import Contender, Timing, run_rounds, summary
 
-READ_BYTES = 128 << 20
+READ_BYTES = 64 << 20
 _READ = "read"
 
 
@@ -51,7 +51,7 @@ def compare(
         after=lambda done, _: bool(each and each(done)),
     )
     timings = {name: summary(taken) for name, taken in times.items()}
-    bandwidth = READ_BYTES / timings.pop(_READ).decile / 1e3
+    bandwidth = READ_BYTES / timings.pop(_READ).best / 1e3  # the most that was seen: what there is to reach
     dense = {case.name: timings[case.name].decile for case in right if case.dense}
     entries = [_entry(case, timings.get(case.name), wrong[case.name], dense, bandwidth) for case in found]
     return {"read_gb_s": round(bandwidth, 1), "cases": entries}
