@@ -56,7 +56,7 @@ class ConsoleProgress(Progress):
             parts.append(f"{duration(event.seconds_left)} left")
         self.console.print(Text("  ".join(parts)))
 
-    def windows(self, label: str, done: int, total: int, seconds_left: float) -> None:
+    def windows(self, label: str, done: int, total: int, seconds_left: float, unit: str = "windows") -> None:
         """Every few seconds, and at the end."""
         now = time.monotonic()
         self.working(f"{label} {done}/{total}")
@@ -64,7 +64,7 @@ class ConsoleProgress(Progress):
             return
         self._printed = now
         left = f"  {duration(seconds_left)} left" if done < total else ""
-        self.console.print(Text(f"{label} {done}/{total} windows{left}"))
+        self.console.print(Text(f"{label} {done}/{total} {unit}{left}"))
 
     def note(self, text: str) -> None:
         self.console.print(Text(f"note: {text}"))

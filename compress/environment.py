@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..kernels.machine import processor_field, processor_name
+
 PACKAGES = (
     "gossamer", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "huggingface_hub", "numpy",
     "datasets", "peft", "bitsandbytes", "triton", "lm_eval",
@@ -43,23 +45,10 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def processor_name() -> str:
-    """The processor's own name where the system tells it, else the architecture."""
-    for line in _cpuinfo():
-        key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model"):
-            return value.strip()
-    return platform.processor() or platform.machine()
-
-
 def processor_features() -> list[str]:
     """The features that decide which kernel runs; empty where the system does not list them."""
-    for line in _cpuinfo():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            found = set(value.replace("asimd", "neon").split())
-            return [feature for feature in _FEATURES if feature in found]
-    return []
+    found = set(processor_field("flags", "Features").replace("asimd", "neon").split())
+    return [feature for feature in _FEATURES if feature in found]
 
 
 def usable_cores() -> int:
@@ -77,10 +66,3 @@ def memory_bytes() -> int:
     except OSError:
         return total
     return min(total, int(limit)) if limit.isdigit() else total
-
-
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []

@@ -31,8 +31,8 @@ class Progress:
     def block(self, event: BlockDone) -> None:
         """A block is finished and safe on disk."""
 
-    def windows(self, label: str, done: int, total: int, seconds_left: float) -> None:
-        """So many windows of a phase without blocks (embeddings, output matrix) are finished."""
+    def windows(self, label: str, done: int, total: int, seconds_left: float, unit: str = "windows") -> None:
+        """So many windows, or other units, of a phase without blocks (embeddings, output matrix) are finished."""
 
     def note(self, text: str) -> None:
         """Something the user should know and that also goes into the report."""
@@ -54,8 +54,8 @@ class Recorder(Progress):
     def block(self, event: BlockDone) -> None:
         self.inner.block(event)
 
-    def windows(self, label: str, done: int, total: int, seconds_left: float) -> None:
-        self.inner.windows(label, done, total, seconds_left)
+    def windows(self, label: str, done: int, total: int, seconds_left: float, unit: str = "windows") -> None:
+        self.inner.windows(label, done, total, seconds_left, unit)
 
     def note(self, text: str) -> None:
         if text not in self.notes:

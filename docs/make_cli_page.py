@@ -29,11 +29,22 @@ def page() -> str:
     """The whole page."""
     group: Any = typer.main.get_command(app)
     parts = [_INTRODUCTION]
-    for name, command in group.commands.items():
+    for name, command in commands(group).items():
         parts.append(f"## gossamer {name}\n\n{_plain(command.help)}\n")
         parts += _tables(command)
         parts.append("```bash\n" + "\n".join(_examples(command.epilog)) + "\n```\n")
     return "\n".join(parts)
+
+
+def commands(group: Any) -> dict[str, Any]:
+    """All commands by name; those of a group as `group command`."""
+    found = {}
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            found |= {f"{name} {inner}": each for inner, each in commands(command).items()}
+        else:
+            found[name] = command
+    return found
 
 
 def _tables(command: Any) -> list[str]:

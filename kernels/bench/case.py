@@ -1,0 +1,46 @@
+"""One contender of a benchmark: a weight in some form, its bytes, its truth and its target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .rounds import Contender
+
+_CHECKED_ROWS = 1024  # in float64 at a time
+
+
+@dataclass
+class Case(Contender):
+    """`call()` computes y [1, rows] of x [1, cols] and weight [rows, cols], reading `bytes` of it from memory.
+
+    `dense`: one of the products that speedups refer to. `must`: the speedup over the fastest other dense product that
+    it has to reach; `must_share`: the share of the machine's read bandwidth.
+    """
+
+    bytes: int
+    x: Tensor
+    weight: Tensor
+    dense: bool = False
+    must: float | None = None
+    must_share: float | None = None
+
+    def fault(self) -> str:
+        """What is wrong with the result, or an empty text. Sums of `cols` products in float32, one rounding."""
+        with self.setting():
+            y = self.call()
+        if y.shape != (1, len(self.weight)):
+            return f"shape {list(y.shape)}"
+        parts = zip(y.double().split(_CHECKED_ROWS, 1), self.weight.split(_CHECKED_ROWS), strict=True)
+        worst = max(_excess(part, self.x.double(), weight.double(), self.x.dtype) for part, weight in parts)
+        return "" if worst <= 1.0 else f"{worst:.1f} times the allowed error"
+
+
+def _excess(y: Tensor, x: Tensor, weight: Tensor, dtype: torch.dtype) -> float:
+    """Largest error as a multiple of what is allowed; infinite for NaN and for an error where none is allowed."""
+    truth, size = x @ weight.t(), x.abs() @ weight.abs().t()
+    allowed = (x.shape[-1] + 8) * 2.0**-24 * size + torch.finfo(dtype).eps * truth.abs()
+    error = (y - truth).abs()
+    return torch.where(error == 0, 0.0, error / allowed).nan_to_num(float("inf"), posinf=float("inf")).max().item()
