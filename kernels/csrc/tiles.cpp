@@ -33,6 +33,11 @@ std::int64_t count_bits(const std::uint8_t* bytes, std::int64_t count) {
     return total;
 }
 
+// Bytes of no values have no address, which memcpy does not allow.
+void copy(void* to, const void* from, std::int64_t bytes) {
+    if (bytes > 0) std::memcpy(to, from, static_cast<std::size_t>(bytes));
+}
+
 // One panel of one row tile: its columns, and its place in the table of offsets.
 struct Place {
     std::int64_t panel, tile, first, last;
@@ -183,14 +188,13 @@ bool pack(const std::uint8_t* bits, const std::uint16_t* values, std::int64_t nn
             at += kMaskBytes;
             for (std::int64_t r = 0; r < here; ++r) {
                 std::uint8_t* mask = masks + r * (kCols / 8);
-                std::memcpy(mask, bits + (row + r) * width + column / 8,
-                            static_cast<std::size_t>(mask_bytes(cols, column)));
+                copy(mask, bits + (row + r) * width + column / 8, mask_bytes(cols, column));
                 const std::int64_t count = count_bits(mask, kCols / 8);
                 if (2 * count > end - at || next[row + r] + count > nnz) {  // the bits changed since they were counted
                     fits = false;
                     break;
                 }
-                std::memcpy(packed + at, values + next[row + r], static_cast<std::size_t>(2 * count));
+                copy(packed + at, values + next[row + r], 2 * count);
                 at += 2 * count;
                 next[row + r] += count;
             }
@@ -223,12 +227,12 @@ void unpack(const std::uint8_t* packed, std::uint8_t* bits, std::uint16_t* value
     };
     std::vector<std::int64_t> next(static_cast<std::size_t>(shape.rows) + 1, 0);
     for_rows([&](std::int64_t row, std::int64_t column, const std::uint8_t* mask, const std::uint8_t*, std::int64_t n) {
-        std::memcpy(bits + row * width + column / 8, mask, static_cast<std::size_t>(mask_bytes(shape.cols, column)));
+        copy(bits + row * width + column / 8, mask, mask_bytes(shape.cols, column));
         next[row + 1] += n;
     });
     for (std::int64_t r = 0; r < shape.rows; ++r) next[r + 1] += next[r];
     for_rows([&](std::int64_t row, std::int64_t, const std::uint8_t*, const std::uint8_t* from, std::int64_t n) {
-        std::memcpy(values + next[row], from, static_cast<std::size_t>(2 * n));
+        copy(values + next[row], from, 2 * n);
         next[row] += n;
     });
 }
