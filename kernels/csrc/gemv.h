@@ -66,6 +66,7 @@ const Tier* tier_scalar();
 const Tier* tier_avx2();
 const Tier* tier_avx512();
 const Tier* tier_avx512bf16();
+const Tier* tier_neon();
 
 // Rows of the padded batch: 1, 2, 4 or 8.
 // Asks for `lines` cache lines some way ahead of a sequential stream. The processor's own prefetchers stop at the end of

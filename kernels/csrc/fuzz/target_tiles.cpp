@@ -52,12 +52,14 @@ std::vector<Bytes> make_corpus(Random& random) {
 
 // The layout follows from rows, columns and number of values: a header that says others consistently.
 void another_shape(Random& random, Bytes& bytes, Header header) {
-    static constexpr std::int64_t kLengths[] = {0, 1, 4, 5, 127, 128, 129, 4096, 4097, 8193, (std::int64_t{1} << 31) - 1};
+    constexpr std::int64_t kLongest = (std::int64_t{1} << 31) - 1;
+    static constexpr std::int64_t kLengths[] = {0, 1, 4, 5, 127, 128, 129, 4096, 4097, 8193, kLongest};
     const auto change = [&](std::int64_t* length) {
         *length = random.once_in(2) ? random.pick(kLengths) : std::max<std::int64_t>(0, *length + random.between(-5, 5));
     };
     if (random.once_in(2)) change(&header.rows);
     if (random.once_in(2)) change(&header.cols);
+    if (random.once_in(8)) header.rows = header.cols = kLongest;
     const Shape shape(header.rows, header.cols);
     header.panel_cols = shape.panel_cols;
     header.stream = shape.stream();
@@ -72,6 +74,7 @@ void another_shape(Random& random, Bytes& bytes, Header header) {
     header.size = static_cast<std::int64_t>(static_cast<std::uint64_t>(shape.size(0)) +
                                             2 * static_cast<std::uint64_t>(header.nnz));
     if (header.size >= 0 && header.size <= kMostBytes / 4) bytes.resize(static_cast<std::size_t>(header.size));
+    if (random.once_in(4)) header.size = static_cast<std::int64_t>(bytes.size());
     if (bytes.size() >= sizeof header) std::memcpy(bytes.data(), &header, sizeof header);
 }
 
