@@ -1,6 +1,8 @@
 # make demo    create .venv, install, train the demo model, compress it, print the table
 # make test    install with [train,test] and run the tests
 # make check   format, lint, types, import arrows, stale help pages
+# make fuzz    attack the compiled kernels with malformed input, under the sanitizers (FUZZ_COUNT, FUZZ_SEED, FUZZ_CORPUS)
+# make cross-neon  compile the kernels for 64-bit ARM and compare their results under qemu-aarch64
 # make clean   remove everything that make made
 # Needs Python 3.10 or newer, a C++ compiler and a package index. Re-runs do only what is out of date.
 
@@ -10,10 +12,10 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # Installed in place: Python edits are live, only these files need a new installation.
-BUILD_FILES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard kernels/csrc/*)
+BUILD_FILES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard kernels/csrc/*.*)
 DATA := --calibration demo-model/calibration.txt --eval demo-model/heldout.txt
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check docs fuzz cross-neon clean
 
 demo: build/demo.txt
 	@cat build/demo.txt
@@ -30,6 +32,26 @@ check: $(VENV)/installed-check
 
 docs: $(VENV)/installed
 	$(BIN)/python docs/make_cli_page.py
+
+# Both need cmake beside the compiler. 100,000 inputs take a few minutes.
+FUZZ := kernels/csrc/fuzz
+FUZZ_COUNT ?= 100000
+FUZZ_SEED ?= 1
+FUZZ_CORPUS ?=
+
+fuzz:
+	cmake -S $(FUZZ) -B build/fuzz
+	cmake --build build/fuzz --parallel 2
+	build/fuzz/fuzz --seed $(FUZZ_SEED) --count $(FUZZ_COUNT) $(if $(FUZZ_CORPUS),--corpus $(wildcard $(FUZZ_CORPUS)))
+
+# The same driver without sanitizers: every tier against float64. Static, so that qemu needs no libraries of that system.
+cross-neon:
+	cmake -S $(FUZZ) -B build/neon -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static \
+	  -DCMAKE_BUILD_TYPE=Release -DGOSSAMER_SANITIZE=OFF
+	cmake --build build/neon --parallel 2
+	@if command -v qemu-aarch64 > /dev/null; then qemu-aarch64 build/neon/fuzz --seed $(FUZZ_SEED) --count 2000; \
+	else echo "compiled; there is no qemu-aarch64 to run it"; fi
 
 clean:
 	rm -rf $(VENV) build dist demo-model demo-model.partial demo-sparse demo-sparse.partial

@@ -13,7 +13,7 @@ from ..errors import KernelError
 from .extension import compiled
 
 VARIABLE = "GOSSAMER_CPU_TIER"
-NAMES = ("avx512bf16", "avx512", "avx2", "scalar")  # fastest first
+NAMES = ("avx512bf16", "avx512", "avx2", "neon", "scalar")  # fastest first
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ const Tier* tier_scalar();
 const Tier* tier_avx2();
 const Tier* tier_avx512();
 const Tier* tier_avx512bf16();
+const Tier* tier_neon();
 
 // Asks for `lines` cache lines some way ahead of a sequential stream. The processor's own prefetchers stop at the end of
 // every page of 4 KiB; this reaches into the next one.

@@ -15,7 +15,8 @@ bool has_bf16() {
 }
 #endif
 
-// CMake defines GOSSAMER_X86_TIERS where it compiled tier_avx*.cpp with their flags. The checks ask the processor and the
+// CMake defines GOSSAMER_X86_TIERS where it compiled tier_avx*.cpp with their flags, GOSSAMER_NEON_TIER where it compiled
+// tier_neon.cpp, which every processor of that kind runs. The checks ask the processor and the
 // operating system; nothing of a tier runs before them.
 const Tier* find(int index) {
 #if defined(GOSSAMER_X86_TIERS)
@@ -28,6 +29,9 @@ const Tier* find(int index) {
     if (index == 0) return wide && has_bf16() ? tier_avx512bf16() : nullptr;
     if (index == 1) return wide ? tier_avx512() : nullptr;
     if (index == 2) return half ? tier_avx2() : nullptr;
+#endif
+#if defined(GOSSAMER_NEON_TIER)
+    if (index == 3) return tier_neon();
 #endif
     return index == kTiers - 1 ? tier_scalar() : nullptr;
 }

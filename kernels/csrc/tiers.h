@@ -5,7 +5,7 @@
 
 namespace gossamer {
 
-constexpr int kTiers = 4;
+constexpr int kTiers = 5;
 
 // Tier 0 (the fastest) to kTiers - 1, or nullptr where it was not compiled or the processor cannot run it.
 const Tier* tier_at(int index);

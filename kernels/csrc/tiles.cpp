@@ -33,6 +33,17 @@ std::int64_t count_bits(const std::uint8_t* bytes, std::int64_t count) {
     return total;
 }
 
+// Bytes of no values have no address, which memcpy does not allow.
+void copy(void* to, const void* from, std::int64_t bytes) {
+    if (bytes > 0) std::memcpy(to, from, static_cast<std::size_t>(bytes));
+}
+
+// One number for each row: where its next value lies among the values in row order. Any number of rows without columns
+// is a sound matrix of a few bytes, which must not ask for memory.
+std::vector<std::int64_t> cursors(const Shape& shape) {
+    return std::vector<std::int64_t>(static_cast<std::size_t>(shape.cols == 0 ? 0 : shape.rows), 0);
+}
+
 // One panel of one row tile: its columns, and its place in the table of offsets.
 struct Place {
     std::int64_t panel, tile, first, last;
@@ -104,7 +115,10 @@ const char* fault_of_header(const Header& header, std::int64_t size) {
     const Shape shape(header.rows, header.cols);
     if (header.panel_cols != shape.panel_cols || header.stream != shape.stream()) return "the layout is another one";
     if (header.nnz < 0 || header.nnz > header.rows * header.cols) return "the number of values is out of range";
-    if (header.size != size || shape.size(header.nnz) != size) return "its length does not fit its shape";
+    // More values than bytes first: the length that the largest shapes need is no 64-bit number.
+    if (header.size != size || header.nnz > size / 2 || shape.size(header.nnz) != size) {
+        return "its length does not fit its shape";
+    }
     return nullptr;
 }
 
@@ -122,11 +136,7 @@ std::int64_t Shape::stream() const {
 }
 
 std::int64_t Shape::tiles() const {
-    std::int64_t per_row_tile = 0;
-    for (std::int64_t panel = 0; panel < panels; ++panel) {
-        per_row_tile += (std::min(panel_cols, cols - panel * panel_cols) + kCols - 1) / kCols;
-    }
-    return row_tiles * per_row_tile;
+    return row_tiles * ((cols + kCols - 1) / kCols);  // panels are whole tiles, but for the last one
 }
 
 std::int64_t Shape::size(std::int64_t nnz) const { return stream() + kMaskBytes * tiles() + 2 * nnz + kTail; }
@@ -163,10 +173,13 @@ bool pack(const std::uint8_t* bits, const std::uint16_t* values, std::int64_t nn
     std::memset(packed, 0, static_cast<std::size_t>(header.stream));
     std::memcpy(packed, &header, sizeof header);
     auto* offsets = reinterpret_cast<std::int64_t*>(packed + sizeof(Header));
-    // Where the next value of each row lies in `values`: rows advance from panel to panel.
-    std::vector<std::int64_t> next(static_cast<std::size_t>(rows) + 1, 0);
-    for (std::int64_t r = 0; r < rows; ++r) next[r + 1] = next[r] + count_bits(bits + r * width, width);
-    if (next[rows] != nnz) return false;
+    std::vector<std::int64_t> next = cursors(shape);
+    std::int64_t found = 0;
+    for (std::size_t r = 0; r < next.size(); ++r) {
+        next[r] = found;
+        found += count_bits(bits + static_cast<std::int64_t>(r) * width, width);
+    }
+    if (found != nnz) return false;
     const std::int64_t end = header.size - kTail;
     std::int64_t at = header.stream, index = 0;
     bool fits = true;
@@ -183,14 +196,13 @@ bool pack(const std::uint8_t* bits, const std::uint16_t* values, std::int64_t nn
             at += kMaskBytes;
             for (std::int64_t r = 0; r < here; ++r) {
                 std::uint8_t* mask = masks + r * (kCols / 8);
-                std::memcpy(mask, bits + (row + r) * width + column / 8,
-                            static_cast<std::size_t>(mask_bytes(cols, column)));
+                copy(mask, bits + (row + r) * width + column / 8, mask_bytes(cols, column));
                 const std::int64_t count = count_bits(mask, kCols / 8);
                 if (2 * count > end - at || next[row + r] + count > nnz) {  // the bits changed since they were counted
                     fits = false;
                     break;
                 }
-                std::memcpy(packed + at, values + next[row + r], static_cast<std::size_t>(2 * count));
+                copy(packed + at, values + next[row + r], 2 * count);
                 at += 2 * count;
                 next[row + r] += count;
             }
@@ -221,14 +233,19 @@ void unpack(const std::uint8_t* packed, std::uint8_t* bits, std::uint16_t* value
             }
         });
     };
-    std::vector<std::int64_t> next(static_cast<std::size_t>(shape.rows) + 1, 0);
+    std::vector<std::int64_t> next = cursors(shape);
     for_rows([&](std::int64_t row, std::int64_t column, const std::uint8_t* mask, const std::uint8_t*, std::int64_t n) {
-        std::memcpy(bits + row * width + column / 8, mask, static_cast<std::size_t>(mask_bytes(shape.cols, column)));
-        next[row + 1] += n;
+        copy(bits + row * width + column / 8, mask, mask_bytes(shape.cols, column));
+        next[row] += n;
     });
-    for (std::int64_t r = 0; r < shape.rows; ++r) next[r + 1] += next[r];
+    std::int64_t found = 0;
+    for (std::int64_t& place : next) {
+        const std::int64_t count = place;
+        place = found;
+        found += count;
+    }
     for_rows([&](std::int64_t row, std::int64_t, const std::uint8_t*, const std::uint8_t* from, std::int64_t n) {
-        std::memcpy(values + next[row], from, static_cast<std::size_t>(2 * n));
+        copy(values + next[row], from, 2 * n);
         next[row] += n;
     });
 }

@@ -47,7 +47,7 @@ def test_every_available_tier_can_be_forced(monkeypatch):
 
 def test_unknown_names_are_refused(monkeypatch):
     monkeypatch.setenv(tier.VARIABLE, "sse9")
-    with pytest.raises(KernelError, match="'sse9', allowed: avx512bf16, avx512, avx2, scalar"):
+    with pytest.raises(KernelError, match="'sse9', allowed: avx512bf16, avx512, avx2, neon, scalar"):
         tier.current()
 
 
