@@ -10,11 +10,17 @@ import typer
 from ..errors import KernelError
 from . import options as o
 
-EXAMPLES = o.examples("gossamer bench kernels", "gossamer bench kernels --shapes llama-2-7b --threads 2")
+EXAMPLES = o.examples(
+    "gossamer bench kernels --shapes llama-2-7b --threads 2", "gossamer bench model llama llama-sparse"
+)
 KERNELS_EXAMPLES = o.examples(
     "gossamer bench kernels",
     "gossamer bench kernels --shapes 4096x4096,tinyllama-1.1b --threads 1 --rounds 100",
     "gossamer bench kernels --tier avx2 --json kernels.json --markdown kernels.md",
+)
+MODEL_EXAMPLES = o.examples(
+    "gossamer bench model llama llama-sparse",
+    "gossamer bench model llama llama-50 llama-70 --threads 2 --rounds 5 --json",
 )
 SHAPES = "llama-3-8b"
 ROUNDS = 40
@@ -106,3 +112,50 @@ def kernels(
     show_lines(result.text.splitlines())
     if result.wrong:
         raise KernelError("; ".join(result.wrong), hint="report this, with the output of `gossamer env`")
+
+
+@bench.command("model", epilog=MODEL_EXAMPLES)
+def model(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Hub ids or local model folders.", show_default=False)
+    ],
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of the prompt.")] = 32,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=4, help="Tokens to generate in every round.")] = 64,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Generations of every contender.")] = 3,
+    threads: Annotated[
+        Optional[int],
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Threads of every contender. \\[default: torch's own]",
+            rich_help_panel=o.MACHINE,
+            show_default=False,
+        ),
+    ] = None,
+    json: o.Json = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Time greedy decoding of models, in turns, with one loop, prompt and number of threads.
+
+    A model with masks runs in our runtime; any other one in transformers (bfloat16, the same without oneDNN, float16)
+    and in our runtime. Each is checked before it is timed: a wrong one has no speed, and the command ends with 1.
+    """
+    from .console import hush_libraries, show_json, show_lines, watch
+
+    hush_libraries()
+    import torch
+
+    from ..compress.benchmodel import bench_models, markdown
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with watch(quiet) as progress:
+        report = bench_models(
+            models, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds, progress=progress
+        )
+    if json:
+        show_json(report)
+    else:
+        show_lines(markdown(report).splitlines())
+    if report["wrong"]:
+        raise KernelError("wrong results: " + ", ".join(report["wrong"]), hint="report this, with `gossamer env`")

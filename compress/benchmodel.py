@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .generate import Timing, generate
 from .load import load
 from .placement import adopt_dense
 from .progress import Progress
+from .report import human_bytes
 
 TOLERANCE = 0.04  # relative error of logits in 16-bit arithmetic, both against the product with dense weights
 
@@ -47,7 +49,7 @@ class Contender:
 
 
 def bench_models(
-    folders: list[str],
+    folders: Sequence[str],
     *,
     prompt_tokens: int = 32,
     new_tokens: int = 64,
@@ -85,6 +87,7 @@ def bench_models(
         "new_tokens": new_tokens,
         "rounds": rounds,
         "contenders": _rows(contenders),
+        "wrong": [contender.name for contender in contenders if not contender.right],
     }  # fmt: skip
 
 
@@ -104,6 +107,39 @@ def _contenders(folder: str, progress: Progress) -> Iterator[Contender]:
     yield Contender("transformers bfloat16, no oneDNN", folder, plain, _no_onednn)
     yield Contender("transformers float16", folder, half)
     yield Contender("ours, dense", folder, plain, lambda: _our_layers(plain))
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a table."""
+    machine = report["machine"]
+    lines = [
+        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; greedy, "
+        f"{report['new_tokens']} tokens after {report['prompt_tokens']}, best decile (and median) of "
+        f"{report['rounds']} rounds.",
+        "",
+        "| model | ms per token | tokens/s | first token | weights | read per token | GB/s | over best dense | over "
+        "first |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *map(_line, report["contenders"])]) + "\n"
+
+
+def _line(row: dict[str, Any]) -> str:
+    name = f"{row['name']} ({Path(row['model']).name})"
+    if row["decile_ms"] is None:
+        return f"| {name} | wrong result: relative error {row['relative_error']:.2g} | | | | | | | |"
+    ratios = [f"{row[key]:.2f}x" if row[key] is not None else "" for key in ("over_best_dense", "over_first_dense")]
+    cells = [
+        name,
+        f"{row['decile_ms']:.1f} ({row['median_ms']:.1f})",
+        f"{1e3 / row['decile_ms']:.1f}",
+        f"{row['first_token_ms']:.0f} ms",
+        human_bytes(row["weight_bytes"]),
+        human_bytes(row["bytes_per_token"]),
+        f"{row['gb_per_s']:.1f}",
+        *ratios,
+    ]
+    return "| " + " | ".join(cells) + " |"
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import RecipeError
 from ..kernels.bitmask.dispatch import compress, row_counts
 from ..kernels.bitmask_gemv.dispatch import pack
+from ..kernels.choice import choose
 from ..kernels.modules.bitmask_linear import PREFILL, BitmaskLinear
 from ..kernels.modules.dense_linear import DenseLinear
 from ..kernels.modules.packed_stack import PackedStack
@@ -52,7 +53,11 @@ class RuntimeOptions:
 
 @dataclass
 class Placed:
-    """What was placed into a model, for reports: `model.gossamer_runtime`."""
+    """What was placed into a model, for reports: `model.gossamer_runtime`.
+
+    `sparse`, `dense`: names of masked parameters that stay packed, and of those that are faster dense. `seconds`: spent
+    on packing, of `dense_bytes`.
+    """
 
     options: RuntimeOptions
     sparse: list[str] = field(default_factory=list)
@@ -92,12 +97,23 @@ class Placement:
     def take(self, name: str, values: Tensor, mask: SourceMask) -> Tensor | None:
         """Keeps the matrix, or the stack of experts, of parameter `name` packed and returns its stand-in.
 
-        values: [nnz] in row order. None where the parameter has to be dense.
+        values: [nnz] in row order. None where the parameter has to be dense, or is faster so.
         """
         wanted = self._names if len(mask.record.shape) == 2 else self._experts
-        if name not in wanted or values.dtype not in HALVES:
+        if name not in wanted or values.dtype not in HALVES or not self._pays(name, mask, values.dtype):
             return None
         return self._pack(name, mask, values)
+
+    def _pays(self, name: str, mask: SourceMask, dtype: torch.dtype) -> bool:
+        """Whether the sparse kernel is the faster one here, by measurement."""
+        record = mask.record
+        if not record.matrix_rows or not record.cols:
+            return False
+        density = record.nnz / math.prod(record.shape)
+        sparse = choose("bitmask", record.matrix_rows, record.cols, dtype, density).sparse
+        if not sparse:
+            self.placed.dense.append(name)
+        return sparse
 
     def take_stacks(
         self, group: Group, made: dict[str, Any], keys: KeyMap, masks: Mapping[str, SourceMask]
@@ -109,6 +125,8 @@ class Placement:
         found = converted_masks(self._model, keys, group, masks)
         for name in wanted:
             mask = found[name]
+            if not self._pays(name, mask, made[name].dtype):
+                continue
             rows = mask.record.as_rows(made[name].cpu()).contiguous()
             made[name] = self._pack(name, mask, compress(rows, mask.bits).to(made[name].device))
         return made

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GOSSAMER_DISPATCH", "sparse")  # tests do not depend on what is fast here, and measure nothing
 
 import pytest
 

@@ -28,7 +28,18 @@ HEAVY = ("torch", "transformers", "accelerate", "datasets", "numpy", "yaml", "ma
 
 
 def test_all_commands_are_there():
-    assert COMMANDS == ["bench kernels", "compress", "convert", "demo", "env", "eval", "generate", "inspect", "methods"]
+    assert COMMANDS == [
+        "bench kernels",
+        "bench model",
+        "compress",
+        "convert",
+        "demo",
+        "env",
+        "eval",
+        "generate",
+        "inspect",
+        "methods",
+    ]
 
 
 def test_cli_page_is_fresh():

@@ -124,6 +124,16 @@ def test_what_the_runtime_does_not_take_is_expanded(tmp_path):
         gossamer.load(folder, prefill="later")
 
 
+def test_what_is_faster_dense_is_dense(tmp_path, monkeypatch):
+    monkeypatch.setenv("GOSSAMER_DISPATCH", "dense")
+    for family in ("llama", "gpt_oss", "mixtral"):
+        folder = save_family_sparse(family, tmp_path / family, dtype=torch.bfloat16)
+        model = gossamer.load(folder)
+        assert not modules(model, BitmaskLinear) + modules(model, PackedStack)
+        assert sorted(model.gossamer_runtime.dense) == sorted(model.gossamer_masks) != []
+        assert model.gossamer_runtime.sparse == []
+
+
 def test_dequantize_gives_ordinary_layers(tmp_path):
     for family in ("llama", "gpt2", "mixtral"):
         sparse, plain = pair(family, tmp_path / family)
