@@ -73,7 +73,7 @@ Exact random_numbers(Random& random, int dtype, std::int64_t count, bool wild) {
     for (std::int64_t i = 0; i < count; ++i) {
         const std::uint64_t dice = random.next();
         std::uint32_t bits = static_cast<std::uint32_t>(dice) & (sign - 1) & ((1u << format.fraction_bits) - 1);
-        bits |= (bias - 3 + (dice >> 40) % 5) << format.fraction_bits;
+        bits |= (bias - 3 + static_cast<std::uint32_t>((dice >> 40) % 5)) << format.fraction_bits;
         if ((dice >> 48) % 16 == 0) bits = 0;
         if (wild && (dice >> 52) % 64 == 0) bits = special[random.below(6)];
         if (dice >> 63 != 0) bits |= sign;
