@@ -10,25 +10,27 @@ from torch import Tensor
 from ...errors import KernelError
 from ..memory import empty_weight
 from ..tier import Tier
-from .layout import CODES
+from .layout import CODES, COLS
 
 
-def pack(module: ModuleType, bits: Tensor, values: Tensor, cols: int) -> Tensor:
-    rows, nnz = bits.shape[0], values.numel()
-    packed = empty_weight(module.tiles_size(rows, cols, nnz), dtype=torch.uint8)
-    arguments = (bits.data_ptr(), values.data_ptr(), nnz, rows, cols, CODES[values.dtype], packed.data_ptr())
-    if not module.tiles_pack(*arguments):
+def pack(module: ModuleType, bits: Tensor, values: Tensor, cols: int, scales: Tensor | None = None) -> Tensor:
+    rows, nnz, code = bits.shape[0], values.numel(), CODES[values.dtype]
+    packed = empty_weight(module.tiles_size(rows, cols, nnz, code), dtype=torch.uint8)
+    factors = 0 if scales is None else scales.data_ptr()
+    if not module.tiles_pack(bits.data_ptr(), values.data_ptr(), factors, nnz, rows, cols, code, packed.data_ptr()):
         raise KernelError("the bits changed during the call")
     return packed
 
 
 def unpack(
     module: ModuleType, packed: Tensor, rows: int, cols: int, nnz: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bits, values and, for int8 values, scales."""
     bits = torch.zeros(rows, -(-cols // 8), dtype=torch.uint8)
     values = torch.empty(nnz, dtype=dtype)
-    module.tiles_unpack(packed.data_ptr(), bits.data_ptr(), values.data_ptr())
-    return bits, values
+    scales = torch.empty(rows, -(-cols // COLS) if dtype is torch.int8 else 0, dtype=torch.float16)
+    module.tiles_unpack(packed.data_ptr(), bits.data_ptr(), values.data_ptr(), scales.data_ptr())
+    return bits, values, scales
 
 
 def bitmask_gemv(tier: Tier, x: Tensor, batch: int, packed: Tensor, rows: int) -> Tensor:

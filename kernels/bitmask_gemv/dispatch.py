@@ -18,6 +18,8 @@ from ..tier import current
 from . import cpu, layout, reference
 from .record import Record, record_of
 
+_DTYPES = (torch.bfloat16, torch.float16)
+
 
 def pack(bits: Tensor, values: Tensor, cols: int) -> Tensor:
     """The machine layout, uint8 [size], of row bits [rows, ceil(cols / 8)] and values [nnz] in row order, on the CPU.
@@ -25,8 +27,8 @@ def pack(bits: Tensor, values: Tensor, cols: int) -> Tensor:
     values: bfloat16 or float16. Lossless: `unpack` gives both back bit for bit. Raises KernelError when they do not
     fit.
     """
-    if values.dtype not in layout.CODES:
-        allowed = " and ".join(map(name, layout.CODES))
+    if values.dtype not in _DTYPES:
+        allowed = " and ".join(map(name, _DTYPES))
         raise KernelError(f"values are {name(values.dtype)}, allowed: {allowed}", hint="convert the weight to bfloat16")
     if not (bits.is_cpu and values.is_cpu):
         raise KernelError(f"bits are on {bits.device}, values on {values.device}; packing takes both on the CPU")
@@ -39,11 +41,11 @@ def pack(bits: Tensor, values: Tensor, cols: int) -> Tensor:
 def unpack(packed: Tensor) -> tuple[Tensor, Tensor, int]:
     """(bits [rows, ceil(cols / 8)], values [nnz], cols) of a packed matrix, on the CPU: the inverse of `pack`."""
     packed = packed.detach().cpu()
-    record = record_of(packed)
+    record = describe(packed)
     module = compiled()
     if module is None:
         return layout.unpack(packed)
-    bits, values = cpu.unpack(module, packed, record.rows, record.cols, record.nnz, record.dtype)
+    bits, values, _ = cpu.unpack(module, packed, record.rows, record.cols, record.nnz, record.dtype)
     return bits, values, record.cols
 
 
@@ -55,7 +57,10 @@ def dense(packed: Tensor) -> Tensor:
 
 def describe(packed: Tensor) -> Record:
     """Rows, columns, kept values and dtype of a packed matrix. Raises KernelError, naming what is wrong with it."""
-    return record_of(packed)
+    record = record_of(packed)
+    if record.dtype is torch.int8:
+        raise KernelError("the packed matrix has int8 values and scales", hint="use int8_gemv for it")
+    return record
 
 
 def bitmask_gemv(x: Tensor, packed: Tensor, rows: int) -> Tensor:
@@ -77,7 +82,7 @@ def bitmask_dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> T
 
 
 def _run_dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-    record = record_of(packed)
+    record = describe(packed)
     if (rows, cols, dtype) != (record.rows, record.cols, record.dtype):
         raise KernelError(
             f"the packed matrix is {name(record.dtype)} [{record.rows}, {record.cols}], the call says "
@@ -96,7 +101,7 @@ _dense_operator = operator(
 
 
 def _run(x: Tensor, packed: Tensor, rows: int) -> Tensor:
-    record = record_of(packed)
+    record = describe(packed)
     if rows != record.rows:
         raise KernelError(f"the packed matrix has {record.rows} rows, the call says {rows}")
     batch = check_rows(x, record.cols, record.dtype, record.device)

@@ -2,6 +2,8 @@
 // vdpbf16ps takes subnormal inputs and results as zero and rounds to nearest even, whatever the control register says.
 #include "vector512.h"
 
+#include "int8_avx512.h"
+
 namespace gossamer {
 namespace {
 
