@@ -10,7 +10,7 @@ from torch import Tensor
 from ...errors import KernelError
 from ..memory import empty_weight
 from ..tier import Tier
-from .layout import CODES, COLS
+from .layout import CODES
 
 
 def pack(module: ModuleType, bits: Tensor, values: Tensor, cols: int, scales: Tensor | None = None) -> Tensor:
@@ -23,12 +23,12 @@ def pack(module: ModuleType, bits: Tensor, values: Tensor, cols: int, scales: Te
 
 
 def unpack(
-    module: ModuleType, packed: Tensor, rows: int, cols: int, nnz: int, dtype: torch.dtype
+    module: ModuleType, packed: Tensor, rows: int, cols: int, nnz: int, dtype: torch.dtype, groups: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Bits, values and, for int8 values, scales."""
+    """Bits, values and, for int8 values, scales [rows, groups]."""
     bits = torch.zeros(rows, -(-cols // 8), dtype=torch.uint8)
     values = torch.empty(nnz, dtype=dtype)
-    scales = torch.empty(rows, -(-cols // COLS) if dtype is torch.int8 else 0, dtype=torch.float16)
+    scales = torch.empty(rows, groups, dtype=torch.float16)
     module.tiles_unpack(packed.data_ptr(), bits.data_ptr(), values.data_ptr(), scales.data_ptr())
     return bits, values, scales
 

@@ -41,7 +41,7 @@ def pack(bits: Tensor, values: Tensor, cols: int) -> Tensor:
 def unpack(packed: Tensor) -> tuple[Tensor, Tensor, int]:
     """(bits [rows, ceil(cols / 8)], values [nnz], cols) of a packed matrix, on the CPU: the inverse of `pack`."""
     packed = packed.detach().cpu()
-    record = describe(packed)
+    record = record_of(packed)
     module = compiled()
     if module is None:
         return layout.unpack(packed)
@@ -57,10 +57,7 @@ def dense(packed: Tensor) -> Tensor:
 
 def describe(packed: Tensor) -> Record:
     """Rows, columns, kept values and dtype of a packed matrix. Raises KernelError, naming what is wrong with it."""
-    record = record_of(packed)
-    if record.dtype is torch.int8:
-        raise KernelError("the packed matrix has int8 values and scales", hint="use int8_gemv for it")
-    return record
+    return record_of(packed)
 
 
 def bitmask_gemv(x: Tensor, packed: Tensor, rows: int) -> Tensor:
@@ -82,7 +79,7 @@ def bitmask_dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> T
 
 
 def _run_dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-    record = describe(packed)
+    record = record_of(packed)
     if (rows, cols, dtype) != (record.rows, record.cols, record.dtype):
         raise KernelError(
             f"the packed matrix is {name(record.dtype)} [{record.rows}, {record.cols}], the call says "
@@ -101,7 +98,7 @@ _dense_operator = operator(
 
 
 def _run(x: Tensor, packed: Tensor, rows: int) -> Tensor:
-    record = describe(packed)
+    record = record_of(packed)
     if rows != record.rows:
         raise KernelError(f"the packed matrix has {record.rows} rows, the call says {rows}")
     batch = check_rows(x, record.cols, record.dtype, record.device)

@@ -195,7 +195,7 @@ def _walk(packed: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
         if not torch.equal(at, end):
             raise Fault("a tile has more bits than values, or fewer")
         found.append(torch.stack(masks, 1).view(-1, ROWS * COLS))
-        scales.append(torch.stack(factors, 1).view(-1, scales[0].shape[1]))
+        scales.append(torch.stack(factors, 1).flatten(0, 1))
     return torch.cat(found), torch.cat(scales), is_value
 
 

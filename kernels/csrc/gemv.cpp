@@ -62,7 +62,8 @@ void store(const Tier& tier, int dtype, const float* sums, int batch, std::int64
 }
 
 // First row tile whose bytes, over all panels, begin at or after `share` of all bytes.
-std::int64_t tile_at(const TileTable& call, std::int64_t part, std::int64_t parts) {
+template <class Call>
+std::int64_t tile_at(const Call& call, std::int64_t part, std::int64_t parts) {
     const auto bytes_before = [&](std::int64_t tile) {
         std::int64_t total = 0;
         for (std::int64_t panel = 0; panel < call.panels; ++panel) {
@@ -84,30 +85,6 @@ std::int64_t tile_at(const TileTable& call, std::int64_t part, std::int64_t part
     return low;
 }
 
-// The table of a packed matrix; returns its bytes.
-std::int64_t read_table(const std::uint8_t* packed, TileTable* table, int* dtype) {
-    tiles::Header header;
-    std::memcpy(&header, packed, sizeof header);
-    const tiles::Shape shape(header.rows, header.cols, header.dtype);
-    *table = TileTable{reinterpret_cast<const std::int64_t*>(packed + sizeof header), packed + header.stream, shape.rows,
-                       shape.row_tiles, shape.panels, shape.panel_cols, shape.cols};
-    *dtype = static_cast<int>(header.dtype);
-    return header.size;
-}
-
-// Row tiles in parts of equal bytes. `run(begin, end)` computes sums, which then go to y.
-template <class Call, class Run>
-void in_tile_parts(const Tier& tier, int dtype, const Call& call, std::int64_t bytes, int threads, void* y, Run run) {
-    const int parts = parts_for(bytes, threads);
-    in_parts(parts, [&](int part) {
-        const std::int64_t begin = part == 0 ? 0 : tile_at(call, part, parts);
-        const std::int64_t end = part + 1 == parts ? call.row_tiles : tile_at(call, part + 1, parts);
-        run(begin, end);
-        store(tier, dtype, call.sums, call.batch, call.rows, begin * tiles::kRows,
-              std::min(call.rows, end * tiles::kRows), y);
-    });
-}
-
 }  // namespace
 
 void dense_gemv(const Tier& tier, int dtype, const void* x, int batch, const void* weight, std::int64_t rows,
@@ -126,29 +103,48 @@ void dense_gemv(const Tier& tier, int dtype, const void* x, int batch, const voi
 }
 
 void bitmask_gemv(const Tier& tier, const void* x, int batch, const std::uint8_t* packed, void* y, int threads) {
+    tiles::Header header;
+    std::memcpy(&header, packed, sizeof header);
+    const tiles::Shape shape(header.rows, header.cols);
+    const int dtype = static_cast<int>(header.dtype);
     BitmaskCall call{};
-    int dtype;
-    const std::int64_t bytes = read_table(packed, &call, &dtype);
-    call.batch = batch;
+    call.offsets = reinterpret_cast<const std::int64_t*>(packed + sizeof header);
+    call.stream = reinterpret_cast<const std::uint16_t*>(packed + header.stream);
+    call.rows = shape.rows, call.cols = shape.cols, call.row_tiles = shape.row_tiles;
+    call.panels = shape.panels, call.panel_cols = shape.panel_cols, call.batch = batch;
     std::uint8_t* prepared = nullptr;
-    call.stride = prepare(tier.bitmask_row, tier.bitmask_prepare, dtype, x, batch, call.cols, &prepared);
+    call.stride = prepare(tier.bitmask_row, tier.bitmask_prepare, dtype, x, batch, shape.cols, &prepared);
     call.x = prepared;
-    call.sums = reinterpret_cast<float*>(scratch<1>(4 * call.rows * batch));
-    in_tile_parts(tier, dtype, call, bytes, threads, y, [&](std::int64_t begin, std::int64_t end) {
+    call.sums = reinterpret_cast<float*>(scratch<1>(4 * shape.rows * batch));
+    const int parts = parts_for(header.size, threads);
+    in_parts(parts, [&](int part) {
+        const std::int64_t begin = part == 0 ? 0 : tile_at(call, part, parts);
+        const std::int64_t end = part + 1 == parts ? call.row_tiles : tile_at(call, part + 1, parts);
         tier.bitmask_run(dtype, call, begin, end);
+        store(tier, dtype, call.sums, batch, shape.rows, begin * tiles::kRows,
+              std::min(shape.rows, end * tiles::kRows), y);
     });
 }
 
 void int8_gemv(const Tier& tier, int dtype, const void* x, int batch, const std::uint8_t* packed, void* y,
                int threads) {
+    tiles::Header header;
+    std::memcpy(&header, packed, sizeof header);
+    const tiles::Shape shape(header.rows, header.cols, header.dtype);
     Int8Call call{};
-    int stored;
-    const std::int64_t bytes = read_table(packed, &call, &stored);
-    call.batch = batch;
-    tier.int8_prepare(dtype, x, scratch<0>(tier.int8_bytes(batch, call.cols)), &call);
-    call.sums = reinterpret_cast<float*>(scratch<1>(4 * call.rows * batch));
-    in_tile_parts(tier, dtype, call, bytes, threads, y, [&](std::int64_t begin, std::int64_t end) {
+    call.offsets = reinterpret_cast<const std::int64_t*>(packed + sizeof header);
+    call.stream = packed + header.stream;
+    call.rows = shape.rows, call.cols = shape.cols, call.row_tiles = shape.row_tiles;
+    call.panels = shape.panels, call.panel_cols = shape.panel_cols, call.batch = batch;
+    tier.int8_prepare(dtype, x, scratch<0>(tier.int8_bytes(batch, shape.cols)), &call);
+    call.sums = reinterpret_cast<float*>(scratch<1>(4 * shape.rows * batch));
+    const int parts = parts_for(header.size, threads);
+    in_parts(parts, [&](int part) {
+        const std::int64_t begin = part == 0 ? 0 : tile_at(call, part, parts);
+        const std::int64_t end = part + 1 == parts ? call.row_tiles : tile_at(call, part + 1, parts);
         tier.int8_run(call, begin, end);
+        store(tier, dtype, call.sums, batch, shape.rows, begin * tiles::kRows,
+              std::min(shape.rows, end * tiles::kRows), y);
     });
 }
 

@@ -22,27 +22,27 @@ struct DenseCall {
     float* sums;  // [batch, rows]
 };
 
-// A packed matrix as tiles.h lays it out.
-struct TileTable {
-    const std::int64_t* offsets;  // [panels * row_tiles + 1], in values from the stream's begin
-    const std::uint8_t* stream;
+struct BitmaskCall {
+    const std::int64_t* offsets;  // [panels * row_tiles + 1], in values of 2 bytes from the stream's begin
+    const std::uint16_t* stream;
     std::int64_t rows, row_tiles, panels, panel_cols, cols;
-};
-
-struct BitmaskCall : TileTable {
     const std::uint8_t* x;
     std::int64_t stride;
     int batch;
     float* sums;  // [batch, rows]
 };
 
-// Prepared x: rows_int8.h. Groups are the columns of one tile.
-struct Int8Call : TileTable {
+// Groups are the columns of one tile.
+struct Int8Call {
+    const std::int64_t* offsets;  // [panels * row_tiles + 1], in bytes from the stream's begin
+    const std::uint8_t* stream;
+    std::int64_t rows, row_tiles, panels, panel_cols, cols;
+    int batch;
+    // Prepared x (rows_int8.h), lanes = max(4, padded batch): lane i belongs to row i modulo the padded batch.
     const std::uint8_t* x;  // [padded batch, columns up to whole tiles] quantised
     std::int64_t stride;    // bytes of a row of it
-    const float* scales;  // [groups, lanes], lanes = max(4, padded batch); lane i is row i modulo the padded batch
+    const float* scales;    // [groups, lanes]
     const std::int32_t* corrections;  // [groups, lanes]: 128 times the sum of the quantised row
-    int batch;
     float* sums;  // [batch, rows]
 };
 
@@ -106,6 +106,7 @@ void dense_gemv(const Tier& tier, int dtype, const void* x, int batch, const voi
 
 void bitmask_gemv(const Tier& tier, const void* x, int batch, const std::uint8_t* packed, void* y, int threads);
 
+// x and y in the dtype given.
 void int8_gemv(const Tier& tier, int dtype, const void* x, int batch, const std::uint8_t* packed, void* y, int threads);
 
 // Returns the number of channels that were read.

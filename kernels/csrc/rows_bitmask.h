@@ -78,8 +78,7 @@ void bitmask_tiles_of(const BitmaskCall& call, std::int64_t begin, std::int64_t 
         const std::int64_t cols = left < call.panel_cols ? left : call.panel_cols;
         const std::int64_t count = (cols + tiles::kCols - 1) / tiles::kCols;
         const std::uint8_t* x = call.x + first * M::kXBytes;
-        const auto* stream = reinterpret_cast<const std::uint16_t*>(call.stream);
-        const std::uint16_t* values = stream + call.offsets[panel * call.row_tiles + begin];
+        const std::uint16_t* values = call.stream + call.offsets[panel * call.row_tiles + begin];
         for (std::int64_t tile = begin; tile < end; ++tile) {
             float out[tiles::kRows][B];
             values = bitmask_row_tile<M, B>(values, count, x, call.stride, out);

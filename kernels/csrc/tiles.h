@@ -9,9 +9,9 @@ constexpr std::int64_t kRows = 4;        // rows of a tile
 constexpr std::int64_t kCols = 128;      // columns of a tile
 constexpr std::int64_t kMaskBytes = kRows * kCols / 8;
 constexpr std::int64_t kMaxPanel = 4096;  // columns of a panel at most, so that x stays in the first-level cache
-constexpr std::int64_t kInt8 = 3;         // dtype of matrices of int8 values with a float16 scale per row and tile
-constexpr std::int64_t kScaleBytes = 2 * kRows;  // behind the masks of their tiles
-constexpr std::uint8_t kBias = 0x80;      // int8 values are stored with 128 added, 0 to 255
+constexpr std::int64_t kInt8 = 3;  // dtype of a matrix of int8 values with a float16 scale per row of a tile
+constexpr std::int64_t kScaleBytes = 2 * kRows;  // behind the masks
+constexpr std::uint8_t kBias = 0x80;             // int8 values are stored with 128 added, 0 to 255
 constexpr std::int64_t kTail = 64;        // readable bytes behind the last value: vectors load whole lines
 constexpr std::int64_t kMagic = 0x31656C69746D7347;  // "Gsmtile1" in memory
 
@@ -32,7 +32,8 @@ struct Shape {
     std::int64_t rows, cols, panel_cols, panels, row_tiles;
     std::int64_t value;  // bytes of a value, and the unit of the offsets
     std::int64_t head;   // bytes of a tile before its values: masks, and scales where it has any
-    Shape(std::int64_t rows, std::int64_t cols, std::int64_t dtype);
+    // Values of 2 bytes if no dtype is given.
+    explicit Shape(std::int64_t rows, std::int64_t cols, std::int64_t dtype = 1);
     bool scaled() const { return head > kMaskBytes; }
     std::int64_t offsets() const { return panels * row_tiles + 1; }
     std::int64_t stream() const;

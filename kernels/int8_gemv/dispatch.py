@@ -13,7 +13,7 @@ from ..arguments import CODES, check_rows, name
 from ..bitmask import dispatch as bitmask
 from ..bitmask_gemv import cpu as tiles
 from ..bitmask_gemv import layout
-from ..bitmask_gemv.record import Record, record_of
+from ..bitmask_gemv.record import Record, int8_record_of
 from ..extension import compiled
 from ..library import operator
 from ..tier import current
@@ -54,13 +54,14 @@ def pack(bits: Tensor, values: Tensor, scales: Tensor, cols: int) -> Tensor:
 def unpack(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """(bits [rows, ceil(cols / 8)], values [nnz], scales [rows, ceil(cols / 128)], cols) on the CPU: undoes `pack`."""
     packed = packed.detach().cpu()
-    record = describe(packed)
+    record = int8_record_of(packed)
     module = compiled()
     if module is None:
         bits, values, cols = layout.unpack(packed)
         return bits, values, layout.unpack_scales(packed), cols
-    bits, values, scales = tiles.unpack(module, packed, record.rows, record.cols, record.nnz, record.dtype)
-    return bits, values, scales, record.cols
+    rows, cols, groups = record.rows, record.cols, -(-record.cols // GROUP)
+    bits, values, scales = tiles.unpack(module, packed, rows, cols, record.nnz, record.dtype, groups)
+    return bits, values, scales, cols
 
 
 def dense(packed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,12 +74,7 @@ def dense(packed: Tensor, dtype: torch.dtype) -> Tensor:
 
 def describe(packed: Tensor) -> Record:
     """Rows, columns, kept values and dtype (int8) of a packed matrix. Raises KernelError, naming what is wrong."""
-    record = record_of(packed)
-    if record.dtype is not torch.int8:
-        raise KernelError(
-            f"the packed matrix has {name(record.dtype)} values, int8 ones are needed", hint="use bitmask_gemv for it"
-        )
-    return record
+    return int8_record_of(packed)
 
 
 def int8_gemv(x: Tensor, packed: Tensor, rows: int) -> Tensor:
@@ -101,7 +97,7 @@ def int8_dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tens
 
 
 def _run_dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-    record = describe(packed)
+    record = int8_record_of(packed)
     if (rows, cols) != (record.rows, record.cols):
         raise KernelError(f"the packed matrix is [{record.rows}, {record.cols}], the call says [{rows}, {cols}]")
     return dense(packed, dtype)
@@ -117,7 +113,7 @@ _dense_operator = operator(
 
 
 def _run(x: Tensor, packed: Tensor, rows: int) -> Tensor:
-    record = describe(packed)
+    record = int8_record_of(packed)
     if rows != record.rows:
         raise KernelError(f"the packed matrix has {record.rows} rows, the call says {rows}")
     if x.dtype not in CODES:
