@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from ...errors import KernelError
-from ..arguments import MAX_ROWS, name
+from ..arguments import MAX_ROWS
 from ..bitmask import dispatch as bitmask
 from ..bitmask_gemv.dispatch import bitmask_dense, bitmask_gemv, dense, describe, pack, unpack
+from .parts import DenseProduct, checked_input, load_weight, own_bias
 from .weight import PackedWeight, packed_weight
 
 
@@ -35,10 +34,7 @@ class BitmaskLinear(nn.Module):
         record = describe(packed)
         self.in_features, self.out_features, self.dtype = record.cols, record.rows, record.dtype
         self.register_buffer("packed", packed, persistent=False)
-        if bias is not None and bias.shape != (record.rows,):
-            raise KernelError(f"the bias has shape {list(bias.shape)}, the matrix has {record.rows} rows")
-        own = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
-        self.register_parameter("bias", own)
+        self.register_parameter("bias", own_bias(bias, record.rows))
 
     @classmethod
     def from_dense(cls, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> BitmaskLinear:
@@ -52,22 +48,13 @@ class BitmaskLinear(nn.Module):
         return packed_weight(self.packed, self.out_features, self.in_features, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._checked(x)
+        x = checked_input(x, self.dtype, self.in_features)
         rows = x.shape[:-1].numel()
         if 1 <= rows <= MAX_ROWS and not (x.requires_grad and torch.is_grad_enabled()):
             y = bitmask_gemv(x.contiguous(), self.packed, self.out_features)
         else:
-            y = _DenseProduct.apply(x, self.packed, self.out_features, self.in_features, self.dtype)
+            y = DenseProduct.apply(x, self.packed, bitmask_dense, self.out_features, self.in_features, self.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def _checked(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-            x = x.to(self.dtype)
-        if x.dtype is not self.dtype:
-            raise KernelError(f"x is {name(x.dtype)}, the weight {name(self.dtype)}; they must be equal")
-        if not x.dim() or x.shape[-1] != self.in_features:
-            raise KernelError(f"x has shape {list(x.shape)}, its last length must be {self.in_features}")
-        return x
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -99,16 +86,7 @@ class BitmaskLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        key = prefix + "weight"
-        if key not in state_dict:
-            if strict:
-                missing_keys.append(key)
-            return
-        if key in unexpected_keys:
-            unexpected_keys.remove(key)
-        fault = self._take(state_dict[key])
-        if fault is not None:
-            error_msgs.append(f"{key}: {fault}")
+        load_weight(prefix + "weight", self._take, state_dict, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _take(self, weight: Tensor) -> str | None:
         """Packs a dense W under the module's mask; what is wrong with it, or None."""
@@ -122,18 +100,3 @@ class BitmaskLinear(nn.Module):
             return "values that are not zero where the sparse module is pruned"
         self.packed = pack(bits, values, cols).to(self.packed.device)
         return None
-
-
-class _DenseProduct(torch.autograd.Function):
-    """x W^T with a dense W that lives only during the forward and during the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(packed)
-        ctx.matrix = (rows, cols, dtype)
-        return functional.linear(x, bitmask_dense(packed, rows, cols, dtype))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
-        (packed,) = ctx.saved_tensors
-        return gradient @ bitmask_dense(packed, *ctx.matrix), None, None, None, None
