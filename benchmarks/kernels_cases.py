@@ -17,16 +17,21 @@ from gossamer.kernels.bitmask import dispatch as bitmask
 from gossamer.kernels.bitmask_gemv.dispatch import bitmask_gemv, pack
 from gossamer.kernels.channel_gemv.dispatch import channel_gemv, transpose
 from gossamer.kernels.dense_gemv.dispatch import dense_gemv
+from gossamer.kernels.int8_gemv import dispatch as int8
 from gossamer.kernels.memory import empty_weight
 
 # sparsity -> speedup over the best dense product that the kernels must reach
 BITMASK = {0.5: 1.5, 0.7: 1.9, 0.8: 2.0}
+INT8 = 2.2  # at 50 %
 CHANNEL = {0.5: 1.8, 0.65: 2.5, 0.8: 4.4}
 
 
 @dataclass
 class Case:
-    """`call()` computes y [1, rows]; `bytes` of weight it has to read; `must`: the speedup it has to reach."""
+    """`call()` computes y [1, rows]; `bytes` of weight it has to read; `must`: the speedup it has to reach.
+
+    `moved`, of the shape of x: by how much the operation may change each number of x before it multiplies.
+    """
 
     name: str
     call: Callable[[], Tensor]
@@ -35,6 +40,7 @@ class Case:
     weight: Tensor
     dense: bool = False
     must: float | None = None
+    moved: Tensor | None = None
     setting: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def fault(self) -> str:
@@ -42,8 +48,10 @@ class Case:
         with self.setting():
             y = self.call().double()
         wide, dense = self.x.double(), self.weight.double()
-        truth, size = wide @ dense.t(), wide.abs() @ dense.abs().t()
+        moved = torch.zeros_like(wide) if self.moved is None else self.moved
+        truth, size = wide @ dense.t(), (wide.abs() + moved) @ dense.abs().t()
         allowed = (self.x.shape[-1] + 8) * 2.0**-24 * size + torch.finfo(self.x.dtype).eps * truth.abs()
+        allowed += moved @ dense.abs().t()
         worst = ((y - truth).abs() / allowed).nan_to_num(float("inf")).max().item()
         return "" if worst <= 1.0 else f"{worst:.1f} times the allowed error"
 
@@ -59,6 +67,7 @@ def cases(rows: int, cols: int) -> list[Case]:
         found.append(_bitmask_case(f"bitmask {name}", x, weight, mask, must))
     order = torch.rand(rows, cols // 4, 4, generator=generator).argsort(-1).argsort(-1)
     found.append(_bitmask_case("bitmask 2:4", x, weight, (order < 2).view(rows, cols), BITMASK[0.5]))
+    found.append(_int8_case("int8 bitmask 50%", x, weight, masks["50%"], INT8))
     weight_t = transpose(weight)
     return found + [_channel_case(x, weight, weight_t, share, must) for share, must in CHANNEL.items()]
 
@@ -79,6 +88,24 @@ def _bitmask_case(name: str, x: Tensor, weight: Tensor, mask: Tensor, must: floa
     packed = pack(bits, bitmask.compress(weight, bits), weight.shape[1])
     rows = weight.shape[0]
     return Case(name, lambda: bitmask_gemv(x, packed, rows), packed.nbytes, x, weight * mask, must=must)
+
+
+def _int8_case(name: str, x: Tensor, weight: Tensor, mask: Tensor, must: float) -> Case:
+    """The kept weights rounded to 127 steps on either side of 0 per group; the truth has the rounded weights.
+
+    x moves by half a step of its group, largest / 127, and less than 2^-14 steps for rounded factors.
+    """
+    rows, cols = weight.shape
+    kept = weight.float() * mask
+    scales = torch.stack([part.abs().amax(1) for part in kept.split(int8.GROUP, 1)], 1).div(127).half()
+    steps = scales.float().repeat_interleave(int8.GROUP, 1)[:, :cols]
+    whole = (kept / steps).nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8)
+    bits = bitmask.pack_bits(mask)
+    packed = int8.pack(bits, bitmask.compress(whole, bits), scales, cols)
+    moved = torch.cat([part.abs().amax(1, keepdim=True).expand_as(part) for part in x.double().split(int8.GROUP, 1)], 1)
+    moved = moved / 127 * (0.5 + 2.0**-14)
+    call = lambda: int8.int8_gemv(x, packed, rows)
+    return Case(name, call, packed.nbytes, x, whole * steps, must=must, moved=moved)
 
 
 def _channel_case(x: Tensor, weight: Tensor, weight_t: Tensor, share: float, must: float) -> Case:
