@@ -70,7 +70,7 @@ void int8_prepare(const W* x, std::uint8_t* prepared, Int8Call* call) {
         for (std::int64_t g = 0; g < room.groups; ++g) {
             const std::int64_t first = g * tiles::kCols, left = b < call->batch ? call->cols - first : 0;
             float group[tiles::kCols] = {};
-            const W* from = x + b * call->cols + first;
+            const W* from = left > 0 ? x + b * call->cols + first : x;
             if (left >= tiles::kCols) {
                 for (int i = 0; i < tiles::kCols; ++i) group[i] = widen(from[i]);
             } else {
