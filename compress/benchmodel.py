@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ..kernels.modules.bitmask_linear import dense_products
 from ..kernels.modules.dense_linear import DenseLinear
+from ..kernels.modules.sparse_linear import dense_products
 from .environment import processor_name
 from .generate import Timing, generate
 from .load import load

@@ -23,9 +23,10 @@ from ..errors import RecipeError
 from ..kernels.bitmask.dispatch import compress, row_counts
 from ..kernels.bitmask_gemv.dispatch import pack
 from ..kernels.choice import choose
-from ..kernels.modules.bitmask_linear import PREFILL, BitmaskLinear
+from ..kernels.modules.bitmask_linear import BitmaskLinear
 from ..kernels.modules.dense_linear import DenseLinear
 from ..kernels.modules.packed_stack import PackedStack
+from ..kernels.modules.sparse_linear import PREFILL
 from .experts import EXPERTS
 from .format import SourceMask
 from .keymap import Group, KeyMap

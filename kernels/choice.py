@@ -21,6 +21,7 @@ from ..errors import KernelError
 from .arguments import name
 from .bench.cases_bitmask import bitmask_case
 from .bench.cases_dense import dense_case
+from .bench.cases_int8 import int8_case
 from .bench.rounds import Contender, Times, run_rounds, summary
 from .choice_cache import Entry, Machine, load, save
 from .memory import empty_weight
@@ -31,7 +32,7 @@ MODES = ("measured", "sparse", "dense")
 SLOWER = 1.03  # a sparse kernel saves memory as well, so it may take this much of dense's time
 
 # What `choose` can decide: op -> from x [1, cols], weight [rows, cols] and mask to the kernel's call.
-OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Contender]] = {"bitmask": bitmask_case}
+OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Contender]] = {"bitmask": bitmask_case, "int8": int8_case}
 
 _STEP = 20  # sparsities are rounded to 1 / 20
 _MOST_BYTES = 32 << 20  # of dense weight; of larger ones only so many rows are measured

@@ -17,7 +17,8 @@ class Case(Contender):
     """`call()` computes y [1, rows] of x [1, cols] and weight [rows, cols], reading `bytes` of it from memory.
 
     `dense`: one of the products that speedups refer to. `must`: the speedup over the fastest other dense product that
-    it has to reach; `must_share`: the share of the machine's read bandwidth.
+    it has to reach; `must_share`: the share of the machine's read bandwidth. `moved`, of the shape of x: by how much
+    the operation may change each number of x before it multiplies.
     """
 
     bytes: int
@@ -26,6 +27,7 @@ class Case(Contender):
     dense: bool = False
     must: float | None = None
     must_share: float | None = None
+    moved: Tensor | None = None
 
     def fault(self) -> str:
         """What is wrong with the result, or an empty text. Sums of `cols` products in float32, one rounding."""
@@ -34,13 +36,14 @@ class Case(Contender):
         if y.shape != (1, len(self.weight)):
             return f"shape {list(y.shape)}"
         parts = zip(y.double().split(_CHECKED_ROWS, 1), self.weight.split(_CHECKED_ROWS), strict=True)
-        worst = max(_excess(part, self.x.double(), weight.double(), self.x.dtype) for part, weight in parts)
+        moved = torch.zeros_like(self.x, dtype=torch.float64) if self.moved is None else self.moved
+        worst = max(_excess(part, self.x.double(), weight.double(), self.x.dtype, moved) for part, weight in parts)
         return "" if worst <= 1.0 else f"{worst:.1f} times the allowed error"
 
 
-def _excess(y: Tensor, x: Tensor, weight: Tensor, dtype: torch.dtype) -> float:
+def _excess(y: Tensor, x: Tensor, weight: Tensor, dtype: torch.dtype, moved: Tensor) -> float:
     """Largest error as a multiple of what is allowed; infinite for NaN and for an error where none is allowed."""
-    truth, size = x @ weight.t(), x.abs() @ weight.abs().t()
-    allowed = (x.shape[-1] + 8) * 2.0**-24 * size + torch.finfo(dtype).eps * truth.abs()
+    truth, size = x @ weight.t(), (x.abs() + moved) @ weight.abs().t()
+    allowed = (x.shape[-1] + 8) * 2.0**-24 * size + torch.finfo(dtype).eps * truth.abs() + moved @ weight.abs().t()
     error = (y - truth).abs()
     return torch.where(error == 0, 0.0, error / allowed).nan_to_num(float("inf"), posinf=float("inf")).max().item()

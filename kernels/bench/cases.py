@@ -10,6 +10,7 @@ from .case import Case
 from .cases_bitmask import bitmask_cases
 from .cases_channel import channel_cases
 from .cases_dense import dense_cases
+from .cases_int8 import int8_cases
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -19,7 +20,12 @@ def cases(rows: int, cols: int, dtype: torch.dtype) -> list[Case]:
     generator = torch.Generator().manual_seed(0)
     weight = random_weight(rows, cols, dtype, generator)
     x = torch.randn(1, cols, generator=generator).to(dtype)
-    return [*dense_cases(x, weight), *bitmask_cases(x, weight, generator), *channel_cases(x, weight)]
+    return [
+        *dense_cases(x, weight),
+        *bitmask_cases(x, weight, generator),
+        *int8_cases(x, weight, generator),
+        *channel_cases(x, weight),
+    ]
 
 
 def random_weight(rows: int, cols: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

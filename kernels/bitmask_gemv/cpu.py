@@ -14,22 +14,24 @@ from .layout import CODES
 from .record import Record
 
 
-def pack(module: ModuleType, bits: Tensor, values: Tensor, cols: int) -> Tensor:
-    rows, nnz = bits.shape[0], values.numel()
-    packed = empty_weight(module.tiles_size(rows, cols, nnz), dtype=torch.uint8)
-    arguments = (bits.data_ptr(), values.data_ptr(), nnz, rows, cols, CODES[values.dtype], packed.data_ptr())
-    if not module.tiles_pack(*arguments):
+def pack(module: ModuleType, bits: Tensor, values: Tensor, cols: int, scales: Tensor | None = None) -> Tensor:
+    rows, nnz, code = bits.shape[0], values.numel(), CODES[values.dtype]
+    packed = empty_weight(module.tiles_size(rows, cols, nnz, code), dtype=torch.uint8)
+    factors = 0 if scales is None else scales.data_ptr()
+    if not module.tiles_pack(bits.data_ptr(), values.data_ptr(), factors, nnz, rows, cols, code, packed.data_ptr()):
         raise KernelError("the bits changed during the call")
     return packed
 
 
 def unpack(
-    module: ModuleType, packed: Tensor, rows: int, cols: int, nnz: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    module: ModuleType, packed: Tensor, rows: int, cols: int, nnz: int, dtype: torch.dtype, groups: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bits, values and, for int8 values, scales [rows, groups]."""
     bits = torch.zeros(rows, -(-cols // 8), dtype=torch.uint8)
     values = torch.empty(nnz, dtype=dtype)
-    module.tiles_unpack(packed.data_ptr(), bits.data_ptr(), values.data_ptr())
-    return bits, values
+    scales = torch.empty(rows, groups, dtype=torch.float16)
+    module.tiles_unpack(packed.data_ptr(), bits.data_ptr(), values.data_ptr(), scales.data_ptr())
+    return bits, values, scales
 
 
 def dense(tier: Tier, packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:

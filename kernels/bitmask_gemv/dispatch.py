@@ -18,6 +18,8 @@ from ..tier import current
 from . import cpu, layout, reference
 from .record import Record, record_of
 
+_DTYPES = (torch.bfloat16, torch.float16)
+
 
 def pack(bits: Tensor, values: Tensor, cols: int) -> Tensor:
     """The machine layout, uint8 [size], of row bits [rows, ceil(cols / 8)] and values [nnz] in row order, on the CPU.
@@ -25,8 +27,8 @@ def pack(bits: Tensor, values: Tensor, cols: int) -> Tensor:
     values: bfloat16 or float16. Lossless: `unpack` gives both back bit for bit. Raises KernelError when they do not
     fit.
     """
-    if values.dtype not in layout.CODES:
-        allowed = " and ".join(map(name, layout.CODES))
+    if values.dtype not in _DTYPES:
+        allowed = " and ".join(map(name, _DTYPES))
         raise KernelError(f"values are {name(values.dtype)}, allowed: {allowed}", hint="convert the weight to bfloat16")
     if not (bits.is_cpu and values.is_cpu):
         raise KernelError(f"bits are on {bits.device}, values on {values.device}; packing takes both on the CPU")
@@ -43,7 +45,7 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor, int]:
     module = compiled()
     if module is None:
         return layout.unpack(packed)
-    bits, values = cpu.unpack(module, packed, record.rows, record.cols, record.nnz, record.dtype)
+    bits, values, _ = cpu.unpack(module, packed, record.rows, record.cols, record.nnz, record.dtype)
     return bits, values, record.cols
 
 

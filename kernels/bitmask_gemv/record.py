@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...errors import KernelError
+from ..arguments import name
 from ..extension import compiled
 from . import layout
 
@@ -39,7 +40,26 @@ _next_sweep = 64
 
 
 def record_of(packed: Tensor) -> Record:
-    """The record of a packed tensor, checked anew if need be. Raises KernelError, naming what is wrong with it."""
+    """The record of a packed tensor of 16-bit values, checked anew if need be. KernelError names what is wrong."""
+    record = _record(packed)
+    if record.dtype is torch.int8:
+        raise KernelError(
+            "the packed matrix has int8 values, bfloat16 or float16 ones are needed", hint="use int8_gemv"
+        )
+    return record
+
+
+def int8_record_of(packed: Tensor) -> Record:
+    """The same for a packed tensor of int8 values and scales."""
+    record = _record(packed)
+    if record.dtype is not torch.int8:
+        raise KernelError(
+            f"the packed matrix has {name(record.dtype)} values, int8 ones are needed", hint="use bitmask_gemv"
+        )
+    return record
+
+
+def _record(packed: Tensor) -> Record:
     record = _records.get(packed.untyped_storage()._cdata)
     if (
         record is not None

@@ -70,7 +70,8 @@ void store(const Tier& tier, int dtype, const float* sums, int batch, std::int64
 }
 
 // First row tile whose bytes, over all panels, begin at or after `share` of all bytes.
-std::int64_t tile_at(const BitmaskCall& call, std::int64_t part, std::int64_t parts) {
+template <class Call>
+std::int64_t tile_at(const Call& call, std::int64_t part, std::int64_t parts) {
     const auto bytes_before = [&](std::int64_t tile) {
         std::int64_t total = 0;
         for (std::int64_t panel = 0; panel < call.panels; ++panel) {
@@ -188,6 +189,27 @@ void expand(const Tier& tier, const std::uint8_t* packed, std::uint16_t* weight,
                 }
             }
         }
+    });
+}
+
+void int8_gemv(const Tier& tier, int dtype, const void* x, int batch, const std::uint8_t* packed, void* y,
+               int threads) {
+    const tiles::Header header = header_of(packed);
+    const tiles::Shape shape(header.rows, header.cols, header.dtype);
+    Int8Call call{};
+    call.offsets = reinterpret_cast<const std::int64_t*>(packed + sizeof header);
+    call.stream = packed + header.stream;
+    call.rows = shape.rows, call.cols = shape.cols, call.row_tiles = shape.row_tiles;
+    call.panels = shape.panels, call.panel_cols = shape.panel_cols, call.batch = batch;
+    tier.int8_prepare(dtype, x, scratch<0>(tier.int8_bytes(batch, shape.cols)), &call);
+    call.sums = reinterpret_cast<float*>(scratch<1>(4 * shape.rows * batch));
+    const int parts = parts_for(header.size, threads);
+    in_parts(parts, [&](int part) {
+        const std::int64_t begin = part == 0 ? 0 : tile_at(call, part, parts);
+        const std::int64_t end = part + 1 == parts ? call.row_tiles : tile_at(call, part + 1, parts);
+        tier.int8_run(call, begin, end);
+        store(tier, dtype, call.sums, batch, shape.rows, begin * tiles::kRows,
+              std::min(shape.rows, end * tiles::kRows), y);
     });
 }
 

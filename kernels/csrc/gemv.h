@@ -32,6 +32,20 @@ struct BitmaskCall {
     float* sums;  // [batch, rows]
 };
 
+// Groups are the columns of one tile.
+struct Int8Call {
+    const std::int64_t* offsets;  // [panels * row_tiles + 1], in bytes from the stream's begin
+    const std::uint8_t* stream;
+    std::int64_t rows, row_tiles, panels, panel_cols, cols;
+    int batch;
+    // Prepared x (rows_int8.h), lanes = max(4, padded batch): lane i belongs to row i modulo the padded batch.
+    const std::uint8_t* x;  // [padded batch, columns up to whole tiles] quantised
+    std::int64_t stride;    // bytes of a row of it
+    const float* scales;    // [groups, lanes]
+    const std::int32_t* corrections;  // [groups, lanes]: 128 times the sum of the quantised row
+    float* sums;  // [batch, rows]
+};
+
 struct ChannelCall {
     const void* weight;  // [channels, outputs]
     std::int64_t outputs;
@@ -52,6 +66,10 @@ struct Tier {
     void (*bitmask_prepare)(int dtype, const void* x, std::int64_t cols, std::uint8_t* row);
     void (*dense_run)(int dtype, const DenseCall&, std::int64_t row_begin, std::int64_t row_end);
     void (*bitmask_run)(int dtype, const BitmaskCall&, std::int64_t tile_begin, std::int64_t tile_end);
+    // Bytes of x prepared for int8 matrices; `int8_prepare` fills them and the fields of the call that point into them.
+    std::int64_t (*int8_bytes)(int batch, std::int64_t cols);
+    void (*int8_prepare)(int dtype, const void* x, std::uint8_t* prepared, Int8Call* call);
+    void (*int8_run)(const Int8Call&, std::int64_t tile_begin, std::int64_t tile_end);
     void (*channel_run)(int dtype, const ChannelCall&, std::int64_t output_begin, std::int64_t output_end);
     // Sums [count] to y, rounded to nearest even.
     void (*narrow)(int dtype, const float* sums, std::int64_t count, void* y);
@@ -101,6 +119,9 @@ void gemv(const Tier& tier, int dtype, const void* x, int batch, std::int64_t co
 
 // The dense matrix [rows, cols] of a packed tensor without fault, zeros where nothing is kept.
 void expand(const Tier& tier, const std::uint8_t* packed, std::uint16_t* weight, int threads);
+
+// x and y in the dtype given.
+void int8_gemv(const Tier& tier, int dtype, const void* x, int batch, const std::uint8_t* packed, void* y, int threads);
 
 // Returns the number of channels that were read.
 std::int64_t channel_gemv(const Tier& tier, int dtype, const void* x, int batch, const void* weight,

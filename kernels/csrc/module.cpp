@@ -57,18 +57,18 @@ void define_bitmask(nb::module_& m) {
 void define_tiles(nb::module_& m) {
     const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
     namespace t = gossamer::tiles;
-    m.def("tiles_size", [](std::int64_t rows, std::int64_t cols, std::int64_t nnz) {
-        return t::Shape(rows, cols).size(nnz);
+    m.def("tiles_size", [](std::int64_t rows, std::int64_t cols, std::int64_t nnz, std::int64_t dtype) {
+        return t::Shape(rows, cols, dtype).size(nnz);
     });
     m.def("tiles_fault", [](Address packed, std::int64_t size) { return t::find_fault(at<const Bytes>(packed), size); },
           unlocked);
-    m.def("tiles_pack", [](Address bits, Address values, std::int64_t nnz, std::int64_t rows, std::int64_t cols,
-                           std::int64_t dtype, Address packed) {
-        return t::pack(at<const Bytes>(bits), at<const std::uint16_t>(values), nnz, rows, cols, dtype,
-                       at<Bytes>(packed));
+    m.def("tiles_pack", [](Address bits, Address values, Address scales, std::int64_t nnz, std::int64_t rows,
+                           std::int64_t cols, std::int64_t dtype, Address packed) {
+        return t::pack(at<const Bytes>(bits), at<const void>(values), at<const std::uint16_t>(scales), nnz, rows, cols,
+                       dtype, at<Bytes>(packed));
     }, unlocked);
-    m.def("tiles_unpack", [](Address packed, Address bits, Address values) {
-        t::unpack(at<const Bytes>(packed), at<Bytes>(bits), at<std::uint16_t>(values));
+    m.def("tiles_unpack", [](Address packed, Address bits, Address values, Address scales) {
+        t::unpack(at<const Bytes>(packed), at<Bytes>(bits), at<void>(values), at<std::uint16_t>(scales));
     }, unlocked);
 }
 
@@ -103,6 +103,10 @@ void define_gemv(nb::module_& m) {
     }, unlocked);
     m.def("bitmask_expand_tiles", [](Address tier, Address packed, Address weight, int threads) {
         g::expand(*at<const g::Tier>(tier), at<const Bytes>(packed), at<std::uint16_t>(weight), threads);
+    }, unlocked);
+    m.def("int8_gemv", [](Address tier, int dtype, Address x, int batch, Address packed, Address y, int threads) {
+        g::int8_gemv(*at<const g::Tier>(tier), dtype, at<const void>(x), batch, at<const Bytes>(packed), at<void>(y),
+                     threads);
     }, unlocked);
     m.def("channel_gemv", [](Address tier, int dtype, Address x, int batch, Address weight, Address threshold,
                              std::int64_t channels, std::int64_t outputs, Address y, int threads) {

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "float16.h"
+#include "int8_avx2.h"
 #include "rows_bitmask.h"
 #include "split_dot.h"
 

@@ -1,5 +1,7 @@
-// AVX-512 with VBMI2 but without BF16 (Ice Lake): 16-bit floats are widened to float32.
+// AVX-512 with VBMI2 and VNNI but without BF16 (Ice Lake): 16-bit floats are widened to float32.
 #include "vector512.h"
+
+#include "int8_avx512.h"
 
 namespace gossamer {
 namespace {

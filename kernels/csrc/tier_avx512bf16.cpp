@@ -1,6 +1,8 @@
-// AVX-512 with VBMI2 and BF16 (Zen 4, Sapphire Rapids and later): dot products of bfloat16 pairs.
+// AVX-512 with VBMI2, VNNI and BF16 (Zen 4, Sapphire Rapids and later): dot products of bfloat16 pairs.
 // vdpbf16ps takes subnormal inputs and results as zero and rounds to nearest even, whatever the control register says.
 #include "vector512.h"
+
+#include "int8_avx512.h"
 
 namespace gossamer {
 namespace {

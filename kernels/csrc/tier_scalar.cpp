@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "float16.h"
+#include "int8_scalar.h"
 #include "split_dot.h"
 #include "tiles.h"
 

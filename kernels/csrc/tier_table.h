@@ -1,11 +1,12 @@
 // From formats to a table of functions. Included once by every tier_*.cpp, behind its formats, which are the types
-// Dense<W>, Mask<W> and Channel<W> of an unnamed namespace with W in {float, Bf16, Fp16}.
+// Dense<W>, Mask<W> and Channel<W> of an unnamed namespace with W in {float, Bf16, Fp16}, and Int8.
 #pragma once
 
 #include "float16.h"
 #include "rows_bitmask.h"
 #include "rows_channel.h"
 #include "rows_dense.h"
+#include "rows_int8.h"
 
 namespace gossamer {
 namespace {
@@ -54,6 +55,16 @@ void bitmask_run_(int dtype, const BitmaskCall& call, std::int64_t begin, std::i
     by_dtype16(dtype, [&](auto t) { bitmask_tiles<Mask<typename decltype(t)::W>>(call, begin, end); });
 }
 
+std::int64_t int8_bytes_(int batch, std::int64_t cols) { return Int8Room(cols, batch, sizeof(Int8::X)).bytes(); }
+
+void int8_prepare_(int dtype, const void* x, std::uint8_t* prepared, Int8Call* call) {
+    by_dtype(dtype, [&](auto t) {
+        int8_prepare<Int8>(static_cast<const typename decltype(t)::W*>(x), prepared, call);
+    });
+}
+
+void int8_run_(const Int8Call& call, std::int64_t begin, std::int64_t end) { int8_tiles<Int8>(call, begin, end); }
+
 void channel_run_(int dtype, const ChannelCall& call, std::int64_t begin, std::int64_t end) {
     by_dtype(dtype, [&](auto t) { channel_outputs<Channel<typename decltype(t)::W>>(call, begin, end); });
 }
@@ -97,9 +108,8 @@ const std::uint16_t* expand_row_(const std::uint8_t* mask, const std::uint16_t* 
 }
 
 constexpr Tier make_tier(const char* name) {
-    return Tier{name,           dense_row_,   bitmask_row_, dense_prepare_, bitmask_prepare_,
-                dense_run_,     bitmask_run_, channel_run_, narrow_,        expand_row_,
-                compact_};
+    return Tier{name,         dense_row_, bitmask_row_, dense_prepare_, bitmask_prepare_, dense_run_,   bitmask_run_,
+                int8_bytes_,  int8_prepare_, int8_run_,  channel_run_,   narrow_,          expand_row_, compact_};
 }
 
 }  // namespace

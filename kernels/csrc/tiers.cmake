@@ -1,7 +1,8 @@
 # Each tier is one file compiled for its processor; the rest of a target runs on any. Only GCC and Clang, 64 bits.
 include(CheckCXXCompilerFlag)
 set(gossamer_avx2 -mavx2 -mfma -mf16c -mpopcnt)
-set(gossamer_avx512 ${gossamer_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi2 -mprefer-vector-width=512)
+set(gossamer_avx512 ${gossamer_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi2 -mavx512vnni
+  -mprefer-vector-width=512)
 set(gossamer_avx512bf16 ${gossamer_avx512} -mavx512bf16)
 set(gossamer_neon)  # part of every AArch64 processor
 set(gossamer_csrc ${CMAKE_CURRENT_LIST_DIR})

@@ -23,7 +23,8 @@ const Tier* find(int index) {
     __builtin_cpu_init();
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt");
+                      __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
+                      __builtin_cpu_supports("popcnt");
     // All processors with AVX2 have F16C, which older compilers cannot ask for.
     const bool half = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
     if (index == 0) return wide && has_bf16() ? tier_avx512bf16() : nullptr;

@@ -22,6 +22,8 @@ std::int64_t panel_for(std::int64_t cols) {
 
 std::int64_t row_bytes(std::int64_t cols) { return (cols + 7) / 8; }
 
+std::int64_t groups_of(std::int64_t cols) { return (cols + kCols - 1) / kCols; }
+
 // Mask bytes of one row of a tile: 16, or what is left of the row.
 std::int64_t mask_bytes(std::int64_t cols, std::int64_t column) {
     return std::min<std::int64_t>(kCols / 8, row_bytes(cols) - column / 8);
@@ -66,7 +68,7 @@ struct View {
     const std::uint8_t* stream;
     explicit View(const std::uint8_t* packed)
         : header(read(packed)),
-          shape(header.rows, header.cols),
+          shape(header.rows, header.cols, header.dtype),
           offsets(reinterpret_cast<const std::int64_t*>(packed + sizeof(Header))),
           stream(packed + header.stream) {}
     static Header read(const std::uint8_t* packed) {
@@ -85,11 +87,28 @@ bool strays(const std::uint8_t* mask, std::int64_t columns) {
     return false;
 }
 
+// Between plain int8 and the stored form; 2-byte values are the same in both.
+void copy_values(std::uint8_t* to, const std::uint8_t* from, std::int64_t count, const Shape& shape) {
+    std::memcpy(to, from, static_cast<std::size_t>(count * shape.value));
+    if (!shape.scaled()) return;
+    for (std::int64_t i = 0; i < count; ++i) to[i] ^= kBias;
+}
+
+const char* fault_of_scales(const std::uint8_t* at, std::int64_t rows) {
+    std::uint16_t scales[kRows];
+    std::memcpy(scales, at, sizeof scales);
+    for (std::int64_t r = 0; r < kRows; ++r) {
+        if (r >= rows && scales[r] != 0) return "scales are set outside the matrix";
+        if (scales[r] >= 0x7C00) return "a scale is negative or not finite";
+    }
+    return nullptr;
+}
+
 // Walks one row tile of a panel that claims the bytes [at, end) of the stream.
 const char* fault_of_place(const View& view, const Place& place, std::int64_t at, std::int64_t end,
                            std::int64_t* values) {
     for (std::int64_t column = place.first; column < place.last; column += kCols) {
-        if (end - at < kMaskBytes) return "a tile reaches beyond its end";
+        if (end - at < view.shape.head) return "a tile reaches beyond its end";
         const std::uint8_t* masks = view.stream + at;
         const std::int64_t columns = std::min(kCols, place.last - column);
         for (std::int64_t r = 0; r < kRows; ++r) {
@@ -98,8 +117,12 @@ const char* fault_of_place(const View& view, const Place& place, std::int64_t at
                 if (strays(masks + r * (kCols / 8), inside ? columns : 0)) return "bits are set outside the matrix";
             }
         }
+        if (view.shape.scaled()) {
+            const std::int64_t rows = std::min(kRows, view.shape.rows - place.tile * kRows);
+            if (const char* fault = fault_of_scales(masks + kMaskBytes, rows)) return fault;
+        }
         const std::int64_t count = count_bits(masks, kMaskBytes);
-        at += kMaskBytes + 2 * count;
+        at += view.shape.head + view.shape.value * count;
         *values += count;
         if (at > end) return "a tile has more bits than values";
     }
@@ -111,12 +134,14 @@ const char* fault_of_header(const Header& header, std::int64_t size) {
     if (header.rows < 0 || header.cols < 0 || header.rows >= kMaxLength || header.cols >= kMaxLength) {
         return "rows or columns are out of range";
     }
-    if (header.dtype != 1 && header.dtype != 2) return "the values are neither bfloat16 nor float16";
-    const Shape shape(header.rows, header.cols);
+    if (header.dtype != 1 && header.dtype != 2 && header.dtype != kInt8) {
+        return "the values are neither bfloat16, float16 nor int8";
+    }
+    const Shape shape(header.rows, header.cols, header.dtype);
     if (header.panel_cols != shape.panel_cols || header.stream != shape.stream()) return "the layout is another one";
     if (header.nnz < 0 || header.nnz > header.rows * header.cols) return "the number of values is out of range";
     // More values than bytes first: the length that the largest shapes need is no 64-bit number.
-    if (header.size != size || header.nnz > size / 2 || shape.size(header.nnz) != size) {
+    if (header.size != size || header.nnz > size / shape.value || shape.size(header.nnz) != size) {
         return "its length does not fit its shape";
     }
     return nullptr;
@@ -124,12 +149,14 @@ const char* fault_of_header(const Header& header, std::int64_t size) {
 
 }  // namespace
 
-Shape::Shape(std::int64_t rows_, std::int64_t cols_)
+Shape::Shape(std::int64_t rows_, std::int64_t cols_, std::int64_t dtype)
     : rows(rows_),
       cols(cols_),
       panel_cols(panel_for(cols_)),
       panels((cols_ + panel_for(cols_) - 1) / panel_for(cols_)),
-      row_tiles((rows_ + kRows - 1) / kRows) {}
+      row_tiles((rows_ + kRows - 1) / kRows),
+      value(dtype == kInt8 ? 1 : 2),
+      head(dtype == kInt8 ? kMaskBytes + kScaleBytes : kMaskBytes) {}
 
 std::int64_t Shape::stream() const {
     return up(static_cast<std::int64_t>(sizeof(Header)) + 8 * offsets(), 64);
@@ -139,36 +166,37 @@ std::int64_t Shape::tiles() const {
     return row_tiles * ((cols + kCols - 1) / kCols);  // panels are whole tiles, but for the last one
 }
 
-std::int64_t Shape::size(std::int64_t nnz) const { return stream() + kMaskBytes * tiles() + 2 * nnz + kTail; }
+std::int64_t Shape::size(std::int64_t nnz) const { return stream() + head * tiles() + value * nnz + kTail; }
 
 const char* find_fault(const std::uint8_t* packed, std::int64_t size) {
     if (size < static_cast<std::int64_t>(sizeof(Header))) return "it is shorter than its header";
     const Header header = View::read(packed);
     if (const char* fault = fault_of_header(header, size)) return fault;
     const View view(packed);
-    const std::int64_t end = size - header.stream - kTail;
+    const std::int64_t end = size - header.stream - kTail, unit = view.shape.value;
     const char* fault = nullptr;
     std::int64_t at = 0, values = 0, index = 0;
     for_places(view.shape, [&](const Place& place) {
         if (fault != nullptr) return;
         const std::int64_t begin = view.offsets[index], next = view.offsets[index + 1];
         ++index;
-        if (begin < 0 || next < begin || next > end / 2 || 2 * begin != at) {
+        if (begin < 0 || next < begin || next > end / unit || unit * begin != at) {
             fault = "the offsets are out of order";
             return;
         }
-        fault = fault_of_place(view, place, at, 2 * next, &values);
-        at = 2 * next;
+        fault = fault_of_place(view, place, at, unit * next, &values);
+        at = unit * next;
     });
     if (fault != nullptr) return fault;
-    if (view.offsets[index] != at / 2 || at != end) return "the last offset is not the end";
+    if (view.offsets[index] != at / unit || at != end) return "the last offset is not the end";
     return values == header.nnz ? nullptr : "the number of values is another one";
 }
 
-bool pack(const std::uint8_t* bits, const std::uint16_t* values, std::int64_t nnz, std::int64_t rows, std::int64_t cols,
-          std::int64_t dtype, std::uint8_t* packed) {
-    const Shape shape(rows, cols);
-    const std::int64_t width = row_bytes(cols);
+bool pack(const std::uint8_t* bits, const void* values, const std::uint16_t* scales, std::int64_t nnz,
+          std::int64_t rows, std::int64_t cols, std::int64_t dtype, std::uint8_t* packed) {
+    const Shape shape(rows, cols, dtype);
+    const auto* from = static_cast<const std::uint8_t*>(values);
+    const std::int64_t width = row_bytes(cols), groups = groups_of(cols);
     const Header header{kMagic, rows, cols, dtype, nnz, shape.panel_cols, shape.stream(), shape.size(nnz)};
     std::memset(packed, 0, static_cast<std::size_t>(header.stream));
     std::memcpy(packed, &header, sizeof header);
@@ -184,58 +212,62 @@ bool pack(const std::uint8_t* bits, const std::uint16_t* values, std::int64_t nn
     std::int64_t at = header.stream, index = 0;
     bool fits = true;
     for_places(shape, [&](const Place& place) {
-        offsets[index++] = (at - header.stream) / 2;
+        offsets[index++] = (at - header.stream) / shape.value;
         const std::int64_t row = place.tile * kRows, here = std::min(kRows, rows - row);
         for (std::int64_t column = place.first; fits && column < place.last; column += kCols) {
             std::uint8_t* masks = packed + at;
-            if (end - at < kMaskBytes) {
+            if (end - at < shape.head) {
                 fits = false;
                 break;
             }
-            std::memset(masks, 0, kMaskBytes);
-            at += kMaskBytes;
+            std::memset(masks, 0, static_cast<std::size_t>(shape.head));
+            at += shape.head;
             for (std::int64_t r = 0; r < here; ++r) {
                 std::uint8_t* mask = masks + r * (kCols / 8);
                 copy(mask, bits + (row + r) * width + column / 8, mask_bytes(cols, column));
-                const std::int64_t count = count_bits(mask, kCols / 8);
-                if (2 * count > end - at || next[row + r] + count > nnz) {  // the bits changed since they were counted
-                    fits = false;
-                    break;
+                if (shape.scaled()) {
+                    copy(masks + kMaskBytes + 2 * r, scales + (row + r) * groups + column / kCols, 2);
                 }
-                copy(packed + at, values + next[row + r], 2 * count);
-                at += 2 * count;
+                const std::int64_t count = count_bits(mask, kCols / 8);
+                // Else the bits changed since they were counted.
+                fits = fits && shape.value * count <= end - at && next[row + r] + count <= nnz;
+                if (!fits) break;
+                copy_values(packed + at, from + shape.value * next[row + r], count, shape);
+                at += shape.value * count;
                 next[row + r] += count;
             }
         }
     });
-    offsets[index] = (at - header.stream) / 2;
+    offsets[index] = (at - header.stream) / shape.value;
     std::memset(packed + end, 0, kTail);
     return fits && at == end;
 }
 
-void unpack(const std::uint8_t* packed, std::uint8_t* bits, std::uint16_t* values) {
+void unpack(const std::uint8_t* packed, std::uint8_t* bits, void* values, std::uint16_t* scales) {
     const View view(packed);
     const Shape& shape = view.shape;
-    const std::int64_t width = row_bytes(shape.cols);
-    const auto for_rows = [&](auto visit) {  // visit(row, column, mask of 16 bytes, its values, their number)
+    auto* to = static_cast<std::uint8_t*>(values);
+    const std::int64_t width = row_bytes(shape.cols), groups = groups_of(shape.cols);
+    const auto for_rows = [&](auto visit) {  // visit(row, column, tile, its row, its values, their number)
         const std::uint8_t* at = view.stream;
         for_places(shape, [&](const Place& place) {
             const std::int64_t row = place.tile * kRows;
             for (std::int64_t column = place.first; column < place.last; column += kCols) {
-                const std::uint8_t* masks = at;
-                at += kMaskBytes;
+                const std::uint8_t* tile = at;
+                at += shape.head;
                 for (std::int64_t r = 0; r < kRows; ++r) {
-                    const std::uint8_t* mask = masks + r * (kCols / 8);
-                    const std::int64_t count = count_bits(mask, kCols / 8);
-                    if (row + r < shape.rows) visit(row + r, column, mask, at, count);
-                    at += 2 * count;
+                    const std::int64_t count = count_bits(tile + r * (kCols / 8), kCols / 8);
+                    if (row + r < shape.rows) visit(row + r, column, tile, r, at, count);
+                    at += shape.value * count;
                 }
             }
         });
     };
+    using Bytes = const std::uint8_t*;
     std::vector<std::int64_t> next = cursors(shape);
-    for_rows([&](std::int64_t row, std::int64_t column, const std::uint8_t* mask, const std::uint8_t*, std::int64_t n) {
-        copy(bits + row * width + column / 8, mask, mask_bytes(shape.cols, column));
+    for_rows([&](std::int64_t row, std::int64_t column, Bytes tile, std::int64_t r, Bytes, std::int64_t n) {
+        copy(bits + row * width + column / 8, tile + r * (kCols / 8), mask_bytes(shape.cols, column));
+        if (shape.scaled()) copy(scales + row * groups + column / kCols, tile + kMaskBytes + 2 * r, 2);
         next[row] += n;
     });
     std::int64_t found = 0;
@@ -244,8 +276,8 @@ void unpack(const std::uint8_t* packed, std::uint8_t* bits, std::uint16_t* value
         place = found;
         found += count;
     }
-    for_rows([&](std::int64_t row, std::int64_t, const std::uint8_t*, const std::uint8_t* from, std::int64_t n) {
-        copy(values + next[row], from, 2 * n);
+    for_rows([&](std::int64_t row, std::int64_t, Bytes, std::int64_t, Bytes from, std::int64_t n) {
+        copy_values(to + shape.value * next[row], from, n, shape);
         next[row] += n;
     });
 }

@@ -1,66 +1,31 @@
-"""A linear layer whose weight stays packed: the bitmask kernel for few tokens, one dense view at a time for many."""
+"""A linear layer whose 16-bit weights stay packed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from ...errors import KernelError
-from ..arguments import MAX_ROWS, name
 from ..bitmask import dispatch as bitmask
-from ..bitmask_gemv.dispatch import bitmask_dense, bitmask_gemv, dense, describe, pack, unpack
+from ..bitmask_gemv.dispatch import bitmask_dense, bitmask_gemv, describe, pack, unpack
 from ..together.dispatch import together
-from .siblings import Siblings, product, wants_gradient
-from .weight import PackedWeight, packed_weight
-
-PREFILL = ("streamed", "cached")
-# Up to this many rows the kernel runs several times, eight rows each; from there on a dense product is faster, although
-# the dense view has to be made first.
-FEW_ROWS = 32
-
-_lazy: ContextVar[bool] = ContextVar("lazy_weights", default=False)
-_dense: ContextVar[bool] = ContextVar("dense_products", default=False)
+from .sparse_linear import SparseLinear
 
 
-class BitmaskLinear(nn.Module):
-    """y = x W^T + b for a W [out, in] of which only mask and kept values are held.
+class BitmaskLinear(SparseLinear):
+    """A SparseLinear for bfloat16 and float16, x in the dtype of W. N:M patterns are masks like any others.
 
-    x [..., in] in the dtype of W, bfloat16 or float16; y [..., out]. 1 to 8 rows without gradient go through
-    `bitmask_gemv`, together with the layers that get the same x (siblings.py); a few more in groups of eight; others
-    through the dense view of W, which is freed after the product (prefill "streamed") or kept ("cached"), and made
-    again by the backward pass. W takes no gradient; x and the bias do. The bias is added after rounding, in the dtype
-    of y.
-
-    `weight` is a PackedWeight. `state_dict()` has the dense `weight`, as of nn.Linear, and `load_state_dict` takes one
-    whose entries outside the mask are zero: the mask belongs to the module. With `transposed`, both are [in, out], as
-    in transformers' Conv1D.
+    `load_state_dict` takes a weight whose entries outside the mask are zero: the mask belongs to the module.
     """
-
-    packed: Tensor
-    bias: nn.Parameter | None
 
     def __init__(
         self, packed: Tensor, bias: Tensor | None = None, *, transposed: bool = False, prefill: str = "streamed"
     ) -> None:
-        """packed: from `bitmask_gemv.dispatch.pack`. bias: [out] or None; a Parameter stays the same object."""
-        super().__init__()
+        """packed: from `bitmask_gemv.dispatch.pack`."""
         record = describe(packed)
-        self.in_features, self.out_features, self.dtype = record.cols, record.rows, record.dtype
-        self.transposed, self.prefill = transposed, prefill
-        self.siblings: Siblings | None = None
-        self.alone = False
-        self._view: tuple[Tensor, Tensor] | None = None
-        self.register_buffer("packed", packed, persistent=False)
-        if bias is not None and bias.shape != (record.rows,):
-            raise KernelError(f"the bias has shape {list(bias.shape)}, the matrix has {record.rows} rows")
-        own = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
-        self.register_parameter("bias", own)
+        shape = (record.rows, record.cols)
+        super().__init__(packed, shape, record.dtype, bias, transposed=transposed, prefill=prefill)
 
     @classmethod
     def from_dense(cls, weight: Tensor, mask: Tensor, bias: Tensor | None = None) -> BitmaskLinear:
@@ -69,78 +34,18 @@ class BitmaskLinear(nn.Module):
         packed = pack(bits, bitmask.compress(weight.detach().cpu(), bits), weight.shape[1])
         return cls(packed.to(weight.device), bias)
 
-    @property
-    def weight(self) -> PackedWeight:
-        """W, or its transpose if `transposed`: shape, dtype and device at once, numbers when they are read."""
-        return packed_weight(self.packed, self.out_features, self.in_features, self.dtype, self.transposed)
+    @staticmethod
+    def run(x: Tensor, matrices: list[Tensor]) -> list[Tensor]:
+        return together(x, matrices)
 
-    def matrix(self) -> Tensor:
-        """The packed tensor, as the kernels take it."""
-        return self.packed
+    def gemv(self, x: Tensor) -> Tensor:
+        return bitmask_gemv(x, self.packed, self.out_features)
 
-    def dense_weight(self) -> Tensor:
-        """`weight` as an ordinary tensor."""
-        weight = dense(self.packed)
-        return weight.t().contiguous() if self.transposed else weight
+    def expand(self, packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+        return bitmask_dense(packed, rows, cols, dtype)
 
     def bits(self) -> Tensor:
-        """The mask as packed rows, uint8 [out, ceil(in / 8)]."""
         return unpack(self.packed)[0]
-
-    def expanded(self, transposed_class: type[nn.Module]) -> nn.Module:
-        """The ordinary layer with the same dense weight and bias: nn.Linear or, if transposed, the given class.
-
-        `transposed_class(out, in)` makes a layer whose weight is [in, out], as transformers' Conv1D does.
-        """
-        with torch.device("meta"):
-            if self.transposed:
-                layer = transposed_class(self.out_features, self.in_features)
-            else:
-                layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        layer.weight = nn.Parameter(self.dense_weight())
-        layer.register_parameter("bias", self.bias)
-        return layer.train(self.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self._product(self._checked(x))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def _product(self, x: Tensor) -> Tensor:
-        rows = x.shape[:-1].numel()
-        if not 1 <= rows <= FEW_ROWS or wants_gradient(x):
-            return self._dense_product(x)
-        if torch.compiler.is_compiling():
-            return (
-                bitmask_gemv(x.contiguous(), self.packed, self.out_features)
-                if rows <= MAX_ROWS
-                else self._dense_product(x)
-            )
-        if _dense.get():
-            return self._dense_product(x)
-        x = x.contiguous()
-        if rows <= MAX_ROWS:
-            return product(self, x, together)
-        parts = [bitmask_gemv(part, self.packed, self.out_features) for part in x.view(rows, -1).split(MAX_ROWS)]
-        return torch.cat(parts).view(*x.shape[:-1], self.out_features)
-
-    def _dense_product(self, x: Tensor) -> Tensor:
-        if self.prefill == "cached" and not torch.compiler.is_compiling() and not wants_gradient(x):
-            if self._view is None or self._view[0] is not self.packed:
-                self._view = self.packed, dense(self.packed)
-            return functional.linear(x, self._view[1])
-        return _DenseProduct.apply(x, self.packed, self.out_features, self.in_features, self.dtype)
-
-    def _checked(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-            x = x.to(self.dtype)
-        if x.dtype is not self.dtype:
-            raise KernelError(f"x is {name(x.dtype)}, the weight {name(self.dtype)}; they must be equal")
-        if not x.dim() or x.shape[-1] != self.in_features:
-            raise KernelError(f"x has shape {list(x.shape)}, its last length must be {self.in_features}")
-        return x
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BitmaskLinear:
         """`.to`, `.half` and the like: the packed bytes move, their values are cast. KernelError for float32."""
@@ -149,43 +54,10 @@ class BitmaskLinear(nn.Module):
             bits, values, cols = unpack(self.packed)
             self.packed = pack(bits, values.to(wanted), cols).to(self.packed.device)
             self.dtype = wanted
-        self._view = None
         super()._apply(fn, recurse)
         return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.weight if lazy_state() else self.dense_weight()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        key = prefix + "weight"
-        if key not in state_dict:
-            if strict:
-                missing_keys.append(key)
-            return
-        if key in unexpected_keys:
-            unexpected_keys.remove(key)
-        fault = self.take(state_dict[key])
-        if fault is not None:
-            error_msgs.append(f"{key}: {fault}")
-
     def take(self, weight: Tensor) -> str | None:
-        """Packs a dense W under the module's mask; what is wrong with it, or None."""
-        shape = self.weight.shape
-        if weight.shape != shape:
-            return f"shape {list(weight.shape)}, the sparse module has {list(shape)}"
         bits, _, cols = unpack(self.packed)
         weight = weight.detach().to("cpu", self.dtype)
         weight = weight.t().contiguous() if self.transposed else weight
@@ -194,43 +66,3 @@ class BitmaskLinear(nn.Module):
             return "values that are not zero where the sparse module is pruned"
         self.packed, self._view = pack(bits, values, cols).to(self.packed.device), None
         return None
-
-
-@contextmanager
-def dense_products() -> Iterator[None]:
-    """Inside the block, every product of this thread goes through the dense view: what the kernels are checked with."""
-    token = _dense.set(True)
-    try:
-        yield
-    finally:
-        _dense.reset(token)
-
-
-def lazy_state() -> bool:
-    """Whether `lazy_weights` is in force."""
-    return _lazy.get()
-
-
-@contextmanager
-def lazy_weights() -> Iterator[None]:
-    """Inside the block, `state_dict()` of this thread has each `weight` as a PackedWeight, expanded when it is read."""
-    token = _lazy.set(True)
-    try:
-        yield
-    finally:
-        _lazy.reset(token)
-
-
-class _DenseProduct(torch.autograd.Function):
-    """x W^T with a dense W that lives only during the forward and during the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(packed)
-        ctx.matrix = (rows, cols, dtype)
-        return functional.linear(x, bitmask_dense(packed, rows, cols, dtype))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
-        (packed,) = ctx.saved_tensors
-        return gradient @ bitmask_dense(packed, *ctx.matrix), None, None, None, None

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import KernelError
-from .bitmask_linear import BitmaskLinear, lazy_state
+from .bitmask_linear import BitmaskLinear
+from .sparse_linear import lazy_state
 from .weight import PackedWeight
 
 

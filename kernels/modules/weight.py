@@ -15,13 +15,12 @@ from torch.utils._pytree import tree_any, tree_map
 
 from ...errors import KernelError
 from ..arguments import name
-from ..bitmask_gemv.dispatch import dense
 
 _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 class PackedWeight(Tensor):
-    """The matrix [rows, cols] of a packed tensor, expanded by each operation that reads it.
+    """The dense weight of a packed module, expanded by each operation that reads it.
 
     Shape, dtype, device and `detach` cost nothing. Every other operation sees the dense matrix (pruned entries +0.0);
     views of it cannot be written either, all else are ordinary tensors. Writing raises KernelError: there is nothing
@@ -64,13 +63,6 @@ class PackedWeight(Tensor):
         args, kwargs = tree_map(_expand, (args, kwargs))
         result = func(*args, **kwargs)
         return tree_map(_protect, result) if _is_view(func) else result
-
-
-def packed_weight(packed: Tensor, rows: int, cols: int, dtype: torch.dtype, transposed: bool = False) -> PackedWeight:
-    """The weight [rows, cols] of a packed tensor, or its transpose; nothing is expanded yet."""
-    if transposed:
-        return PackedWeight((cols, rows), (rows, 1), dtype, packed.device, lambda: dense(packed).t().contiguous())
-    return PackedWeight((rows, cols), (cols, 1), dtype, packed.device, lambda: dense(packed))
 
 
 def ordinary(tensor: Tensor) -> Tensor:

@@ -211,7 +211,7 @@ def with_stray_bit() -> torch.Tensor:
         (lambda: altered(1, -1), "out of range"),
         (lambda: altered(2, 1 << 31), "out of range"),
         (lambda: altered(1, (1 << 31) - 1), "layout is another one"),
-        (lambda: altered(3, 0), "neither bfloat16 nor float16"),
+        (lambda: altered(3, 0), "neither bfloat16, float16 nor int8"),
         (lambda: altered(4, -1), "number of values"),
         (lambda: altered(4, 9 * 300 + 1), "number of values"),
         (lambda: altered(4, 100), "length"),

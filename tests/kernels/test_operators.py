@@ -11,15 +11,19 @@ from gossamer.kernels.bitmask import dispatch as bitmask
 from gossamer.kernels.bitmask_gemv.dispatch import bitmask_dense, bitmask_gemv, pack
 from gossamer.kernels.channel_gemv.dispatch import channel_gemv
 from gossamer.kernels.dense_gemv.dispatch import dense_gemv
+from gossamer.kernels.int8_gemv import dispatch as int8
 
 WEIGHT = integers(20, 70, dtype=torch.bfloat16, seed=1, zeros=0.5)
 BITS = bitmask.pack_bits(WEIGHT != 0)
 PACKED = pack(BITS, bitmask.compress(WEIGHT, BITS), 70)
+SCALES = torch.full((20, 1), 0.5).half()
+INT8 = int8.pack(BITS, bitmask.compress(WEIGHT, BITS).char(), SCALES, 70)
 WEIGHT_T = WEIGHT.t().contiguous()
 THRESHOLD = torch.full((70,), 3.0)
 CALLS = {
     "dense_gemv": (dense_gemv, (WEIGHT,)),
     "bitmask_gemv": (bitmask_gemv, (PACKED, 20)),
+    "int8_gemv": (int8.int8_gemv, (INT8, 20)),
     "channel_gemv": (channel_gemv, (WEIGHT_T, THRESHOLD)),
 }
 
@@ -76,3 +80,9 @@ def test_dense_matrix_of_a_packed_one():
     for wrong in ((21, 70, torch.bfloat16), (20, 71, torch.bfloat16), (20, 70, torch.float16)):
         with pytest.raises(KernelError, match=r"is bfloat16 \[20, 70\], the call says"):
             bitmask_dense(PACKED, *wrong)
+
+
+def test_dense_matrix_of_an_int8_one():
+    arguments = (INT8, 20, 70, torch.float16)
+    torch.library.opcheck(torch.ops.gossamer.int8_dense.default, arguments)
+    assert torch.equal(int8.int8_dense(*arguments), WEIGHT.half() / 2)
