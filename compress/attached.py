@@ -7,7 +7,7 @@ saving packs by it. `gossamer_masks[name].to_bool()` is True where a weight is k
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..kernels.bitmask.dispatch import pack_bits
-from .format import MatrixRecord, SourceMask, record_of
+from .format import MatrixRecord, Scales, SourceMask, record_of
 from .keymap import Group, KeyMap
 from .unpack import run_operations
 
@@ -27,12 +27,13 @@ class Attached:
     """What saving needs to know of the checkpoint that a model came from.
 
     `keys`: its keys and the conversion back. `form`: "sparse" or "dense". `patterns`: checkpoint key -> pattern of its
-    mask.
+    mask. `scales`: checkpoint key -> scales, of matrices that had int8 values.
     """
 
     keys: KeyMap
     form: str
     patterns: dict[str, str]
+    scales: Mapping[str, Scales] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

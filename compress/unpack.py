@@ -3,11 +3,15 @@
 transformers loads a parameter by a converter: patterns that collect checkpoint tensors, operations that turn them into
 the parameter. Packed matrices come as `K_bitmask` and `K_values`: both are collected for the parameter that K belongs
 to and expanded to K; then the model's own operations (stacking experts, ...) follow as if K had been stored dense.
+
+With int8 values comes `K_scales`. The loader casts it like a weight, so what it collects tells the dtype that is wanted
+and nothing else; the scales themselves were read before, from the file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,21 +19,28 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 
 from ..errors import CheckpointError
-from .format import BITMASK, VALUES, PackedTensor, SourceMask, unpack
+from .format import BITMASK, SCALES, VALUES, PackedTensor, Scales, SourceMask, stored_names, unpack
 from .hf_private import WeightConverter, WeightRenaming, rename_source_key
 from .keymap import Group, KeyMap
 
-_ENDS = ("", BITMASK, VALUES)
 
-
-def packed_conversions(conversions: Sequence[Any], keys: KeyMap, masks: Mapping[str, SourceMask]) -> list[Any]:
+def packed_conversions(
+    conversions: Sequence[Any], keys: KeyMap, masks: Mapping[str, SourceMask], scales: Mapping[str, Scales]
+) -> list[Any]:
     """The model's `conversions`, able to collect packed matrices, and one for parameters that have no conversion."""
-    rewritten = [_collecting(entry, keys, masks) for entry in conversions]
-    return [*rewritten, WeightConverter([BITMASK, VALUES], "", [Unpack(keys, masks, {})])]
+    ends = [BITMASK, VALUES, *([SCALES] if scales else [])]
+    rewritten = [_collecting(entry, ends, Unpack(keys, masks, {}, entry, scales=scales)) for entry in conversions]
+    return [*rewritten, WeightConverter(ends, "", [Unpack(keys, masks, {}, scales=scales)])]
 
 
-def check_names(conversions: Sequence[Any], keys: KeyMap, masks: Mapping[str, SourceMask], model: Any) -> None:
-    """Both tensors of every packed matrix must find the parameter that the matrix belongs to, or it would stay random.
+def check_names(
+    conversions: Sequence[Any],
+    keys: KeyMap,
+    masks: Mapping[str, SourceMask],
+    model: Any,
+    scales: Mapping[str, Scales],
+) -> None:
+    """All tensors of every packed matrix must find the parameter that the matrix belongs to, or it would stay random.
 
     CheckpointError naming the first that does not. `conversions` keep a state: give a copy.
     """
@@ -38,13 +49,20 @@ def check_names(conversions: Sequence[Any], keys: KeyMap, masks: Mapping[str, So
     state = model.state_dict()
     for group in keys.conversions():
         for key in group.sources:
-            for end in (BITMASK, VALUES) if key in masks else ():
-                name, pattern = rename_source_key(key + end, renamings, converters, model.base_model_prefix, state)
+            for stored in _stored(key, masks, scales):
+                name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
                 if name != group.targets[0] or pattern is None:
                     raise CheckpointError(
                         f"tensor {key} is packed, and transformers would look for it under {name}",
                         hint="gossamer convert --to dense makes a checkpoint that loads",
                     )
+
+
+def _stored(key: str, masks: Mapping[str, SourceMask], scales: Mapping[str, Scales]) -> list[str]:
+    if key not in masks:
+        return []
+    names = stored_names(key, masks[key].record)
+    return [*names, key + SCALES] if key in scales else names
 
 
 def check_conversions(keys: KeyMap, model: Any) -> None:
@@ -91,19 +109,27 @@ def run_operations(group: Group, tensors: dict[str, Any], model: Any) -> dict[st
 class Unpack(ConversionOps):
     """Expands collected tensors and applies the operations that the converter had.
 
-    `names`: pattern of the converter -> patterns under which K, K_bitmask and K_values are collected; {} when there was
-    no converter. The values have been cast by the loader, which is what casting the dense matrix would give.
+    `names`: pattern of the converter -> patterns under which K, K_bitmask, K_values (and K_scales) are collected; {}
+    when there was no converter. Float values have been cast by the loader, which is what casting the dense matrix would
+    give. `scales`: of the matrices with int8 values.
     """
 
     supports_many_to_many = True
 
     def __init__(
-        self, keys: KeyMap, masks: Mapping[str, SourceMask], names: dict[str, tuple[str, ...]], converter: Any = None
+        self,
+        keys: KeyMap,
+        masks: Mapping[str, SourceMask],
+        names: dict[str, tuple[str, ...]],
+        converter: Any = None,
+        *,
+        scales: Mapping[str, Scales],
     ) -> None:
         self._keys = keys
         self._masks = masks
         self._names = names
         self._converter = converter
+        self._scales = scales
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unpack:
         return self  # the loader copies a converter for every parameter; masks are not to be copied along
@@ -120,7 +146,8 @@ class Unpack(ConversionOps):
     ) -> dict[str, Any]:
         group = self._keys.groups[full_layer_name]
         if self._converter is None:
-            return {full_layer_name: self._expand(group.sources[0], input_dict.pop(VALUES)[0])}
+            like = input_dict.pop(SCALES, [None])[0]
+            return {full_layer_name: self._expand(group.sources[0], input_dict.pop(VALUES)[0], like)}
         made: dict[str, Any] = {
             pattern: self._members(group.patterns[pattern], input_dict, self._names[pattern])
             for pattern in self._converter.source_patterns
@@ -138,11 +165,22 @@ class Unpack(ConversionOps):
 
     def _members(self, keys: list[str], collected: dict[str, Any], names: tuple[str, ...]) -> list[Tensor]:
         """The dense tensors of `keys`, in order; plain and packed ones may be mixed."""
-        plain, _, values = (iter(collected.pop(name, [])) for name in names)
-        return [self._expand(key, next(values)) if key in self._masks else next(plain) for key in keys]
+        plain, _, values, *scales = (iter(collected.pop(name, [])) for name in names)
+        return [
+            self._expand(key, next(values), next(scales[0]) if key in self._scales else None)
+            if key in self._masks
+            else next(plain)
+            for key in keys
+        ]
 
-    def _expand(self, key: str, values: Tensor) -> Tensor:
+    def _expand(self, key: str, values: Tensor, like: Tensor | None) -> Tensor:
+        """`like`: the scales as the loader cast them."""
         mask = self._masks[key]
+        if like is not None:
+            known = self._scales[key]
+            record = replace(mask.record, int8=known.dtype)
+            dense = unpack(PackedTensor(mask.bits, values.cpu(), record, known.scales), key)
+            return dense.to(values.device, like.dtype)
         return unpack(PackedTensor(mask.bits, values.cpu(), mask.record), key).to(values.device)
 
     @property
@@ -150,13 +188,12 @@ class Unpack(ConversionOps):
         raise NotImplementedError("packed weights are saved by compress/saving.py")
 
 
-def _collecting(entry: Any, keys: KeyMap, masks: Mapping[str, SourceMask]) -> Any:
+def _collecting(entry: Any, ends: list[str], operation: Unpack) -> Any:
     if not isinstance(entry, WeightConverter):
         return entry
-    sources = [source + end for source in entry._original_source_patterns for end in _ENDS]
-    operation = Unpack(keys, masks, {}, entry)
+    sources = [source + end for source in entry._original_source_patterns for end in ("", *ends)]
     copy = entry.copy(sources, list(entry._original_target_patterns), operations=[operation])
-    width = len(_ENDS)
+    width = len(ends) + 1
     for i, pattern in enumerate(entry.source_patterns):
         operation._names[pattern] = tuple(copy.source_patterns[width * i : width * (i + 1)])
     return copy
