@@ -13,7 +13,7 @@ from .base import Context, StageReport
 
 
 def run_evaluate(context: Context, plan: EvaluatePlan) -> StageReport:
-    """Compare the dense model with the one that would be written now. ModelError when the dense one has no finite loss."""
+    """Compare the dense model with what would be written now. ModelError when the dense model has no finite loss."""
     started = time.monotonic()
     dtype = evaluation_dtype(context.plan.machine)
     comparison = compare(

@@ -48,7 +48,7 @@ def scales(most: Tensor, dtype: torch.dtype) -> Tensor:
 def codes(weight: Tensor, scales: Tensor) -> Tensor:
     """int8 [r, c]: round(w / s) in [-127, 127]; 0 where s is 0 and for NaN."""
     per_input = _per_input(scales, weight.shape[1])
-    quotients = weight.float() / per_input.masked_fill(per_input == 0, 1)
+    quotients = weight.float() / per_input.masked_fill(per_input == 0, torch.inf)
     return quotients.nan_to_num_(nan=0.0).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
 
 

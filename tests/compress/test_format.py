@@ -249,7 +249,7 @@ DAMAGE = {
     "no version": (text('{"matrices": {}}'), "no format_version"),
     "version is text": (text('{"format_version": "1", "matrices": {}}'), "no format_version"),
     "no matrices": (text('{"format_version": 1}'), "no object 'matrices'"),
-    "newer version": (version(2), "format version 2"),
+    "newer version": (version(3), "format version 3"),
     "metadata lost": (lambda tensors, record: {"format": "pt"}, f"{KEY}_bitmask is packed, but the metadata"),
     "stored both ways": (
         lambda tensors, record: tensors.update({KEY: TENSOR}),
