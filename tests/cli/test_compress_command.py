@@ -200,8 +200,8 @@ def test_defaults_on_the_help_page_are_the_recipe_s():
     said = {
         "--method": prune.method, "--sparsity": DEFAULT_SPARSITY, "--allocation": prune.allocation,
         "--nsamples": prune.nsamples, "--eval": DEFAULT_EVALUATION, "--seed": Recipe(stages=[prune]).seed,
-        "--format": export.format, "--values": export.values, "--max-shard-size": export.max_shard_size, "--device": machine.device,
-        "--dtype": machine.dtype, "--max-memory": machine.max_memory,
+        "--format": export.format, "--values": export.values, "--max-shard-size": export.max_shard_size,
+        "--device": machine.device, "--dtype": machine.dtype, "--max-memory": machine.max_memory,
         "--calibration": f"{DEFAULT_CALIBRATION}, where the method needs text",
     }  # fmt: skip
     shown = {}

@@ -127,8 +127,9 @@ def test_the_example_of_the_page(tmp_path):
 
 def test_the_page_names_every_field_and_file():
     record = MatrixRecord((2, 2), False, "2:4", 1, "0" * 64)
-    for word in (*record.to_json(), "format_version", "model.sparse.safetensors", "model.safetensors.index.sparse.json",
-                 "gossamer/masks.safetensors", "modules", "recipe_sha256"):  # fmt: skip
+    for word in (*record.to_json(), "int8", "format_version", "model.sparse.safetensors",
+                 "model.safetensors.index.sparse.json", "gossamer/masks.safetensors", "modules",
+                 "recipe_sha256"):  # fmt: skip
         assert f"`{word}`" in page(), word
 
 
