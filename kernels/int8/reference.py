@@ -47,28 +47,29 @@ def scales(most: Tensor, dtype: torch.dtype) -> Tensor:
 
 def codes(weight: Tensor, scales: Tensor) -> Tensor:
     """int8 [r, c]: round(w / s) in [-127, 127]; 0 where s is 0 and for NaN."""
-    per_input = _per_input(scales, weight.shape[1])
-    quotients = weight.float() / per_input.masked_fill(per_input == 0, torch.inf)
-    return quotients.nan_to_num_(nan=0.0).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+    divisors = scales.float().masked_fill_(scales == 0, torch.inf)
+    quotients = (_grouped(weight.float()) / divisors[:, :, None]).nan_to_num_(nan=0.0)
+    return _flat(quotients.round_().clamp_(-LARGEST, LARGEST).to(torch.int8), weight.shape[1])
 
 
 def weights(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """dtype [r, c]: q s, rounded once."""
-    return (codes.float() * _per_input(scales, codes.shape[1])).to(dtype)
+    return _flat((_grouped(codes.float()) * scales.float()[:, :, None]).to(dtype), codes.shape[1])
 
 
 def stray(codes: Tensor, scales: Tensor) -> int:
     """How many entries of int8 [r, c] are not 0 although the scale of their group is."""
-    return int(((codes != 0) & (_per_input(scales, codes.shape[1]) == 0)).sum())
+    return int(((_grouped(codes) != 0) & (scales == 0)[:, :, None]).sum())
 
 
 def _grouped(matrix: Tensor) -> Tensor:
-    """[r, c] -> [r, groups, 128], padded with zeros."""
+    """[r, c] -> [r, groups, 128], padded with zeros; a view where nothing is missing."""
     rows, cols = matrix.shape
     groups = group_count(cols)
-    return functional.pad(matrix, (0, groups * GROUP - cols)).view(rows, groups, GROUP)
+    missing = groups * GROUP - cols
+    return (functional.pad(matrix, (0, missing)) if missing else matrix).reshape(rows, groups, GROUP)
 
 
-def _per_input(scales: Tensor, cols: int) -> Tensor:
-    """float32 [r, c]: every input's scale."""
-    return scales.float().repeat_interleave(GROUP, 1)[:, :cols]
+def _flat(grouped: Tensor, cols: int) -> Tensor:
+    """[r, groups, 128] -> [r, c]: the inverse of `_grouped`."""
+    return grouped.flatten(1)[:, :cols]

@@ -129,7 +129,7 @@ def test_all_forms_are_one_model(family, tmp_path):
 
 
 def test_compressing_an_int8_checkpoint_again(model, tmp_path):
-    """Only the MLP is pruned again: the rest keeps its int8 values bit for bit, or becomes the floats they stand for."""
+    """Only the MLP is pruned again: the rest keeps its int8 values bit for bit, or becomes the floats behind them."""
     compress(model, tmp_path / "first", recipe())
     again = PruneStage(method="magnitude", sparsity=0.7, include=("mlp",))
     first = open_source(tmp_path / "first")
