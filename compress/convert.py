@@ -63,7 +63,8 @@ def convert(
         config = build(folder.config, checked.summary)
         atomic_write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         copy_companions(folder.folder, work)
-        refresh_report(work, out.name, to, checked.payload, rounded=rounded)
+        packed = sum(record.nbytes(source.meta(key).dtype) for key, record in source.records().items())
+        refresh_report(work, out.name, to, checked.payload, packed, rounded=rounded)
         publish(work, out, overwrite=overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -18,11 +18,13 @@ from .report import SCHEMA, Report
 FORMATS = ("sparse", "dense", "both")
 
 
-def refresh_report(folder: Path, name: str, form: str, payload: dict[str, int], *, rounded: bool = False) -> bool:
+def refresh_report(
+    folder: Path, name: str, form: str, payload: dict[str, int], packed: int, *, rounded: bool = False
+) -> bool:
     """Rewrite what `folder` says about its weight files; False where there is no report of ours that can be read.
 
-    `name`: what the folder will be called; `payload`: tensor bytes of each weight file; `rounded`: the conversion
-    rounded weights to int8 values.
+    `name`: what the folder will be called; `payload`: tensor bytes of each weight file; `packed`: bytes of the
+    matrices with a mask in the sparse form; `rounded`: the conversion rounded weights to int8 values.
     """
     recipe = _text(folder / "recipe.yaml")
     try:
@@ -30,7 +32,7 @@ def refresh_report(folder: Path, name: str, form: str, payload: dict[str, int], 
         if old["schema"] != SCHEMA or "gossamer" not in old:
             return False
         cards = {card_text(Report(old), recipe, name) for name in FORMATS}
-        new = Report(_updated(old, folder, name, form, payload, rounded))
+        new = Report(_updated(old, folder, name, form, payload, packed, rounded))
         card = card_text(new, recipe, form)
     except (ValueError, KeyError, TypeError):
         return False  # another program's report.json, or one that was edited
@@ -44,12 +46,14 @@ def refresh_report(folder: Path, name: str, form: str, payload: dict[str, int], 
 
 
 def _updated(
-    old: dict[str, Any], folder: Path, name: str, form: str, payload: dict[str, int], rounded: bool
+    old: dict[str, Any], folder: Path, name: str, form: str, payload: dict[str, int], packed: int, rounded: bool
 ) -> dict[str, Any]:
     after = sum(payload.values())
     size = old["bytes"] | {
         "after": after,
         "ratio": after / old["bytes"]["before"],
+        "prunable_after": packed,
+        "prunable_ratio": packed / old["bytes"]["prunable_before"] if old["bytes"]["prunable_before"] else 1.0,
         "files": {file: (folder / file).stat().st_size for file in payload},
         "payload": payload,
     }

@@ -167,6 +167,10 @@ def test_convert_says_what_it_does(run, model, tmp_path):
     report = json.loads((tmp_path / "int8" / "report.json").read_text())
     assert report["values"] == INT8
     assert any("after the perplexity above was measured" in note for note in report["notes"])
+    stored = plain(tmp_path / "int8", "model.sparse*").items()
+    packed = sum(t.nbytes for name, t in stored if name.endswith(("_bitmask", "_values", "_scales")))
+    assert report["bytes"]["prunable_after"] == packed
+    assert report["bytes"]["prunable_ratio"] == packed / report["bytes"]["prunable_before"]
     assert report["bytes"]["after"] < json.loads((tmp_path / "floats" / "report.json").read_text())["bytes"]["after"]
     convert(tmp_path / "int8", tmp_path / "dense", "dense")
     report = json.loads((tmp_path / "dense" / "report.json").read_text())
