@@ -18,6 +18,7 @@ EXAMPLES = o.examples(
     "gossamer compress meta-llama/Llama-3.2-1B -o llama-sparse",
     "gossamer compress MODEL -o OUT --pattern 2:4 --calibration train.txt --eval test.txt",
     "gossamer compress MODEL -o OUT --method magnitude --no-eval --format dense",
+    "gossamer compress MODEL -o OUT --values int8",
     "gossamer compress MODEL -o OUT --recipe recipe.yaml --dry-run",
     "gossamer compress MODEL -o OUT --resume",
 )
@@ -174,6 +175,16 @@ def compress(
             show_default=False,
         ),
     ] = None,
+    values: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="same|int8",
+            help="Kept weights of pruned matrices: as they are, or rounded to 8 bits with a scale per 128 inputs: "
+            "smaller, and lossy; the perplexity is that of the rounded weights. \\[default: same]",
+            rich_help_panel=o.OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -215,7 +226,7 @@ def compress(
         "untie": untie or None, "calibration": calibration, "nsamples": nsamples, "seqlen": seqlen,
     }  # fmt: skip
     evaluation = {"data": eval_data, "seqlen": eval_seqlen, "windows": eval_windows}
-    export = {"format": file_format, "max_shard_size": max_shard_size}
+    export = {"format": file_format, "values": values, "max_shard_size": max_shard_size}
     general = {"seed": seed, "allow_overlap": allow_overlap or None}
     if recipe is None:
         built = recipe_from_options(prune, evaluation, export, general, no_eval=no_eval)

@@ -128,6 +128,11 @@ def show_json(document: Any) -> None:
     typer.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False))
 
 
+def show_note(text: str) -> None:
+    """`note:` on stderr."""
+    typer.echo(f"note: {text}", err=True)
+
+
 def show_error(message: str, hint: str | None = None) -> None:
     """`error:` and `hint:`, one line each, on stderr."""
     typer.echo(f"error: {one_line(message)}", err=True)

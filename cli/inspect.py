@@ -45,7 +45,7 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["key"],
         "x".join(map(str, row["shape"])),
-        row["dtype"],
+        row["dtype"] if row["values"] is None else f"{row['dtype']} ({row['values']})",
         percent(row["sparsity"]),
         row["pattern"] or "-",
         _mask(row),

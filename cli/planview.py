@@ -11,12 +11,15 @@ if TYPE_CHECKING:
 
 def plan_document(plan: Plan) -> dict[str, Any]:
     """What will be done, as plain data."""
+    from ..compress.format import INT8
+
     return {
         "model": plan.model,
         "device": plan.device,
         "recipe": plan.recipe.model_dump(mode="json"),
         "bytes_before": plan.source.nbytes(),
         "overlap": plan.overlap,
+        "values": INT8 if plan.recipe.export.values == "int8" else "same",
         "estimate": None if plan.estimate is None else asdict(plan.estimate),
         "stages": [{"name": stage.name, "text": stage.digest} for stage in plan.stages],
         "matrices": [row for stage in plan.prunes for row in _rows(stage)],
@@ -41,20 +44,21 @@ def plan_lines(document: dict[str, Any]) -> list[str]:
     lines = [
         f"{len(document['matrices'])} matrices, {zeros:,} of {size:,} weights will be zero ({percent(zeros / size)})",
         f"model: {human_bytes(document['bytes_before'])} of weights, device {document['device']}",
-        *_needs(document["estimate"]),
+        *_needs(document),
         "stages: " + ", ".join(stage["name"] for stage in document["stages"]),
     ]
     return lines + [f"not pruned: {entry['name']} ({entry['reason']})" for entry in document["skipped"]]
 
 
-def _needs(estimate: dict[str, Any] | None) -> list[str]:
+def _needs(document: dict[str, Any]) -> list[str]:
     from ..compress.report import human_bytes
 
+    estimate = document["estimate"]
     if estimate is None:
         return []
     forms = ", ".join(f"{human_bytes(size)} {form}" for form, size in estimate["payload"].items())
     lines = [
-        f"output: {forms}",
+        f"output: {forms}" + (f"; values: {document['values']} (lossy)" if document["values"] != "same" else ""),
         f"disk while it runs: {human_bytes(estimate['disk'])}, of {human_bytes(estimate['free'])} that are free",
     ]
     if estimate["peak"] is not None:

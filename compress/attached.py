@@ -7,13 +7,13 @@ saving packs by it. `gossamer_masks[name].to_bool()` is True where a weight is k
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .format import SourceMask
+from .format import Scales, SourceMask
 from .keymap import Group, KeyMap
 from .parametermasks import MIXED, mask_of
 from .placement import PackedMask
@@ -24,12 +24,13 @@ class Attached:
     """What saving needs to know of the checkpoint that a model came from.
 
     `keys`: its keys and the conversion back. `form`: "sparse" or "dense". `patterns`: checkpoint key -> pattern of its
-    mask.
+    mask. `scales`: checkpoint key -> scales, of matrices that had int8 values.
     """
 
     keys: KeyMap
     form: str
     patterns: dict[str, str]
+    scales: Mapping[str, Scales] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .format import INT8
 from .source import TensorSource
 
 
 @dataclass(frozen=True)
 class TensorCount:
-    """One tensor of a checkpoint. `stored_bytes` is what it takes in the sparse format when it has a mask."""
+    """One tensor of a checkpoint. `stored_bytes` is what it takes in the sparse format when it has a mask.
+
+    `values`: what kept weights are stored as, if not as floats of the tensor's dtype.
+    """
 
     key: str
     shape: tuple[int, ...]
@@ -20,6 +24,7 @@ class TensorCount:
     masked_zeros: int | None
     dense_bytes: int
     stored_bytes: int
+    values: str | None = None
 
 
 def count_tensor(source: TensorSource, key: str) -> TensorCount:
@@ -33,7 +38,7 @@ def count_tensor(source: TensorSource, key: str) -> TensorCount:
     masked = None
     if mask is not None:
         masked = mask.zeros
-        stored = mask.bits.numel() + (size - masked) * tensor.element_size()
+        stored = mask.record.nbytes(meta.dtype)
     return TensorCount(
         key=key,
         shape=tuple(meta.shape),
@@ -44,6 +49,7 @@ def count_tensor(source: TensorSource, key: str) -> TensorCount:
         masked_zeros=masked,
         dense_bytes=dense_bytes,
         stored_bytes=stored,
+        values=INT8 if mask is not None and mask.record.int8 is not None else None,
     )
 
 

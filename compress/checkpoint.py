@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..errors import RecipeError
 from .failpoint import failpoint
-from .format import BITMASK, VALUES, MatrixRecord, metadata
+from .format import BITMASK, SCALES, VALUES, MatrixRecord, metadata
 from .modelfolder import DENSE, DENSE_INDEX, MASKS, SPARSE, SPARSE_INDEX
-from .packing import packed_values
+from .packing import packed_values, written_records
 from .source import StoredSource
 from .table import byte_view, natural_key
 from .verify import Verified, verify
@@ -42,7 +42,7 @@ def assemble(source: StoredSource, out: Path, kind: str, max_shard_size: int = M
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r}; allowed: {', '.join(KINDS)}")
     out.mkdir(parents=True, exist_ok=True)
-    records = source.records()
+    records = written_records(source, kind)
     keys = source.keys()
     shards = _shards([_outputs(source, key, records.get(key), kind) for key in keys], max_shard_size)
     names = _names(kind, len(shards))
@@ -92,14 +92,23 @@ def _outputs(source: StoredSource, key: str, record: MatrixRecord | None, kind: 
     def values() -> Iterator[Tensor]:
         yield byte_view(packed_values(source, key))
 
+    def scales() -> Iterator[Tensor]:
+        found = source.scales(key)
+        assert found is not None
+        yield byte_view(found)
+
+    mask = Output(key + BITMASK, torch.uint8, record.bits_shape, bits)
+    if record.int8 is None:
+        return [mask, Output(key + VALUES, meta.dtype, (record.nnz,), values)]
     return [
-        Output(key + BITMASK, torch.uint8, record.bits_shape, bits),
-        Output(key + VALUES, meta.dtype, (record.nnz,), values),
+        mask,
+        Output(key + VALUES, torch.int8, (record.nnz,), values),
+        Output(key + SCALES, torch.float16, record.scales_shape, scales),
     ]
 
 
 def _shards(units: list[list[Output]], limit: int) -> list[list[Output]]:
-    """Units in order, a new shard where the next would exceed `limit`. A matrix' two tensors stay together."""
+    """Units in order, a new shard where the next would exceed `limit`. A matrix' own tensors stay together."""
     shards: list[list[Output]] = [[]]
     filled = 0
     for unit in units:

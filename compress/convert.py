@@ -1,4 +1,5 @@
-"""`gossamer convert`: the dense and the sparse form of a checkpoint, one into the other, without loss."""
+"""`gossamer convert`: the dense and the sparse form of a checkpoint, one into the other; lossless unless it is asked to
+round."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from .converted import refresh_report
 from .format import METADATA_KEY, dense_config, sparse_config
 from .modelfolder import MASKS
 from .source import FolderSource, StoredSource, open_source
+from .values import KINDS as VALUES
+from .values import with_values
 from .writer import storage_errors
 
 _MARKER = "conversion-unfinished"
@@ -24,6 +27,7 @@ def convert(
     out: str | Path,
     to: str,
     *,
+    values: str = "same",
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     masks_from_zeros: bool = False,
@@ -35,16 +39,22 @@ def convert(
 
     `to`: "dense" or "sparse". Every tensor keeps its bits and every explicit mask is kept; config.json gains or loses
     `quantization_config`; tokenizer and other files are copied. OUT appears only after it was read back and compared.
+    `values`: "same" writes floats, of int8 values what they stand for; "int8" rounds the kept weights of matrices with
+    masks to int8 values, which loses precision (int8 values stay as they are).
     `masks_from_zeros`: take exact zeros of a checkpoint without masks for pruned weights.
     RecipeError for a wrong request, ModelError and CheckpointError for a wrong checkpoint, ResourceError for the disk.
     """
     if to not in KINDS:
         raise RecipeError(f"--to {to!r} is unknown; allowed: {', '.join(KINDS)}")
+    if values not in VALUES:
+        raise RecipeError(f"--values {values!r} is unknown; allowed: {', '.join(VALUES)}")
     folder = open_source(src, revision=revision, token=token)
     out = Path(os.path.abspath(out))
     partial = _check_place(folder, out, overwrite)
     _check_quantization(folder)
-    source = _with_masks(folder, to, masks_from_zeros, trust_remote_code)
+    masked = _with_masks(folder, to, values, masks_from_zeros, trust_remote_code)
+    rounded = values == "int8" and any(record.int8 is None for record in masked.records().values())
+    source = with_values(masked, values)
     work = _start(partial)
     try:
         files = assemble(source, work, to, max_shard_size)
@@ -53,7 +63,8 @@ def convert(
         config = build(folder.config, checked.summary)
         atomic_write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         copy_companions(folder.folder, work)
-        refresh_report(work, out.name, to, checked.payload)
+        packed = sum(record.nbytes(source.meta(key).dtype) for key, record in source.records().items())
+        refresh_report(work, out.name, to, checked.payload, packed, rounded=rounded)
         publish(work, out, overwrite=overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -88,7 +99,9 @@ def _check_quantization(source: FolderSource) -> None:
         )
 
 
-def _with_masks(folder: FolderSource, to: str, masks_from_zeros: bool, trust_remote_code: bool) -> StoredSource:
+def _with_masks(
+    folder: FolderSource, to: str, values: str, masks_from_zeros: bool, trust_remote_code: bool
+) -> StoredSource:
     if masks_from_zeros:
         if to != "sparse":
             raise RecipeError("--masks-from-zeros makes masks for sparse weights", hint="use it with --to sparse")
@@ -100,7 +113,7 @@ def _with_masks(folder: FolderSource, to: str, masks_from_zeros: bool, trust_rem
         if not zeros.records():
             raise RecipeError(f"{folder.folder} has no matrix with enough zeros to become smaller")
         return zeros
-    if to == "sparse" and not folder.records():
+    if (to == "sparse" or values == "int8") and not folder.records():
         raise RecipeError(
             f"{folder.folder} has no masks, and zeros are not taken for pruned weights by themselves",
             hint="add --masks-from-zeros if they are, or prune it with gossamer compress",

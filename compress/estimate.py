@@ -17,6 +17,7 @@ import torch
 from ..errors import ResourceError
 from ..pruning.registry import get_method
 from . import memory
+from .format import packed_bytes
 from .plan import EvaluatePlan, MatrixJob, Plan, PrunePlan, evaluation_dtype
 from .sums import SLAB
 
@@ -54,7 +55,7 @@ def estimate(plan: Plan, out: Path) -> Estimate:
     forms = plan.recipe.export.forms
     untied = _untied_bytes(plan)
     before = plan.source.nbytes() + untied
-    found = _stored(plan, plan.prunes)
+    found = _stored(plan, plan.prunes, written=True)
     payload = {"dense": before, "sparse": before - found.dense + found.packed}
     masks = found.masks if "dense" in forms else 0
     parts = sum(_stored(plan, [stage]).packed for stage in plan.prunes)
@@ -96,15 +97,19 @@ class _Stored:
     masks: int = 0
     packed: int = 0
 
-    def add(self, size: int, zeros: int, columns: int, itemsize: int) -> None:
-        mask = size // columns * -(-columns // 8)
-        self.dense += size * itemsize
-        self.masks += mask
-        self.packed += mask + (size - zeros) * itemsize
+    def add(self, size: int, zeros: int, columns: int, dtype: torch.dtype, int8: bool) -> None:
+        rows = size // columns
+        self.dense += size * dtype.itemsize
+        self.masks += packed_bytes(rows, columns, 0, dtype, int8=False)
+        self.packed += packed_bytes(rows, columns, size - zeros, dtype, int8=int8)
 
 
-def _stored(plan: Plan, stages: list[PrunePlan]) -> _Stored:
-    """All matrices of `stages`; where two name the same one, the later counts."""
+def _stored(plan: Plan, stages: list[PrunePlan], *, written: bool = False) -> _Stored:
+    """All matrices of `stages`; where two name the same one, the later counts.
+
+    `written`: as the checkpoint has them, and with them those that had a mask before. Parts have floats in any case.
+    """
+    int8 = written and plan.recipe.export.values == "int8"
     total = _Stored()
     zeros: dict[str, int] = defaultdict(int)
     columns: dict[str, int] = {}
@@ -114,10 +119,14 @@ def _stored(plan: Plan, stages: list[PrunePlan]) -> _Stored:
             zeros[job.keys[0]] += job.zeros
             columns |= dict.fromkeys(job.keys, width)
         else:  # a head that is not stored yet
-            total.add(job.size, job.zeros, width, plan.skeleton.dtype.itemsize)
+            total.add(job.size, job.zeros, width, plan.skeleton.dtype, int8)
     for key, width in columns.items():
         meta = plan.source.meta(key)
-        total.add(math.prod(meta.shape), zeros[key], width, meta.dtype.itemsize)
+        total.add(math.prod(meta.shape), zeros[key], width, meta.dtype, int8)
+    for key, record in plan.source.records().items() if written else ():
+        if key not in columns:
+            dtype = plan.source.meta(key).dtype
+            total.add(math.prod(record.shape), record.zeros, record.cols, dtype, int8)
     return total
 
 

@@ -38,7 +38,7 @@ def export(context: Context) -> Exported:
 def _write(context: Context, folder: Path) -> dict[str, Any]:
     recipe = context.plan.recipe
     forms = recipe.export.forms
-    source = context.current()
+    source = context.written()
     if context.journal.done("assemble") is None:
         shutil.rmtree(folder, ignore_errors=True)
         for form in forms:

@@ -2,15 +2,14 @@
 
 The matrix of checkpoint key K is stored as `K_bitmask` (uint8 [rows, ceil(in / 8)]) and `K_values` ([nnz], the kept
 entries in row order), plus a record in the file's metadata. Rows are those of the [out, in] view: a source tensor
-stored as [in, out] is `transposed`, and E stacked matrices [E, a, b] are rows of one matrix after the other.
+stored as [in, out] is `transposed`, and E stacked matrices [E, a, b] are rows of one matrix after the other. Values
+are floats, or int8 with `K_scales` (float16 [rows, ceil(in / 128)]).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,67 +19,27 @@ from torch import Tensor
 
 from ..errors import CheckpointError, KernelError
 from ..kernels.bitmask.dispatch import compress, expand, pack_bits, row_counts, unpack_bits
+from ..kernels.int8.dispatch import check_scales, dequantise
+from .record import (
+    BITMASK,
+    FORMAT_VERSION,
+    INT8,
+    METADATA_KEY,
+    SCALES,
+    VALUES,
+    MatrixRecord,
+    metadata,
+    packed_bytes,
+    parse_metadata,
+    stored_names,
+    version_of,
+)
 
-FORMAT_VERSION = 1
-METADATA_KEY = "gossamer"
-BITMASK, VALUES = "_bitmask", "_values"
-_FIELDS: dict[str, type] = {
-    "shape": list, "in": int, "transposed": bool, "pattern": str, "nnz": int, "mask_sha256": str
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class MatrixRecord:
-    """What the metadata says about one matrix. `shape` and `transposed` describe the source tensor."""
-
-    shape: tuple[int, ...]
-    transposed: bool
-    pattern: str
-    nnz: int
-    mask_sha256: str
-
-    @property
-    def cols(self) -> int:
-        """Inputs: the length of a row of the [out, in] view."""
-        return self.shape[-2] if self.transposed else self.shape[-1]
-
-    @property
-    def matrix_rows(self) -> int:
-        """Outputs of one of the stacked matrices."""
-        return self.shape[-1] if self.transposed else self.shape[-2]
-
-    @property
-    def rows(self) -> int:
-        """Rows over all stacked matrices."""
-        return math.prod(self.shape[:-2]) * self.matrix_rows
-
-    @property
-    def zeros(self) -> int:
-        return math.prod(self.shape) - self.nnz
-
-    @property
-    def bits_shape(self) -> tuple[int, int]:
-        return self.rows, -(-self.cols // 8)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "shape": list(self.shape),
-            "in": self.cols,
-            "transposed": self.transposed,
-            "pattern": self.pattern,
-            "nnz": self.nnz,
-            "mask_sha256": self.mask_sha256,
-        }
-
-    def as_rows(self, tensor: Tensor) -> Tensor:
-        """[rows, in] view (a copy when transposed) of a tensor of the source's shape."""
-        return (tensor.transpose(-1, -2) if self.transposed else tensor).reshape(self.rows, self.cols)
-
-    def from_rows(self, matrix: Tensor) -> Tensor:
-        """The inverse of `as_rows`, contiguous."""
-        if not self.transposed:
-            return matrix.reshape(self.shape).contiguous()
-        return matrix.view(*self.shape[:-2], self.matrix_rows, self.cols).transpose(-1, -2).contiguous()
+__all__ = [
+    "BITMASK", "FORMAT_VERSION", "INT8", "METADATA_KEY", "SCALES", "VALUES", "MatrixRecord", "PackedTensor", "Scales",
+    "SourceMask", "Summary", "bits_sha256", "check_bits", "check_scales_of", "dense_config", "metadata", "pack",
+    "packed_bytes", "parse_metadata", "record_of", "sparse_config", "stored_names", "summarise", "unpack", "version_of",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,15 +72,32 @@ class SourceMask:
 
 @dataclass(frozen=True, eq=False)
 class PackedTensor:
-    """A packed matrix in its final form: `bits` as in SourceMask, `values` [nnz] in row order."""
+    """A packed matrix in its final form: `bits` as in SourceMask, `values` [nnz] in row order.
+
+    `scales`: of int8 values (`record.int8`), else None.
+    """
 
     bits: Tensor
     values: Tensor
     record: MatrixRecord
+    scales: Tensor | None = None
 
     @property
     def mask(self) -> SourceMask:
         return SourceMask(self.bits, self.record)
+
+    def tensors(self, key: str) -> dict[str, Tensor]:
+        """What is stored for checkpoint key `key`, by name."""
+        named = {key + BITMASK: self.bits, key + VALUES: self.values}
+        return named if self.scales is None else named | {key + SCALES: self.scales}
+
+
+@dataclass(frozen=True, eq=False)
+class Scales:
+    """Scales of int8 values, float16 [rows, ceil(in / 128)], and the dtype that the matrix is read as."""
+
+    scales: Tensor
+    dtype: torch.dtype
 
 
 def record_of(bits: Tensor, shape: tuple[int, ...], *, transposed: bool, pattern: str) -> MatrixRecord:
@@ -144,9 +120,15 @@ def pack(tensor: Tensor, mask: Tensor, *, pattern: str, transposed: bool = False
 
 
 def unpack(packed: PackedTensor, key: str) -> Tensor:
-    """The dense source tensor: kept entries bit for bit, +0.0 elsewhere. CheckpointError unless bits fit values."""
+    """The dense source tensor: kept entries bit for bit, +0.0 elsewhere. CheckpointError unless bits fit values.
+
+    int8 values are multiplied by their scales and rounded to the dtype that the record names.
+    """
+    record = packed.record
     try:
-        return packed.record.from_rows(expand(packed.values, packed.bits, packed.record.cols))
+        if packed.scales is None or record.int8 is None:
+            return record.from_rows(expand(packed.values, packed.bits, record.cols))
+        return record.from_rows(dequantise(packed.values, packed.scales, packed.bits, record.cols, record.int8))
     except KernelError as error:
         raise CheckpointError(f"tensor {key}: {error.message}", hint="the file is damaged") from error
 
@@ -172,65 +154,27 @@ def check_bits(bits: Tensor, record: MatrixRecord, key: str) -> None:
         raise CheckpointError(f"tensor {name} does not have the sha256 of its record", hint="the mask was changed")
 
 
-def metadata(records: Mapping[str, MatrixRecord]) -> dict[str, str]:
-    """The metadata of a file with these packed matrices; {"format": "pt"} alone for none."""
-    if not records:
-        return {"format": "pt"}
-    matrices = {key: record.to_json() for key, record in records.items()}
-    text = json.dumps({"format_version": FORMAT_VERSION, "matrices": matrices}, separators=(",", ":"))
-    return {"format": "pt", METADATA_KEY: text}
-
-
-def parse_metadata(file_metadata: Mapping[str, str], where: str) -> dict[str, MatrixRecord]:
-    """The records in a file's metadata; {} without ours. CheckpointError naming `where` for a malformed one."""
-    text = file_metadata.get(METADATA_KEY)
-    if text is None:
-        return {}
+def check_scales_of(scales: Tensor, record: MatrixRecord, key: str) -> None:
+    """Shape, dtype and range of scales as read. CheckpointError naming the tensor."""
+    assert record.int8 is not None
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: metadata {METADATA_KEY!r} is not JSON: {error}") from error
-    version = document.get("format_version") if isinstance(document, dict) else None
-    if type(version) is not int or version < 1:
-        raise CheckpointError(f"{where}: metadata {METADATA_KEY!r} has no format_version")
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{where}: format version {version}, this Gossamer reads up to {FORMAT_VERSION}",
-            hint="install a newer Gossamer",
-        )
-    matrices = document.get("matrices")
-    if not isinstance(matrices, dict):
-        raise CheckpointError(f"{where}: metadata {METADATA_KEY!r} has no object 'matrices'")
-    return {key: _parse_record(value, f"{where}: record of {key}") for key, value in matrices.items()}
-
-
-def _parse_record(value: Any, where: str) -> MatrixRecord:
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where} is not an object")
-    for name, kind in _FIELDS.items():
-        if type(value.get(name)) is not kind:
-            raise CheckpointError(f"{where}: {name!r} must be {kind.__name__}, it is {value.get(name)!r}")
-    shape = value["shape"]
-    if len(shape) not in (2, 3) or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
-        raise CheckpointError(f"{where}: shape {shape} is not that of a matrix or of stacked matrices")
-    if not 0 <= value["nnz"] <= math.prod(shape):
-        raise CheckpointError(f"{where}: nnz {value['nnz']} for shape {shape}")
-    if not re.fullmatch(r"[0-9a-f]{64}", value["mask_sha256"]):
-        raise CheckpointError(f"{where}: mask_sha256 is not a sha256 in lower-case hex")
-    record = MatrixRecord(tuple(shape), value["transposed"], value["pattern"], value["nnz"], value["mask_sha256"])
-    if value["in"] != record.cols:
-        raise CheckpointError(f"{where}: 'in' is {value['in']}, shape and transposed say {record.cols}")
-    return record
+        check_scales(scales, record.rows, record.cols, record.int8)
+    except KernelError as error:
+        raise CheckpointError(f"tensor {key + SCALES}: {error.message}", hint="the file is damaged") from error
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All masks of a checkpoint: how many matrices, their entries and kept entries, one digest over everything."""
+    """All masks of a checkpoint: how many matrices, their entries and kept entries, one digest over everything.
+
+    `version`: the format version that its files need.
+    """
 
     matrices: int
     entries: int
     kept: int
     masks_sha256: str
+    version: int = 1
 
 
 def summarise(records: Mapping[str, MatrixRecord]) -> Summary:
@@ -238,7 +182,8 @@ def summarise(records: Mapping[str, MatrixRecord]) -> Summary:
     lines = "".join(f"{key} {records[key].mask_sha256}\n" for key in sorted(records))
     entries = sum(math.prod(record.shape) for record in records.values())
     kept = sum(record.nnz for record in records.values())
-    return Summary(len(records), entries, kept, hashlib.sha256(lines.encode()).hexdigest())
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+    return Summary(len(records), entries, kept, digest, version_of(records.values()))
 
 
 def sparse_config(config: Mapping[str, Any], summary: Summary, *, recipe: str | None = None) -> dict[str, Any]:
@@ -246,7 +191,7 @@ def sparse_config(config: Mapping[str, Any], summary: Summary, *, recipe: str | 
     return dense_config(config, summary, recipe=recipe) | {
         "quantization_config": {
             "quant_method": METADATA_KEY,
-            "format_version": FORMAT_VERSION,
+            "format_version": summary.version,
             "modules": summary.matrices,
             "masks_sha256": summary.masks_sha256,
         }
@@ -270,5 +215,5 @@ def dense_config(config: Mapping[str, Any], summary: Summary, *, recipe: str | N
     if recipe is not None:
         own["recipe_sha256"] = recipe
     if own:
-        result[METADATA_KEY] = {"format_version": FORMAT_VERSION} | own
+        result[METADATA_KEY] = {"format_version": summary.version} | own
     return result

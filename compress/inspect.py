@@ -65,6 +65,7 @@ def _row(source: TensorSource, count: TensorCount, matrices: list[str] | None) -
         "zeros": count.zeros,
         "sparsity": count.zeros / count.size if count.size else 0.0,
         "pattern": count.pattern,
+        "values": count.values,
         "mask_zeros": count.masked_zeros,
         "holds_pattern": _holds(source, count),
         "dense_bytes": count.dense_bytes,

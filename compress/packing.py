@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
 from ..kernels.bitmask.dispatch import compress
-from .format import MatrixRecord
+from ..kernels.int8.dispatch import DTYPES, dequantise, round_to
+from .format import MatrixRecord, PackedTensor, Scales
 from .source import StoredSource
 
 _AS_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def packed_values(source: StoredSource, key: str) -> Tensor:
-    """Kept entries of a matrix with a mask: as stored, or taken from the dense tensor.
+    """Kept entries of a matrix with a mask: as stored (int8 too), or taken from the dense tensor.
 
     CheckpointError when a dense tensor holds anything but +0.0 where its mask says pruned: packing would lose it.
     """
@@ -32,6 +35,29 @@ def packed_values(source: StoredSource, key: str) -> Tensor:
             hint="the weights were changed without their masks: remove gossamer/masks.safetensors and prune again",
         )
     return values
+
+
+def written_records(source: StoredSource, kind: str) -> dict[str, MatrixRecord]:
+    """The records of a checkpoint of `kind`: beside dense weights they speak of masks alone."""
+    records = source.records()
+    return records if kind == "sparse" else {key: record.with_floats() for key, record in records.items()}
+
+
+def as_int8(packed: PackedTensor, tensor: Tensor, known: Scales) -> PackedTensor | None:
+    """A matrix with float values as the one with int8 values that it was read from, or None if it is another one now.
+
+    `tensor`: the dense matrix, in any dtype. The scales are those of the file: with them the values come back exactly
+    (kernels/int8/README.md), and whether they do is compared bit for bit.
+    """
+    bits, record = packed.bits, packed.record
+    rows = record.as_rows(tensor.cpu())
+    if rows.dtype not in DTYPES:
+        return None
+    values = round_to(known.scales, rows, bits)
+    again = dequantise(values, known.scales, bits, record.cols, known.dtype).to(rows.dtype)
+    if not torch.equal(as_integers(again), as_integers(rows)):
+        return None
+    return PackedTensor(bits, values, replace(record, int8=known.dtype), known.scales)
 
 
 def nonzero_bits(tensor: Tensor) -> int:

@@ -19,16 +19,19 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import RecipeError
+from ..errors import CheckpointError, KernelError, RecipeError
 from ..kernels.bitmask.dispatch import compress, row_counts
 from ..kernels.bitmask_gemv.dispatch import pack
 from ..kernels.choice import choose
+from ..kernels.int8.dispatch import check_codes
+from ..kernels.int8_gemv import dispatch as int8
 from ..kernels.modules.bitmask_linear import BitmaskLinear
 from ..kernels.modules.dense_linear import DenseLinear
+from ..kernels.modules.int8_linear import Int8BitmaskLinear
 from ..kernels.modules.packed_stack import PackedStack
-from ..kernels.modules.sparse_linear import PREFILL
+from ..kernels.modules.sparse_linear import PREFILL, SparseLinear
 from .experts import EXPERTS
-from .format import SourceMask
+from .format import MatrixRecord, Scales, SourceMask
 from .keymap import Group, KeyMap
 from .parametermasks import converted_masks
 
@@ -89,29 +92,44 @@ class Placement:
         self.options = _options.get()
         self.placed = Placed(self.options)
         self._packed: dict[str, list[Tensor]] = {}
-        self._records: dict[str, Any] = {}
+        self._int8: dict[str, torch.dtype] = {}  # compute dtype of the matrices with int8 values
+        self._records: dict[str, MatrixRecord] = {}
         self._model = model
         wanted = self.options.packed and _one_device(device_map)
         self._names = set(_candidates(model)) if wanted else set()
         self._experts = set(_expert_parameters(model)) if wanted else set()
 
-    def take(self, name: str, values: Tensor, mask: SourceMask) -> Tensor | None:
+    def take(self, name: str, values: Tensor, mask: SourceMask, scales: Scales | None = None) -> Tensor | None:
         """Keeps the matrix, or the stack of experts, of parameter `name` packed and returns its stand-in.
 
-        values: [nnz] in row order. None where the parameter has to be dense, or is faster so.
+        values: [nnz] in row order; int8 ones with `scales`. None where the parameter has to be dense, or is faster so.
         """
+        if scales is not None:
+            return self._take_int8(name, values, mask, scales)
         wanted = self._names if len(mask.record.shape) == 2 else self._experts
-        if name not in wanted or values.dtype not in HALVES or not self._pays(name, mask, values.dtype):
+        if name not in wanted or values.dtype not in HALVES or not self._pays("bitmask", name, mask, values.dtype):
             return None
         return self._pack(name, mask, values)
 
-    def _pays(self, name: str, mask: SourceMask, dtype: torch.dtype) -> bool:
+    def _take_int8(self, name: str, values: Tensor, mask: SourceMask, scales: Scales) -> Tensor | None:
+        if name not in self._names or not self._pays("int8", name, mask, scales.dtype):
+            return None
+        start = time.perf_counter()
+        try:
+            check_codes(values)
+            packed = int8.pack(mask.bits, values.cpu(), scales.scales.cpu(), mask.record.cols).to(values.device)
+        except KernelError as error:
+            raise CheckpointError(f"tensor {name}: {error.message}", hint="the file is damaged") from error
+        self._int8[name] = scales.dtype
+        return self._keep(name, [packed], mask.record, scales.dtype, start)
+
+    def _pays(self, op: str, name: str, mask: SourceMask, dtype: torch.dtype) -> bool:
         """Whether the sparse kernel is the faster one here, by measurement."""
         record = mask.record
         if not record.matrix_rows or not record.cols:
             return False
         density = record.nnz / math.prod(record.shape)
-        sparse = choose("bitmask", record.matrix_rows, record.cols, dtype, density).sparse
+        sparse = choose(op, record.matrix_rows, record.cols, dtype, density).sparse
         if not sparse:
             self.placed.dense.append(name)
         return sparse
@@ -126,7 +144,7 @@ class Placement:
         found = converted_masks(self._model, keys, group, masks)
         for name in wanted:
             mask = found[name]
-            if not self._pays(name, mask, made[name].dtype):
+            if not self._pays("bitmask", name, mask, made[name].dtype):
                 continue
             rows = mask.record.as_rows(made[name].cpu()).contiguous()
             made[name] = self._pack(name, mask, compress(rows, mask.bits).to(made[name].device))
@@ -140,11 +158,14 @@ class Placement:
         sizes = [int(row_counts(bits).sum()) for bits in matrices]
         pieces = values.cpu().split(sizes)
         packed = [pack(bits, own, record.cols).to(device) for bits, own in zip(matrices, pieces, strict=True)]
+        return self._keep(name, packed, record, values.dtype, start)
+
+    def _keep(self, name: str, packed: list[Tensor], record: MatrixRecord, dtype: torch.dtype, start: float) -> Tensor:
         self._packed[name], self._records[name] = packed, record
         self.placed.packed_bytes += sum(matrix.nbytes for matrix in packed)
-        self.placed.dense_bytes += math.prod(record.shape) * values.element_size()
+        self.placed.dense_bytes += math.prod(record.shape) * dtype.itemsize
         self.placed.seconds += time.perf_counter() - start
-        return torch.zeros((), dtype=values.dtype, device=device).expand(record.shape)
+        return torch.zeros((), dtype=dtype, device=packed[0].device).expand(record.shape)
 
     def finish(self, model: Any) -> None:
         """Replace the modules whose matrices were taken, and let the other linear layers use our dense product."""
@@ -165,7 +186,12 @@ class Placement:
         path = name.removesuffix(".weight")
         parent, _, child = path.rpartition(".")
         before = model.get_submodule(path)
-        after = BitmaskLinear(packed, before.bias, transposed=isinstance(before, Conv1D), prefill=self.options.prefill)
+        how = {"transposed": isinstance(before, Conv1D), "prefill": self.options.prefill}
+        after: SparseLinear
+        if name in self._int8:
+            after = Int8BitmaskLinear(packed, before.bias, dtype=self._int8[name], **how)
+        else:
+            after = BitmaskLinear(packed, before.bias, **how)
         after.train(before.training)
         setattr(model.get_submodule(parent), child, after)
 
@@ -186,8 +212,8 @@ class Placement:
 class PackedMask:
     """The mask of a packed module, without a second copy of its bits."""
 
-    module: BitmaskLinear | PackedStack
-    record: Any
+    module: SparseLinear | PackedStack
+    record: MatrixRecord
 
     def load(self) -> SourceMask:
         return SourceMask(self.module.bits(), self.record)
@@ -203,7 +229,7 @@ def adopt_dense(model: Any) -> None:
 def expand_modules(model: Any) -> None:
     """Ordinary layers with dense weights in place of all packed ones, one at a time."""
     for path, module in list(model.named_modules()):
-        if type(module) is BitmaskLinear:
+        if type(module) in (BitmaskLinear, Int8BitmaskLinear):
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, module.expanded(Conv1D))
         elif isinstance(module, PackedStack):

@@ -12,6 +12,7 @@ Imported in the middle of transformers' own import: only its base classes are im
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import CheckpointError
 
 if TYPE_CHECKING:
-    from .format import SourceMask
+    from .format import Scales, SourceMask
     from .keymap import KeyMap
     from .placement import Placement
     from .source import FolderSource
 
 METHOD = "gossamer"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class GossamerConfig(QuantizationConfigMixin):
@@ -41,7 +42,7 @@ class GossamerConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        format_version: int = FORMAT_VERSION,
+        format_version: int = 1,
         modules: int | None = None,
         masks_sha256: str | None = None,
         **others: Any,
@@ -68,6 +69,7 @@ class GossamerHfQuantizer(HfQuantizer):
         self.quantization_config: GossamerConfig = quantization_config
         self._keys: KeyMap | None = None
         self._masks: dict[str, SourceMask] = {}
+        self._scales: dict[str, Scales] = {}
         self._form = "dense"
         self._placement: Placement | None = None
         self.outgoing: tuple[dict[str, torch.Tensor], dict[str, str]] | None = None
@@ -95,7 +97,7 @@ class GossamerHfQuantizer(HfQuantizer):
             check_conversions(self._keys, model)
             if self._form == "sparse":
                 self._check_config(source)
-            self._masks = source_masks(source)
+            self._masks, self._scales = source_masks(source), source_scales(source)
             self._placement = Placement(model, device_map)
         return model
 
@@ -116,8 +118,8 @@ class GossamerHfQuantizer(HfQuantizer):
             return weight_conversions
         from .unpack import check_names, packed_conversions
 
-        conversions = packed_conversions(weight_conversions, self._keys, self._masks, self._placement)
-        check_names(copy.deepcopy(conversions), self._keys, self._masks, model)
+        conversions = packed_conversions(weight_conversions, self._keys, self._masks, self._scales, self._placement)
+        check_names(copy.deepcopy(conversions), self._keys, self._masks, model, self._scales)
         return conversions
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -128,8 +130,8 @@ class GossamerHfQuantizer(HfQuantizer):
             with torch.device("cpu"):
                 if self._placement is not None:
                     self._placement.finish(model)
-                attach(model, self._keys, self._masks, self._form, self._placement)
-            self._masks = {}
+                attach(model, self._keys, self._masks, self._form, self._scales, self._placement)
+            self._masks, self._scales = {}, {}
         if self._form == "dense":
             self.remove_quantization_config(model)
         return model
@@ -157,7 +159,19 @@ class GossamerHfQuantizer(HfQuantizer):
 
 def source_masks(source: FolderSource) -> dict[str, SourceMask]:
     """Every mask of a checkpoint by key, checked against its record (bits, count, sha256)."""
-    return {key: mask for key in source.records() if (mask := source.mask(key)) is not None}
+    found = {key: mask for key in source.records() if (mask := source.mask(key)) is not None}
+    return {key: replace(mask, record=mask.record.with_floats()) for key, mask in found.items()}
+
+
+def source_scales(source: FolderSource) -> dict[str, Scales]:
+    """The scales of every matrix with int8 values, checked: a hundredth of the weights' size, and kept for saving."""
+    from .format import Scales
+
+    return {
+        key: Scales(scales, record.int8)
+        for key, record in source.records().items()
+        if record.int8 is not None and (scales := source.scales(key)) is not None
+    }
 
 
 def check_complete(model: Any, keys: KeyMap, where: Path) -> None:

@@ -22,6 +22,7 @@ from .mistakes import Mistake, checked, explain
 Scope = Literal["row", "matrix", "model"]
 Allocation = Literal["uniform", "owl"]
 Format = Literal["sparse", "dense", "both"]
+Values = Literal["same", "int8"]
 
 DEFAULT_SPARSITY = 0.5
 DEFAULT_CALIBRATION = "c4"
@@ -109,10 +110,11 @@ class EvaluateStage(_Frozen):
 
 
 class ExportStage(_Frozen):
-    """Which checkpoint files are written."""
+    """Which checkpoint files are written, and what the kept weights of pruned matrices are rounded to."""
 
     stage: Literal["export"] = "export"
     format: Format = "sparse"
+    values: Values = Field("same", description="int8: 8-bit integers with a scale per 128 inputs; loses precision")
     max_shard_size: str = "5GB"
 
     @field_validator("max_shard_size")

@@ -42,12 +42,18 @@ class Report:
             rows.append(("KL to dense (nats/token)", "0", f"{evaluation['kl']:.4f}"))
         rows.append(("sparsity of prunable weights", percent(sparsity["before"]), percent(sparsity["prunable"])))
         rows.append(("sparsity of all parameters", percent(sparsity["all_before"]), percent(sparsity["all"])))
+        if self._rounded:
+            rows.append(("values of pruned matrices", "as in the model", self.data["values"]))
         rows.append(("weights on disk", human_bytes(size["before"]), human_bytes(size["after"])))
         if size["prunable_before"]:
             rows.append(
                 ("of which pruned matrices", human_bytes(size["prunable_before"]), human_bytes(size["prunable_after"]))
             )
         return rows
+
+    @property
+    def _rounded(self) -> bool:
+        return self.data.get("values", "same") != "same"
 
     def footer(self) -> list[str]:
         """Lines below the table: protocol, time, memory, what was skipped."""
@@ -56,6 +62,8 @@ class Report:
             lines.append("perplexity: " + describe_protocol(self.data["evaluation"]["protocol"]))
         if self.data["calibration"] is not None:
             lines.append("calibration: " + self.data["calibration"]["description"])
+        if self._rounded:
+            lines.append(f"values: {self.data['values']}; lossy: kept weights of pruned matrices were rounded")
         lines.append(f"{self.data['time_s']:.1f} s, peak memory {human_bytes(self.data['peak_memory_bytes'])}")
         lines += [f"note: {note}" for note in self.data["notes"]]
         return lines

@@ -25,11 +25,10 @@ from ..kernels.modules.weight import PackedWeight, ordinary
 from .attached import Attached, ModelMasks, Outgoing, outgoing
 from .format import (
     BITMASK,
-    FORMAT_VERSION,
     METADATA_KEY,
-    VALUES,
     MatrixRecord,
     PackedTensor,
+    Scales,
     SourceMask,
     dense_config,
     metadata,
@@ -37,6 +36,7 @@ from .format import (
 )
 from .keymap import KeyMap
 from .modelfolder import DENSE, DENSE_INDEX, MASKS, SPARSE, SPARSE_INDEX
+from .packing import as_int8
 from .parametermasks import parameter_masks
 from .placement import Placement
 from .writer import Output, output, write_file
@@ -46,18 +46,23 @@ _NAMES = {"sparse": (SPARSE, SPARSE_INDEX), "dense": (DENSE, DENSE_INDEX)}
 
 
 def attach(
-    model: Any, keys: KeyMap, masks: Mapping[str, SourceMask], form: str, placement: Placement | None = None
+    model: Any,
+    keys: KeyMap,
+    masks: Mapping[str, SourceMask],
+    form: str,
+    scales: Mapping[str, Scales] | None = None,
+    placement: Placement | None = None,
 ) -> None:
     """Give `model` its masks (by checkpoint key) as `gossamer_masks` and a `save_pretrained` that keeps them.
 
-    `form`: "sparse" or "dense", what the checkpoint was and what saving writes. Masks of matrices that `placement` put
-    into modules are read from there.
+    `form`: "sparse" or "dense", what the checkpoint was and what saving writes. `scales`: of its int8 values, by key.
+    Masks of matrices that `placement` put into modules are read from there.
     """
     packed = {} if placement is None else placement.packed_masks(model)
     model.gossamer_masks = ModelMasks(parameter_masks(model, keys, masks, without=packed), packed)
     model._weight_conversions = list(keys.used)
     patterns = {key: mask.pattern for key, mask in masks.items()}
-    model._gossamer = Attached(keys, form, patterns)
+    model._gossamer = Attached(keys, form, patterns, scales or {})
     if form == "sparse" or masks:
         model.save_pretrained = MethodType(save_pretrained, model)
 
@@ -84,8 +89,9 @@ def save_pretrained(
 
     A model from sparse weights writes `model.sparse.safetensors` (or shards) without being asked for the variant; one
     from dense weights writes plain ones and `gossamer/masks.safetensors`. A matrix whose pruned entries are not zero
-    any more is stored as it is, dense and without mask, and a warning says so. RecipeError for another variant, a
-    distributed checkpoint, or a folder that holds weights in the other form.
+    any more is stored as it is, dense and without mask, and a warning says so. A matrix that had int8 values has the
+    same ones again as long as its weights are those that they stand for, else floats, with a warning. RecipeError for
+    another variant, a distributed checkpoint, or a folder that holds weights in the other form.
     """
     plain = type(self).save_pretrained
     arguments = {"is_main_process": is_main_process, "push_to_hub": push_to_hub, "max_shard_size": max_shard_size}
@@ -145,20 +151,27 @@ def _prepared(
     records: dict[str, MatrixRecord] = {}
     bits: list[Output] = []
     filled: list[str] = []
+    changed: list[str] = []
     for item in outgoing(model._gossamer, model.gossamer_masks, state):
         packed = _packed(item)
         if item.mask is not None and packed is None:
             filled.append(item.key)
         if packed is None or form == "dense":
             tensors[item.key] = ordinary(item.tensor)
+        if packed is not None and form == "sparse" and item.key in model._gossamer.scales:
+            again = as_int8(packed, ordinary(item.tensor), model._gossamer.scales[item.key])
+            changed += [item.key] if again is None else []
+            packed = again or packed
         if packed is not None:
             records[item.key] = packed.record
             if form == "dense":
                 bits.append(output(item.key + BITMASK, packed.bits))
             else:
-                tensors |= {item.key + BITMASK: packed.bits, item.key + VALUES: packed.values}
+                tensors |= packed.tensors(item.key)
     if filled:
         _warn_filled(filled, len(filled) + len(records))
+    if changed:
+        _warn_changed(changed, len(records))
     return tensors, records, bits
 
 
@@ -190,14 +203,24 @@ def _warn_filled(keys: list[str], count: int) -> None:
     )
 
 
+def _warn_changed(keys: list[str], count: int) -> None:
+    warnings.warn(
+        f"{len(keys)} of {count} pruned matrices had int8 values and other weights now ({keys[0]}"
+        f"{', ...' if keys[1:] else ''}): they are saved with float values, exactly. "
+        "gossamer convert IN OUT --to sparse --values int8 rounds them again",
+        stacklevel=4,
+    )
+
+
 def _tell_config(model: Any, form: str, records: dict[str, MatrixRecord]) -> None:
     """config.json is written by transformers from these attributes."""
     summary = summarise(records)
     before = getattr(model.config, METADATA_KEY, None)
     own = dense_config({METADATA_KEY: before}, summary).get(METADATA_KEY)
-    setattr(model.config, METADATA_KEY, own or {"format_version": FORMAT_VERSION})
+    setattr(model.config, METADATA_KEY, own or {"format_version": summary.version})
     if form == "sparse":
         said = model.hf_quantizer.quantization_config
+        said.format_version = summary.version
         said.modules, said.masks_sha256 = summary.matrices, summary.masks_sha256
         model.config.quantization_config = said
 

@@ -66,7 +66,11 @@ class StoredSource(TensorSource, Protocol):
         ...
 
     def values(self, key: str) -> Tensor | None:
-        """Packed entries [nnz], or None when the tensor is stored dense."""
+        """Packed entries [nnz] as stored, or None when the tensor is stored dense."""
+        ...
+
+    def scales(self, key: str) -> Tensor | None:
+        """Scales of packed entries that are int8, else None."""
         ...
 
     def chunks(self, key: str) -> Iterator[Tensor]:
@@ -126,6 +130,9 @@ class FolderSource:
 
     def values(self, key: str) -> Tensor | None:
         return None if self._table.record(key) is None else self._table.values(key)
+
+    def scales(self, key: str) -> Tensor | None:
+        return self._table.scales(key)
 
     def mask(self, key: str) -> SourceMask | None:
         record = self.record(key)
@@ -203,6 +210,9 @@ class OverlaySource:
         if key in self._own:
             return None if self._parts.record(key) is None else self._parts.values(key)
         return self.base.values(key)
+
+    def scales(self, key: str) -> Tensor | None:
+        return self._of(key).scales(key)
 
     def mask(self, key: str) -> SourceMask | None:
         return self._of(key).mask(key)

@@ -12,11 +12,13 @@ from . import distributed
 from .card import write_card
 from .census import Census, census
 from .export import Exported
+from .format import INT8
+from .modelfolder import find_weights
 from .page import write_page, write_picture
 from .pictures import layers_png
 from .plan import Plan
 from .report import SCHEMA, Report, environment
-from .source import open_source
+from .source import FolderSource
 from .stages.base import Context, StageReport
 
 
@@ -34,7 +36,8 @@ def build_report(
     plan = context.plan
     prunable = prunable_keys(plan)
     before = census(plan.source, prunable)
-    after = census(open_source(str(files.folder)), prunable)
+    form = "sparse" if "sparse" in plan.recipe.export.forms else "dense"
+    after = census(FolderSource(files.folder, find_weights(files.folder, form)), prunable)
     report = Report(
         {
             "schema": SCHEMA,
@@ -49,6 +52,7 @@ def build_report(
             "calibration": _calibration(plan),
             "overlap": {"share": plan.overlap, "allowed": plan.recipe.allow_overlap},
             "bytes": _bytes(before, after, files),
+            "values": INT8 if plan.recipe.export.values == "int8" else "same",
             "sparsity": _sparsity(before, after),
             "stages": [{"stage": r.kind, "index": r.index, "seconds": round(r.seconds, 3)} for r in reports],
             "layers": [row | {"stage": r.index} for r in reports if r.kind == "prune" for row in r.result["layers"]],

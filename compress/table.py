@@ -15,12 +15,15 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .format import (
     BITMASK,
+    SCALES,
     VALUES,
     MatrixRecord,
     PackedTensor,
     SourceMask,
     check_bits,
+    check_scales_of,
     parse_metadata,
+    stored_names,
     unpack,
 )
 from .legacy import find_legacy
@@ -62,7 +65,7 @@ class TensorTable:
         self._legacy = find_legacy(self._where) if values else {}
         for key, record in self._records.items():
             self._check_matrix(key, record, values)
-        parts = {key + end for key in self._records for end in (BITMASK, VALUES)}
+        parts = {name for key, record in self._records.items() for name in stored_names(key, record)}
         parts |= {name for matrix in self._legacy.values() for name in matrix.tensors}
         self._plain = {name for name in self._where if name not in parts}
         for name in self._plain:
@@ -76,8 +79,9 @@ class TensorTable:
         return key in self._records or key in self._legacy or key in self._plain
 
     def meta(self, key: str) -> TensorMeta:
-        if key in self._records:
-            return TensorMeta(self._entry(key + VALUES).dtype, self._records[key].shape)
+        record = self._records.get(key)
+        if record is not None:
+            return TensorMeta(record.int8 or self._entry(key + VALUES).dtype, record.shape)
         if key in self._legacy:
             return TensorMeta(self._legacy[key].dtype, self._legacy[key].shape)
         entry = self._entry(key)
@@ -98,8 +102,17 @@ class TensorTable:
         return bits
 
     def values(self, key: str) -> Tensor:
-        """Kept entries of a packed matrix, [nnz]."""
+        """Kept entries of a packed matrix as stored, [nnz]."""
         return self._legacy[key].values() if key in self._legacy else self._read(key + VALUES)
+
+    def scales(self, key: str) -> Tensor | None:
+        """The checked scales of a packed matrix, or None where its values are floats."""
+        record = self._records.get(key)
+        if record is None or record.int8 is None:
+            return None
+        scales = self._read(key + SCALES)
+        check_scales_of(scales, record, key)
+        return scales
 
     def mask(self, key: str) -> SourceMask | None:
         """The explicit mask of a packed matrix, or None."""
@@ -111,7 +124,7 @@ class TensorTable:
         record = self.record(key)
         if record is None:
             return self._read(key)
-        return unpack(PackedTensor(self.bits(key), self.values(key), record), key)
+        return unpack(PackedTensor(self.bits(key), self.values(key), record, self.scales(key)), key)
 
     def read_rows(self, key: str, start: int, stop: int) -> Tensor:
         """tensor[start:stop] along the first dimension; of a plain tensor only those bytes are read."""
@@ -145,7 +158,9 @@ class TensorTable:
         return records
 
     def _check_matrix(self, key: str, record: MatrixRecord, values: bool) -> None:
-        for name in (key + BITMASK, *([key + VALUES] if values else [])):
+        if record.int8 is not None and not values:
+            raise CheckpointError(f"the record of {key} speaks of int8 values, but its weights are stored dense")
+        for name in stored_names(key, record) if values else [key + BITMASK]:
             if name not in self._where:
                 raise CheckpointError(f"tensor {name} is missing: the metadata announces matrix {key}")
         bits = self._entry(key + BITMASK)
@@ -158,9 +173,23 @@ class TensorTable:
         if key in self._where:
             raise CheckpointError(f"tensor {key} is stored both dense and packed")
         kept = self._entry(key + VALUES)
-        if not kept.dtype.is_floating_point or kept.shape != (record.nnz,):
+        if record.int8 is not None:
+            self._check_int8(key, record, kept)
+        elif not kept.dtype.is_floating_point or kept.shape != (record.nnz,):
             raise CheckpointError(
                 f"tensor {key + VALUES} must be floats [{record.nnz}], it is {kept.dtype} {list(kept.shape)}"
+            )
+
+    def _check_int8(self, key: str, record: MatrixRecord, kept: Entry) -> None:
+        if kept.dtype != torch.int8 or kept.shape != (record.nnz,):
+            raise CheckpointError(
+                f"tensor {key + VALUES} must be int8 [{record.nnz}], it is {kept.dtype} {list(kept.shape)}"
+            )
+        scales = self._entry(key + SCALES)
+        if scales.dtype != torch.float16 or scales.shape != record.scales_shape:
+            raise CheckpointError(
+                f"tensor {key + SCALES} must be float16 {list(record.scales_shape)}, "
+                f"it is {scales.dtype} {list(scales.shape)}"
             )
 
     def _check_plain(self, name: str) -> None:

@@ -5,11 +5,15 @@ the parameter. Packed matrices come as `K_bitmask` and `K_values`: both are coll
 to and expanded to K; then the model's own operations (stacking experts, ...) follow as if K had been stored dense. A
 matrix that is a parameter by itself is handed to placement.py before, a stack of experts after that: it may keep them
 packed.
+
+With int8 values comes `K_scales`. The loader casts it like a weight, so what it collects tells the dtype that is wanted
+and nothing else; the scales themselves were read before, from the file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,29 +21,39 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 
 from ..errors import CheckpointError
-from .format import BITMASK, VALUES, PackedTensor, SourceMask, unpack
+from .format import BITMASK, SCALES, VALUES, PackedTensor, Scales, SourceMask, stored_names, unpack
 from .hf_private import WeightConverter, WeightRenaming, rename_source_key
 from .keymap import Group, KeyMap
 
 if TYPE_CHECKING:
     from .placement import Placement
 
-_ENDS = ("", BITMASK, VALUES)
-
 
 def packed_conversions(
-    conversions: Sequence[Any], keys: KeyMap, masks: Mapping[str, SourceMask], placement: Placement | None = None
+    conversions: Sequence[Any],
+    keys: KeyMap,
+    masks: Mapping[str, SourceMask],
+    scales: Mapping[str, Scales],
+    placement: Placement | None = None,
 ) -> list[Any]:
     """The model's `conversions`, able to collect packed matrices, and one for parameters that have no conversion.
 
     Matrices that `placement` takes stay packed; the others are expanded.
     """
-    rewritten = [_collecting(entry, keys, masks, placement) for entry in conversions]
-    return [*rewritten, WeightConverter([BITMASK, VALUES], "", [Unpack(keys, masks, {}, placement=placement)])]
+    ends = [BITMASK, VALUES, *([SCALES] if scales else [])]
+    made = [Unpack(keys, masks, {}, entry, scales=scales, placement=placement) for entry in conversions]
+    rewritten = [_collecting(entry, ends, operation) for entry, operation in zip(conversions, made, strict=True)]
+    return [*rewritten, WeightConverter(ends, "", [Unpack(keys, masks, {}, scales=scales, placement=placement)])]
 
 
-def check_names(conversions: Sequence[Any], keys: KeyMap, masks: Mapping[str, SourceMask], model: Any) -> None:
-    """Both tensors of every packed matrix must find the parameter that the matrix belongs to, or it would stay random.
+def check_names(
+    conversions: Sequence[Any],
+    keys: KeyMap,
+    masks: Mapping[str, SourceMask],
+    model: Any,
+    scales: Mapping[str, Scales],
+) -> None:
+    """All tensors of every packed matrix must find the parameter that the matrix belongs to, or it would stay random.
 
     CheckpointError naming the first that does not. `conversions` keep a state: give a copy.
     """
@@ -48,13 +62,20 @@ def check_names(conversions: Sequence[Any], keys: KeyMap, masks: Mapping[str, So
     state = model.state_dict()
     for group in keys.conversions():
         for key in group.sources:
-            for end in (BITMASK, VALUES) if key in masks else ():
-                name, pattern = rename_source_key(key + end, renamings, converters, model.base_model_prefix, state)
+            for stored in _stored(key, masks, scales):
+                name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
                 if name != group.targets[0] or pattern is None:
                     raise CheckpointError(
                         f"tensor {key} is packed, and transformers would look for it under {name}",
                         hint="gossamer convert --to dense makes a checkpoint that loads",
                     )
+
+
+def _stored(key: str, masks: Mapping[str, SourceMask], scales: Mapping[str, Scales]) -> list[str]:
+    if key not in masks:
+        return []
+    names = stored_names(key, masks[key].record)
+    return [*names, key + SCALES] if key in scales else names
 
 
 def check_conversions(keys: KeyMap, model: Any) -> None:
@@ -115,8 +136,9 @@ def _parameters(patterns: Iterable[str], name: str) -> dict[str, str]:
 class Unpack(ConversionOps):
     """Expands collected tensors and applies the operations that the converter had.
 
-    `names`: pattern of the converter -> patterns under which K, K_bitmask and K_values are collected; {} when there was
-    no converter. The values have been cast by the loader, which is what casting the dense matrix would give.
+    `names`: pattern of the converter -> patterns under which K, K_bitmask, K_values (and K_scales) are collected; {}
+    when there was no converter. Float values have been cast by the loader, which is what casting the dense matrix would
+    give. `scales`: of the matrices with int8 values.
     """
 
     supports_many_to_many = True
@@ -127,12 +149,15 @@ class Unpack(ConversionOps):
         masks: Mapping[str, SourceMask],
         names: dict[str, tuple[str, ...]],
         converter: Any = None,
+        *,
+        scales: Mapping[str, Scales],
         placement: Placement | None = None,
     ) -> None:
         self._keys = keys
         self._masks = masks
         self._names = names
         self._converter = converter
+        self._scales = scales
         self._placement = placement
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unpack:
@@ -150,7 +175,9 @@ class Unpack(ConversionOps):
     ) -> dict[str, Any]:
         group = self._keys.groups[full_layer_name]
         if self._converter is None:
-            return {full_layer_name: self._single(full_layer_name, group.sources[0], input_dict.pop(VALUES)[0])}
+            like = input_dict.pop(SCALES, [None])[0]
+            values = input_dict.pop(VALUES)[0]
+            return {full_layer_name: self._single(full_layer_name, group.sources[0], values, like)}
         made: dict[str, Any] = {
             pattern: self._members(group.patterns[pattern], input_dict, self._names[pattern])
             for pattern in self._converter.source_patterns
@@ -173,15 +200,30 @@ class Unpack(ConversionOps):
 
     def _members(self, keys: list[str], collected: dict[str, Any], names: tuple[str, ...]) -> list[Tensor]:
         """The dense tensors of `keys`, in order; plain and packed ones may be mixed."""
-        plain, _, values = (iter(collected.pop(name, [])) for name in names)
-        return [self._expand(key, next(values)) if key in self._masks else next(plain) for key in keys]
+        plain, _, values, *scales = (iter(collected.pop(name, [])) for name in names)
+        return [
+            self._expand(key, next(values), next(scales[0]) if key in self._scales else None)
+            if key in self._masks
+            else next(plain)
+            for key in keys
+        ]
 
-    def _single(self, name: str, key: str, values: Tensor) -> Tensor:
-        kept = None if self._placement is None else self._placement.take(name, values, self._masks[key])
-        return self._expand(key, values) if kept is None else kept
+    def _single(self, name: str, key: str, values: Tensor, like: Tensor | None) -> Tensor:
+        kept = None
+        if self._placement is not None:
+            scales = self._scales[key] if like is not None and like.dtype is self._scales[key].dtype else None
+            if like is None or scales is not None:
+                kept = self._placement.take(name, values, self._masks[key], scales)
+        return self._expand(key, values, like) if kept is None else kept
 
-    def _expand(self, key: str, values: Tensor) -> Tensor:
+    def _expand(self, key: str, values: Tensor, like: Tensor | None) -> Tensor:
+        """`like`: the scales as the loader cast them."""
         mask = self._masks[key]
+        if like is not None:
+            known = self._scales[key]
+            record = replace(mask.record, int8=known.dtype)
+            dense = unpack(PackedTensor(mask.bits, values.cpu(), record, known.scales), key)
+            return dense.to(values.device, like.dtype)
         return unpack(PackedTensor(mask.bits, values.cpu(), mask.record), key).to(values.device)
 
     @property
@@ -189,13 +231,12 @@ class Unpack(ConversionOps):
         raise NotImplementedError("packed weights are saved by compress/saving.py")
 
 
-def _collecting(entry: Any, keys: KeyMap, masks: Mapping[str, SourceMask], placement: Placement | None) -> Any:
+def _collecting(entry: Any, ends: list[str], operation: Unpack) -> Any:
     if not isinstance(entry, WeightConverter):
         return entry
-    sources = [source + end for source in entry._original_source_patterns for end in _ENDS]
-    operation = Unpack(keys, masks, {}, entry, placement)
+    sources = [source + end for source in entry._original_source_patterns for end in ("", *ends)]
     copy = entry.copy(sources, list(entry._original_target_patterns), operations=[operation])
-    width = len(_ENDS)
+    width = len(ends) + 1
     for i, pattern in enumerate(entry.source_patterns):
         operation._names[pattern] = tuple(copy.source_patterns[width * i : width * (i + 1)])
     return copy

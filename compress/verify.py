@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..kernels.int8.dispatch import GROUP
 from .failpoint import failpoint
-from .format import BITMASK, METADATA_KEY, VALUES, MatrixRecord, Summary, summarise
+from .format import BITMASK, METADATA_KEY, SCALES, VALUES, MatrixRecord, Summary, stored_names, summarise
 from .modelfolder import find_weights
-from .packing import as_integers, holds
+from .packing import as_integers, holds, written_records
 from .source import StoredSource
 from .table import byte_view
 
@@ -44,7 +45,7 @@ def verify(out: Path, source: StoredSource, kind: str) -> Verified:
     if kind not in ("dense", "sparse"):
         raise ValueError(f"kind {kind!r}")
     weights = find_weights(out, kind)
-    records = source.records()
+    records = written_records(source, kind)
     with ExitStack() as stack:
         files = _Files(list(weights.weights), stack)
         masks = None
@@ -110,7 +111,7 @@ def _check_names(out: Path, files: _Files, source: StoredSource, records: dict[s
 def _stored_names(source: StoredSource, records: dict[str, MatrixRecord], kind: str) -> Iterator[str]:
     keys = source.keys()
     for key in keys:
-        yield from (key + BITMASK, key + VALUES) if kind == "sparse" and key in records else (key,)
+        yield from stored_names(key, records[key]) if kind == "sparse" and key in records else (key,)
 
 
 def _check_records(out: Path, files: _Files, records: dict[str, MatrixRecord]) -> None:
@@ -133,11 +134,21 @@ def _check(
         _check_plain(out, key, source, files.get(key))
         return 0
     kept = _kept(out, key, record, source, masks or files)
-    found = _expanded(out, key, record, kept, files.get(key + VALUES)) if kind == "sparse" else files.get(key)
+    if kind == "sparse" and record.int8 is not None:
+        _check_int8(out, key, source, files)
+    found = _expanded(out, key, record, kept, files) if kind == "sparse" else files.get(key)
     _check_meta(out, key, source, found)
     if not torch.equal(as_integers(found), as_integers(source.read(key))):
         raise _differs(out, f"tensor {key} is not bit-equal to what was written")
     return _check_zeros(out, key, record, kept, found)
+
+
+def _check_int8(out: Path, key: str, source: StoredSource, files: _Files) -> None:
+    """Values and scales themselves: other ones could give the same weights."""
+    for name, wanted in ((key + VALUES, source.values(key)), (key + SCALES, source.scales(key))):
+        found = files.get(name)
+        if wanted is None or found.dtype != wanted.dtype or not torch.equal(as_integers(found), as_integers(wanted)):
+            raise _differs(out, f"tensor {name} is not bit-equal to what was written")
 
 
 def _check_meta(out: Path, key: str, source: StoredSource, found: Tensor) -> None:
@@ -176,13 +187,24 @@ def _kept(out: Path, key: str, record: MatrixRecord, source: StoredSource, files
     return kept
 
 
-def _expanded(out: Path, key: str, record: MatrixRecord, kept: Tensor, values: Tensor) -> Tensor:
+def _expanded(out: Path, key: str, record: MatrixRecord, kept: Tensor, files: _Files) -> Tensor:
+    values = files.get(key + VALUES)
     if tuple(values.shape) != (record.nnz,):
         raise _differs(out, f"tensor {key + VALUES} has shape {list(values.shape)}, not [{record.nnz}]")
+    if (values.dtype == torch.int8) != (record.int8 is not None):
+        raise _differs(out, f"tensor {key + VALUES} is {values.dtype}")
     integers = as_integers(values).numpy()
     rows = np.zeros(kept.shape, integers.dtype)
     rows[kept.numpy()] = integers
-    return record.from_rows(torch.from_numpy(rows).view(values.dtype))
+    if record.int8 is None:
+        return record.from_rows(torch.from_numpy(rows).view(values.dtype))
+    return record.from_rows(_multiplied(rows.view(np.int8), files.get(key + SCALES), record.int8))
+
+
+def _multiplied(values: np.ndarray, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """int8 values [rows, in] times their scales; exact in float32, rounded by torch to what numpy may not know."""
+    per_input = scales.numpy().astype(np.float32)[:, np.arange(values.shape[1]) // GROUP]
+    return torch.from_numpy(values.astype(np.float32) * per_input).to(dtype)
 
 
 def _check_zeros(out: Path, key: str, record: MatrixRecord, kept: Tensor, found: Tensor) -> int:

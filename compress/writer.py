@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import ResourceError
 from .failpoint import failpoint
-from .format import BITMASK, VALUES, PackedTensor, metadata
+from .format import PackedTensor, metadata
 from .safefile import DTYPE_NAMES
 from .table import byte_view, natural_key
 
@@ -52,7 +52,7 @@ def write_part(path: Path, dense: Mapping[str, Tensor], packed: Mapping[str, Pac
     """
     outputs = [output(key, tensor) for key, tensor in dense.items()]
     for key, matrix in packed.items():
-        outputs += [output(key + BITMASK, matrix.bits), output(key + VALUES, matrix.values)]
+        outputs += [output(name, tensor) for name, tensor in matrix.tensors(key).items()]
     records = {key: packed[key].record for key in sorted(packed, key=natural_key)}
     write_file(path, outputs, metadata(records), halfway="part")
 

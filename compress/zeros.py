@@ -68,6 +68,9 @@ class ZerosSource:
     def values(self, key: str) -> Tensor | None:
         return None
 
+    def scales(self, key: str) -> Tensor | None:
+        return None
+
     def mask(self, key: str) -> SourceMask | None:
         record = self.record(key)
         return None if record is None else SourceMask(self.bits(key), record)

@@ -13,7 +13,7 @@ import torch
 
 NAMES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.uint8: "U8",
-    torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
 CONFIG = {"model_type": "llama", "vocab_size": 11, "architectures": ["LlamaForCausalLM"]}
 

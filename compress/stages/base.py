@@ -14,6 +14,7 @@ from ..journal import Journal
 from ..plan import Plan
 from ..progress import Recorder
 from ..source import OverlaySource, StoredSource
+from ..values import with_values
 
 
 @dataclass
@@ -49,6 +50,10 @@ class Context:
             source = OverlaySource(source, folder)
         return source
 
+    def written(self) -> StoredSource:
+        """The same as the checkpoint will hold them: rounded, if the recipe says so."""
+        return with_values(self.current(), self.plan.recipe.export.values)
+
     @property
     def untied(self) -> bool:
         """Whether a finished stage gave the head a weight of its own."""
@@ -56,9 +61,13 @@ class Context:
 
     @property
     def head_changed(self) -> bool:
-        """Whether a finished stage pruned or untied the output matrix."""
+        """Whether what is written outside the blocks differs from the source: the output matrix was untied, pruned, or
+        has a mask from before and is rounded now."""
         stages = self.plan.prunes[: len(self.finished)]
-        return self.untied or any(job.prunable.kind == "head" for stage in stages for job in stage.jobs)
+        if self.untied or any(job.prunable.kind == "head" for stage in stages for job in stage.jobs):
+            return True
+        outer = self.plan.skeleton.outer_keys() if self.plan.recipe.export.values == "int8" else []
+        return any(self.plan.source.record(key) is not None for key in outer)
 
     def open(self, source: Any, dtype: torch.dtype | None, *, untie: bool = False) -> StreamedModel:
         """A streamed model over `source` (a TensorSource), on the run's device."""

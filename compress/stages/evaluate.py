@@ -13,12 +13,12 @@ from .base import Context, StageReport
 
 
 def run_evaluate(context: Context, plan: EvaluatePlan) -> StageReport:
-    """Compare with the dense model. ModelError when the dense model itself has no finite loss."""
+    """Compare the dense model with what would be written now. ModelError when the dense model has no finite loss."""
     started = time.monotonic()
     dtype = evaluation_dtype(context.plan.machine)
     comparison = compare(
         context.open(context.plan.source, dtype),
-        context.open(context.current(), dtype, untie=context.untied),
+        context.open(context.written(), dtype, untie=context.untied),
         plan.windows,
         memory_bytes=context.plan.machine.max_memory_bytes // 2,
         progress=context.progress,

@@ -21,7 +21,7 @@ from gossamer.kernels.bench.shapes import SETS, parse
 needs_module = pytest.mark.skipif(extension.compiled() is None, reason="no compiled kernels to measure")
 NAMES = [
     "torch bfloat16", "torch bfloat16, no oneDNN", "torch float16", "dense bfloat16",
-    "bitmask 50%", "bitmask 70%", "bitmask 80%", "bitmask 2:4",
+    "bitmask 50%", "bitmask 70%", "bitmask 80%", "bitmask 2:4", "int8 bitmask 50%",
     "activation-sparse 50%", "activation-sparse 65%", "activation-sparse 80%",
 ]  # fmt: skip
 

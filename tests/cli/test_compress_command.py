@@ -70,7 +70,7 @@ def test_no_options_give_the_default_recipe(driver):
 ALL = (
     "--method wanda --sparsity 0.6 --allocation owl --reconstruct --include q_proj --include k_proj --exclude down "
     "--untie --calibration c.txt --nsamples 8 --seqlen 64 --scope row --eval e.txt --eval-seqlen 32 --eval-windows 5 "
-    "--allow-overlap --seed 7 --format both --max-shard-size 1GB"
+    "--allow-overlap --seed 7 --format both --values int8 --max-shard-size 1GB"
 )
 
 
@@ -82,7 +82,7 @@ def test_every_option_reaches_the_recipe(driver):
                 include=("q_proj", "k_proj"), exclude=("down",), untie=True, calibration="c.txt", nsamples=8, seqlen=64,
             ),
             EvaluateStage(data="e.txt", seqlen=32, windows=5),
-            ExportStage(format="both", max_shard_size="1GB"),
+            ExportStage(format="both", values="int8", max_shard_size="1GB"),
         ],
         seed=7,
         allow_overlap=True,
@@ -153,6 +153,7 @@ def test_recipe_file_excludes_stage_options(driver, tmp_path, option):
         ("--allocation best", "allocation"),
         ("--scope layer", "scope"),
         ("--format zip", "format"),
+        ("--values int4", "values"),
         ("--nsamples 0", "nsamples"),
         ("--seqlen 1", "seqlen"),
         ("--dtype int8", "dtype"),
@@ -199,8 +200,8 @@ def test_defaults_on_the_help_page_are_the_recipe_s():
     said = {
         "--method": prune.method, "--sparsity": DEFAULT_SPARSITY, "--allocation": prune.allocation,
         "--nsamples": prune.nsamples, "--eval": DEFAULT_EVALUATION, "--seed": Recipe(stages=[prune]).seed,
-        "--format": export.format, "--max-shard-size": export.max_shard_size, "--device": machine.device,
-        "--dtype": machine.dtype, "--max-memory": machine.max_memory,
+        "--format": export.format, "--values": export.values, "--max-shard-size": export.max_shard_size,
+        "--device": machine.device, "--dtype": machine.dtype, "--max-memory": machine.max_memory,
         "--calibration": f"{DEFAULT_CALIBRATION}, where the method needs text",
     }  # fmt: skip
     shown = {}

@@ -19,8 +19,8 @@ from gossamer.errors import ResourceError
 HALF = PruneStage(method="magnitude")
 
 
-def recipe(*stages: PruneStage, form: str = "sparse") -> Recipe:
-    return Recipe(stages=[*stages, ExportStage(format=form)])
+def recipe(*stages: PruneStage, form: str = "sparse", values: str = "same") -> Recipe:
+    return Recipe(stages=[*stages, ExportStage(format=form, values=values)])
 
 
 CASES = {
@@ -30,6 +30,12 @@ CASES = {
     "n of m": ("gpt_oss", recipe(PruneStage(method="magnitude", pattern="1:4"))),
     "experts in several tensors": ("mixtral", recipe(PruneStage(method="magnitude", sparsity=0.37))),
     "some experts": ("gpt_oss", recipe(PruneStage(method="magnitude", exclude=(r"gate_up_proj\.[12]$",)))),
+    "int8 values": ("gpt2", recipe(HALF, form="both", values="int8")),
+    "int8 values of experts": ("gpt_oss", recipe(PruneStage(method="magnitude", sparsity=0.9), values="int8")),
+    "int8 values of a head": (
+        "qwen3",
+        recipe(PruneStage(method="magnitude", untie=True, include=("lm_head", "mlp")), values="int8"),
+    ),
     "two stages": ("llama", recipe(PruneStage(method="magnitude", sparsity=0.3), HALF)),
     "two stages, other matrices": (
         "llama",

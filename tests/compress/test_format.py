@@ -127,8 +127,9 @@ def test_the_example_of_the_page(tmp_path):
 
 def test_the_page_names_every_field_and_file():
     record = MatrixRecord((2, 2), False, "2:4", 1, "0" * 64)
-    for word in (*record.to_json(), "format_version", "model.sparse.safetensors", "model.safetensors.index.sparse.json",
-                 "gossamer/masks.safetensors", "modules", "recipe_sha256"):  # fmt: skip
+    for word in (*record.to_json(), "int8", "format_version", "model.sparse.safetensors",
+                 "model.safetensors.index.sparse.json", "gossamer/masks.safetensors", "modules",
+                 "recipe_sha256"):  # fmt: skip
         assert f"`{word}`" in page(), word
 
 
@@ -249,7 +250,7 @@ DAMAGE = {
     "no version": (text('{"matrices": {}}'), "no format_version"),
     "version is text": (text('{"format_version": "1", "matrices": {}}'), "no format_version"),
     "no matrices": (text('{"format_version": 1}'), "no object 'matrices'"),
-    "newer version": (version(2), "format version 2"),
+    "newer version": (version(3), "format version 3"),
     "metadata lost": (lambda tensors, record: {"format": "pt"}, f"{KEY}_bitmask is packed, but the metadata"),
     "stored both ways": (
         lambda tensors, record: tensors.update({KEY: TENSOR}),

@@ -321,7 +321,7 @@ def test_config_of_another_checkpoint(tmp_path, change):
         sparse(folder)
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", True])
+@pytest.mark.parametrize("version", [3, 0, "1", True])
 def test_other_format_versions(version):
     with pytest.raises(CheckpointError, match="format version"):
         GossamerConfig(format_version=version)

@@ -63,6 +63,7 @@ def jobs(launcher, tiny, tmp_path_factory) -> dict[str, Job]:
         "half": (half, ["--method", "sparsegpt", "--dtype", "float32"]),
         "reconstruct": (tiny, ["--method", "wanda", "--reconstruct"]),
         "shards": (tiny, ["--method", "wanda", "--max-shard-size", "40kB"]),
+        "int8": (half, ["--method", "wanda", "--values", "int8"]),
     }
     found = {}
     for name, (model, extra) in options.items():
@@ -96,7 +97,7 @@ def test_killed_at_a_named_point(default, tmp_path, point):
     resumed(default, tmp_path / "out", point, *SPILL)
 
 
-@pytest.mark.parametrize("name", ["owl", "model", "wanda", "head", "half", "reconstruct", "shards"])
+@pytest.mark.parametrize("name", ["owl", "model", "wanda", "head", "half", "reconstruct", "shards", "int8"])
 def test_every_kind_of_job(jobs, tmp_path, name):
     resumed(jobs[name], tmp_path / "out", "part:2")
 
