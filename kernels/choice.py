@@ -38,6 +38,7 @@ _STEP = 20  # sparsities are rounded to 1 / 20
 _MOST_BYTES = 32 << 20  # of dense weight; of larger ones only so many rows are measured
 _BLOCK = 64  # rows of random numbers, repeated: drawing all of them would take longer than the measurement
 _LEAST_ROUNDS, _MOST_ROUNDS, _SECONDS = 10, 400, 0.3
+_FEWEST_ROUNDS = 4  # however late it is
 _AGREE = 1.05  # the three best times of a contender lie within this, or something else was running
 _HELD_UP = 1.5  # and so it was when all threads take this many times as long as one
 
@@ -95,23 +96,24 @@ def _measure(op: str, rows: int, cols: int, dtype: torch.dtype, sparsity: float)
         contenders = _contenders(op, part, cols, dtype, sparsity)
         warm = {contender.name: contender.call for contender in _contenders(op, 16, 64, dtype, sparsity)}
         with _one_thread():
-            alone = _times(contenders, warm)
-        together = _times(contenders, warm) if torch.get_num_threads() > 1 else alone
+            alone = _times(contenders, warm, time.thread_time)
+        together = _times(contenders, warm, time.perf_counter) if torch.get_num_threads() > 1 else alone
     quiet = _settled(together) and all(min(together[key]) <= _HELD_UP * min(alone[key]) for key in alone)
     times = together if quiet else alone
     sparse_us, dense_us = (summary(times[which.name]).decile * rows / part for which in contenders)
     return (sparse_us, dense_us), quiet
 
 
-def _times(contenders: list[Contender], warm: Mapping[str, Callable[[], Tensor]]) -> Times:
-    return run_rounds(contenders, _MOST_ROUNDS, warm=warm, after=_enough(time.monotonic() + _SECONDS))
+def _times(contenders: list[Contender], warm: Mapping[str, Callable[[], Tensor]], clock: Callable[[], float]) -> Times:
+    after = _enough(time.monotonic() + _SECONDS)
+    return run_rounds(contenders, _MOST_ROUNDS, warm=warm, after=after, clock=clock)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """While other programs run, a call on all cores ends when the last of them is free; one on one core is not held up.
+    """While other programs run, a call on all cores ends when the last of them is free, and its time tells little.
 
-    Its times are longer, but which of two contenders is faster still shows.
+    One thread's own time does not count what it waits for a core. It is longer, but which contender is faster shows.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -134,7 +136,8 @@ def _contenders(op: str, rows: int, cols: int, dtype: torch.dtype, sparsity: flo
 
 def _enough(deadline: float) -> Callable[[int, Times], bool]:
     def after(done: int, times: Times) -> bool:
-        return time.monotonic() > deadline or (done >= _LEAST_ROUNDS and _settled(times))
+        late = time.monotonic() > deadline and done >= _FEWEST_ROUNDS
+        return late or (done >= _LEAST_ROUNDS and _settled(times))
 
     return after
 

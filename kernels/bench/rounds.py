@@ -51,10 +51,12 @@ def run_rounds(
     *,
     warm: Mapping[str, Callable[[], Tensor]] | None = None,
     after: Callable[[int, Times], bool] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Times:
     """Microseconds of every call by name. `warm`: by name, what brings a contender's code into the cache.
 
-    after(rounds done, times) is called after each round and may end the measurement by returning True.
+    after(rounds done, times) is called after each round and may end the measurement by returning True. clock: in
+    seconds; `time.thread_time` leaves out the time that other programs had the core, and sees the calling thread only.
     """
     warm = warm or {}
     times: Times = {contender.name: [] for contender in contenders}
@@ -63,7 +65,12 @@ def run_rounds(
     for done in range(1, rounds + 1):
         for contender in order.sample(contenders, len(contenders)):
             with contender.setting():
-                times[contender.name].append(_cold_time(unrelated, contender.call, warm.get(contender.name)))
+                unrelated.amax()
+                if contender.name in warm:
+                    warm[contender.name]()
+                start = clock()
+                contender.call()
+                times[contender.name].append((clock() - start) * 1e6)
         if after is not None and after(done, times):
             break
     return times
@@ -80,12 +87,3 @@ def summary(times: Sequence[float]) -> Timing:
 def unrelated_bytes() -> int:
     """What is read before each call: more than twice the last cache, within reason where that is huge."""
     return min(max(LEAST_UNRELATED, last_cache_bytes() * 5 // 2), MOST_UNRELATED)
-
-
-def _cold_time(unrelated: Tensor, call: Callable[[], Tensor], warm: Callable[[], Tensor] | None) -> float:
-    unrelated.amax()
-    if warm is not None:
-        warm()
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e6

@@ -34,7 +34,8 @@ void bitmask_prepare_row(const void* x, std::int64_t cols, std::uint8_t* out) {
     }
 }
 
-// One row tile of a panel: `count` tiles from `values` on. Sums go to out [4][B].
+// One row tile of a panel: `count` tiles from `values` on. Sums go to out [4][B]. Nothing is asked for ahead: at any
+// distance that was 1.05 to 1.2 times as slow as what the processor's own prefetchers do.
 template <class M, int B>
 const std::uint16_t* bitmask_row_tile(const std::uint16_t* values, std::int64_t count, const std::uint8_t* x,
                                       std::int64_t stride, float (*out)[B]) {
@@ -50,7 +51,6 @@ const std::uint16_t* bitmask_row_tile(const std::uint16_t* values, std::int64_t 
         values += tiles::kMaskBytes / 2;
 GOSSAMER_UNROLL(4)
         for (int r = 0; r < kRows; ++r) {
-            prefetch_ahead<6144>(values, 4);  // 4 to 12 KiB measured alike, 1 KiB was slower than nothing
             values = M::row(masks + r * (tiles::kCols / 8), values, [&](int i, typename M::V v) {
                 GOSSAMER_UNROLL(8)
                 for (int b = 0; b < B; ++b) acc[r][b] = M::mul(acc[r][b], v, x + b * stride + i * kBytes);

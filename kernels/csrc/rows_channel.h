@@ -1,7 +1,7 @@
 // Sums of active rows of W^T [channels, outputs], written once for all tiers.
 //
 // A format C gives: S (the vector unit), W, kStep = 2 lanes, widen(w, a, b): kStep weights as two vectors of floats in
-// an order of its own, narrow(a, b, out), which undoes that order, prefetch(w), and row(w): one vector of floats in order.
+// an order of its own, narrow(a, b, out), which undoes that order, and row(w): one vector of floats in order.
 // The unit S also has exceed(x, t): bit i set unless |x_i| <= t_i, and append(bits, vector, out), which writes the lanes
 // whose bit is set one after the other (and may write up to a vector more).
 #pragma once
@@ -57,9 +57,9 @@ std::int64_t channel_compact(const typename C::W* x, int batch, std::int64_t cha
 }
 
 // Channels read side by side. Rows of W^T are often a power of two apart, so their lines compete for the 8 to 12 places of
-// one cache set: 16 were at times faster, at times slower, 24 took twice as long.
-constexpr int kGroup = 8;
-constexpr std::int64_t kAheadOutputs = 512;   // how far ahead of the sums weights are asked for
+// one cache set: 24 took twice as long as 8, 16 a little longer than 12. The processor follows that many streams by itself;
+// asking for memory ahead took 1.3 times as long.
+constexpr int kGroup = 12;
 constexpr std::int64_t kBlockFloats = 4096;   // sums of a block of outputs, all rows of x: half of a first-level cache
 
 // Channels to add: rows[i] points at their weights of the first output, x [kCount][B] at their inputs.
@@ -109,32 +109,15 @@ inline void channel_step(const Group<typename C::W>& group, std::int64_t outputs
     }
 }
 
-// Steps [from, to) of one group; asks for `ahead[i] + o` on the way, unless ahead is nullptr.
+// A group over all outputs of a block.
 template <class C, int B, int kCount>
-inline void channel_steps(const Group<typename C::W>& group, std::int64_t outputs, std::int64_t from, std::int64_t to,
-                          float* sums, const typename C::W* const* ahead, std::int64_t shift) {
+inline void channel_group(const Group<typename C::W>& group, std::int64_t outputs, float* sums) {
     constexpr int kWide = 2;
-    std::int64_t o = from;
-    for (; o + kWide * C::kStep <= to; o += kWide * C::kStep) {
-        if (ahead != nullptr) {
-            for (int i = 0; i < kCount; ++i) {
-                for (int n = 0; n < kWide; ++n) C::prefetch(ahead[i] + o + shift + n * C::kStep);
-            }
-        }
+    std::int64_t o = 0;
+    for (; o + kWide * C::kStep <= outputs; o += kWide * C::kStep) {
         channel_step<C, B, kCount, kWide>(group, outputs, o, sums);
     }
-    for (; o < to; o += C::kStep) channel_step<C, B, kCount, 1>(group, outputs, o, sums);
-}
-
-// A group over all outputs of a block. Jumping from channel to channel leaves the processor's own prefetchers without a
-// stream to follow, so weights are asked for some way ahead, first in the same rows, at their end in those of `next`.
-template <class C, int B, int kCount>
-inline void channel_group(const Group<typename C::W>& group, std::int64_t outputs, float* sums,
-                          const typename C::W* const* next) {
-    const std::int64_t shift = kAheadOutputs < outputs ? kAheadOutputs : outputs;
-    const std::int64_t turn = (outputs - shift) / (2 * C::kStep) * (2 * C::kStep);
-    channel_steps<C, B, kCount>(group, outputs, 0, turn, sums, next != nullptr ? group.rows : nullptr, shift);
-    channel_steps<C, B, kCount>(group, outputs, turn, outputs, sums, next, shift - outputs);
+    for (; o < outputs; o += C::kStep) channel_step<C, B, kCount, 1>(group, outputs, o, sums);
 }
 
 // Outputs [begin, end), end - begin a multiple of kStep and at most a block.
@@ -146,20 +129,15 @@ void channel_block(const ChannelCall& call, std::int64_t begin, std::int64_t end
     const std::int64_t outputs = end - begin;
     alignas(64) float sums[kBlockFloats];
     for (std::int64_t o = 0; o < outputs * B; o += S::kLanes) S::store(sums + o, S::zero());
-    const W* rows[2][kGroup];
-    const auto point = [&](std::int64_t first, const W** to) {
-        for (int i = 0; i < kGroup; ++i) to[i] = weight + call.active[first + i] * call.outputs;
-    };
     std::int64_t i = 0;
-    if (kGroup <= call.count) point(0, rows[0]);
-    for (int now = 0; i + kGroup <= call.count; i += kGroup, now = 1 - now) {
-        const bool more = i + 2 * kGroup <= call.count;
-        if (more) point(i + kGroup, rows[1 - now]);
-        channel_group<C, B, kGroup>({rows[now], call.x + i * B}, outputs, sums, more ? rows[1 - now] : nullptr);
+    for (; i + kGroup <= call.count; i += kGroup) {
+        const W* rows[kGroup];
+        for (int n = 0; n < kGroup; ++n) rows[n] = weight + call.active[i + n] * call.outputs;
+        channel_group<C, B, kGroup>({rows, call.x + i * B}, outputs, sums);
     }
     for (; i < call.count; ++i) {
         const W* row = weight + call.active[i] * call.outputs;
-        channel_group<C, B, 1>({&row, call.x + i * B}, outputs, sums, nullptr);
+        channel_group<C, B, 1>({&row, call.x + i * B}, outputs, sums);
     }
     for (int r = 0; r < call.batch; ++r) {
         W* y = static_cast<W*>(call.y) + r * call.outputs + begin;
@@ -182,7 +160,7 @@ void channel_rest(const ChannelCall& call, std::int64_t begin, std::int64_t end)
     const W* row = part;
     for (std::int64_t i = 0; i < call.count; ++i) {
         for (std::int64_t o = 0; o < end - begin; ++o) part[o] = weight[call.active[i] * call.outputs + o];
-        channel_group<C, B, 1>({&row, call.x + i * B}, C::kStep, sums, nullptr);
+        channel_group<C, B, 1>({&row, call.x + i * B}, C::kStep, sums);
     }
     for (int r = 0; r < call.batch; ++r) {
         const float* sum = sums + r * C::kStep;

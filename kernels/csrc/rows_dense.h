@@ -27,12 +27,12 @@ void dense_prepare_row(const void* x, std::int64_t cols, std::uint8_t* out) {
     D::prepare_step(last, out + k * D::kXBytes);
 }
 
-// One row times B rows of x. Four chains of sums per row of x, always summed in the same order.
+// One row times B rows of x. Four chains of sums per row of x, always summed in the same order. The processor's own
+// prefetchers follow the rows: asking for memory ahead made this 1.4 times as slow in large pages, 1.15 in small ones.
 template <class D, int B>
 void dense_row(const typename D::W* w, std::int64_t cols, const std::uint8_t* x, std::int64_t stride, float* out) {
     using F = typename D::S::F;
     constexpr int kStep = D::kStep, kBytes = D::kStep * D::kXBytes, kChains = 4;
-    constexpr int kLines = kStep * sizeof(typename D::W) > 64 ? kStep * sizeof(typename D::W) / 64 : 1;
     F acc[B][kChains];
     for (int b = 0; b < B; ++b) {
         for (int i = 0; i < kChains; ++i) acc[b][i] = D::S::zero();
@@ -41,7 +41,6 @@ void dense_row(const typename D::W* w, std::int64_t cols, const std::uint8_t* x,
     for (; k + kChains * kStep <= cols; k += kChains * kStep, x += kChains * kBytes) {
         for (int i = 0; i < kChains; ++i) {
             const auto v = D::load(w + k + i * kStep);
-            if (i * sizeof(typename D::W) * kStep % 64 == 0) prefetch_ahead<4096>(w + k + i * kStep, kLines);
             for (int b = 0; b < B; ++b) acc[b][i] = D::mul(acc[b][i], v, x + b * stride + i * kBytes);
         }
     }

@@ -97,7 +97,6 @@ const std::uint8_t* int8_row_tile(const std::uint8_t* at, std::int64_t count, co
     typename I::Quad acc[B];
     for (int q = 0; q < B; ++q) acc[q] = I::load(sums + 4 * q);
     for (std::int64_t t = 0; t < count; ++t, x += kBytes, scales += kLanes, corrections += kLanes) {
-        prefetch_ahead<6144>(at, 6);
         typename I::Ints dots[B];
         const auto w = I::scales(at + tiles::kMaskBytes);
         at = I::template dots<B>(at, at + tiles::kMaskBytes + tiles::kScaleBytes, x, stride, corrections, dots);

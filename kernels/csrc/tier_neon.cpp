@@ -82,7 +82,6 @@ struct Channel<float> {
     static float32x4_t row(const W* w) { return S::load(w); }
     static void widen(const W* w, float32x4_t& a, float32x4_t& b) { a = S::load(w), b = S::load(w + 4); }
     static void narrow(float32x4_t a, float32x4_t b, W* out) { S::store(out, a), S::store(out + 4, b); }
-    static void prefetch(const W* w) { __builtin_prefetch(w); }
 };
 
 template <>
@@ -111,7 +110,6 @@ struct Channel<Bf16> {
         const uint16x8_t both = vshrn_high_n_u32(vshrn_n_u32(round(a), 16), round(b), 16);
         std::memcpy(out, &both, sizeof both);
     }
-    static void prefetch(const W* w) { __builtin_prefetch(w); }
 };
 
 template <>
@@ -133,7 +131,6 @@ struct Channel<Fp16> {
         const float16x8_t both = vcvt_high_f16_f32(vcvt_f16_f32(a), b);
         std::memcpy(out, &both, sizeof both);
     }
-    static void prefetch(const W* w) { __builtin_prefetch(w); }
 };
 
 template <class W>

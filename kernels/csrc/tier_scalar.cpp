@@ -80,7 +80,6 @@ struct Channel {
             gossamer::narrow(b.lane[i], out + i + S::kLanes);
         }
     }
-    static void prefetch(const W*) {}
 };
 
 template <class W>

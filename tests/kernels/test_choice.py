@@ -43,7 +43,7 @@ def timed(monkeypatch):
     answer = Timed()
     answer.calls = []
 
-    def run_rounds(contenders, most, *, warm, after):
+    def run_rounds(contenders, most, *, warm, after, clock):
         assert [set(warm), {each.name for each in contenders}] == [{each.name for each in contenders}] * 2
         answer.calls.append(torch.get_num_threads())
         for contender in contenders:
@@ -160,8 +160,8 @@ def test_a_busy_machine_is_not_believed(timed, folder, monkeypatch):
     """All threads take longer than one: something else holds them up. Then one thread decides, and nothing is kept."""
     real = choice.run_rounds
 
-    def busy(contenders, most, *, warm, after):
-        times = real(contenders, most, warm=warm, after=after)
+    def busy(contenders, most, *, warm, after, clock):
+        times = real(contenders, most, warm=warm, after=after, clock=clock)
         sparse, dense = times
         if len(timed.calls) == 1:  # one thread comes first
             return {sparse: [2000.0] * 12, dense: [4000.0] * 12}

@@ -58,9 +58,9 @@ def test_rows_without_columns_ask_for_no_memory():
 def test_nothing_to_copy_has_no_address():
     """Empty tensors have address 0, which memcpy must not get even for no bytes; only UBSan sees it."""
     bits = torch.zeros(3, 2, dtype=torch.uint8)
-    packed = torch.full((extension.compiled().tiles_size(3, 10, 0),), 255, dtype=torch.uint8)
+    packed = torch.full((extension.compiled().tiles_size(3, 10, 0, 1),), 255, dtype=torch.uint8)
     assert torch.empty(0).data_ptr() == 0
-    assert extension.compiled().tiles_pack(bits.data_ptr(), 0, 0, 3, 10, 1, packed.data_ptr())
+    assert extension.compiled().tiles_pack(bits.data_ptr(), 0, 0, 0, 3, 10, 1, packed.data_ptr())
     assert (describe(packed).rows, describe(packed).nnz) == (3, 0)
 
 
