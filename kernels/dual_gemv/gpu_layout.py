@@ -1,0 +1,39 @@
+"""The matrix of `dual_gemv` for GPUs: channel by channel, in words of 64 outputs that stand for themselves.
+
+masks int64 [in, words]: bit j of word w is output 64 w + j. starts int32 [in, words]: where the values of that word begin
+in values [nnz], which are in the order of channels, then of outputs. Skipping a channel skips its words and its values.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import KernelError
+from ..bitmask import dispatch as bitmask
+
+WORD = 64
+
+
+class DualMatrix(NamedTuple):
+    masks: Tensor
+    starts: Tensor
+    values: Tensor
+
+
+def make(bits: Tensor, values: Tensor, cols: int) -> DualMatrix:
+    """From row bits uint8 [rows, ceil(cols / 8)] and values [nnz] in row order, the layout of checkpoints."""
+    if values.numel() >= 1 << 31:
+        raise KernelError(f"the matrix has {values.numel()} values, fewer than {1 << 31} are allowed")
+    bitmask.check_values(values, bits, cols)
+    mask = bitmask.unpack_bits(bits, cols).t().contiguous()
+    weight = bitmask.expand(values, bits, cols).t().contiguous()
+    words = -(-bits.shape[0] // WORD)
+    padded = torch.zeros(cols, 8 * words, dtype=torch.uint8, device=bits.device)
+    transposed = bitmask.pack_bits(mask)
+    padded[:, : transposed.shape[1]] = transposed
+    counts = bitmask.row_counts(padded.view(-1, 8))
+    starts = (counts.cumsum(0) - counts).to(torch.int32).view(cols, words)
+    return DualMatrix(padded.view(torch.int64).view(cols, words), starts, bitmask.compress(weight, transposed))
