@@ -1,6 +1,7 @@
-"""What the Triton kernels of all operations share: sums in a fixed order, rounding, the device to run on."""
+"""What the Triton kernels of all operations share: sums in a fixed order, rounding, the device to run on.
 
-from __future__ import annotations
+No postponed annotations in files with kernels: early versions of Triton look for the object `tl.constexpr`, not its name.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -25,16 +26,15 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
 
 @triton.jit
 def fold(sums: tl.tensor, OUTER: tl.constexpr, LENGTH: tl.constexpr, INNER: tl.constexpr) -> tl.tensor:
-    """[OUTER, LENGTH, INNER] in any shape of that order, added up over LENGTH, a power of two: [OUTER, INNER].
+    """[OUTER, LENGTH, INNER] in any shape of that order, added up over LENGTH, a power of two up to 4096: [OUTER, INNER].
 
     Halves are added onto each other. A sum of two has the same bits in either order, so the result does not depend on
     where the compiler puts the elements, as that of one `tl.sum` would.
     """
-    half: tl.constexpr = LENGTH // 2
-    if LENGTH == 1:
-        return tl.reshape(sums, (OUTER, INNER))
-    else:
-        return fold(tl.sum(tl.reshape(sums, (OUTER, 2, half * INNER)), axis=1), OUTER, half, INNER)
+    for step in tl.static_range(12):
+        if (LENGTH >> step) > 1:
+            sums = tl.sum(tl.reshape(sums, (OUTER, 2, (LENGTH >> (step + 1)) * INNER)), axis=1)
+    return tl.reshape(sums, (OUTER, INNER))
 
 
 @triton.jit

@@ -1,7 +1,5 @@
 """`bitmask_gemv` for GPUs, from the packed tensor that the CPU reads. `dispatch` has checked the arguments."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -52,15 +50,15 @@ def _row_tile(
     for first in range(split * share, end, TILES):
         tile = first + tl.arange(0, TILES)
         entry = tl.load(index + row_tile.to(tl.int64) * tiles + tile, mask=tile < end, other=0)
-        start = (entry >> 27)[:, None]
-        ahead = ((entry << 9)[:, None] >> (9 * row)[:, None, None]) & 511
-        inside = (tile < end)[:, None]
+        start = (entry >> 27)[None, :, None]
+        ahead = ((entry << 9)[None, :, None] >> (9 * row)[:, None, None]) & 511
+        inside = (tile < end)[None, :, None]
         bits = tl.load(masks + 2 * start + (16 * row)[:, None, None] + byte, mask=inside, other=0).to(tl.int32)
         pairs = bits - ((bits >> 1) & 0x55)
         nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
         count = (nibbles + (nibbles >> 4)) & 0x0F
         place = values + (start + 32) + (ahead + tl.cumsum(count, 2) - count)
-        column = (tile * 128)[:, None] + 8 * byte
+        column = (tile * 128)[None, :, None] + 8 * byte
         for k in tl.static_range(8):
             kept = (bits & (1 << k)) != 0
             value = tl.load(place, mask=kept, other=0.0).to(tl.float32)

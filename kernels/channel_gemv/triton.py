@@ -4,8 +4,6 @@
 program takes an equal part of the list. Also what other operations with lists of channels build upon.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -34,6 +34,7 @@ def make(bits: Tensor, values: Tensor, cols: int) -> DualMatrix:
     padded = torch.zeros(cols, 8 * words, dtype=torch.uint8, device=bits.device)
     transposed = bitmask.pack_bits(mask)
     padded[:, : transposed.shape[1]] = transposed
-    counts = bitmask.row_counts(padded.view(-1, 8))
+    padded = padded.view(cols * words, 8)
+    counts = bitmask.row_counts(padded)
     starts = (counts.cumsum(0) - counts).to(torch.int32).view(cols, words)
     return DualMatrix(padded.view(torch.int64).view(cols, words), starts, bitmask.compress(weight, transposed))

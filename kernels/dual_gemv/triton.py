@@ -3,8 +3,6 @@
 `gpu_layout` makes the matrix; `channel_gemv/triton.py` the list. `dispatch` has checked the arguments.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -3,8 +3,6 @@
 `dispatch` has checked the arguments. Numbers in the list that are no neurons add nothing; no address follows from them.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -48,16 +46,16 @@ def _gate_up(
     """factors float32 [batch, n]: activation(gate x) * (up x) of the neuron at one position of the list."""
     position, n = tl.program_id(0), tl.num_programs(0)
     neuron = tl.load(active + position)
-    there = (neuron >= 0) & (neuron < neurons)
+    length = tl.where((neuron >= 0) & (neuron < neurons), hidden, 0)
     line = neuron.to(tl.int64) * hidden
     b = tl.arange(0, BATCH)
     gates = tl.zeros((BATCH, INPUTS), tl.float32)
     ups = gates
     for first in range(0, hidden, INPUTS):
         column = first + tl.arange(0, INPUTS)[None, :]
-        inside = column < hidden
-        one = tl.load(gate + line + column, mask=inside & there, other=0.0).to(tl.float32)
-        other = tl.load(up + line + column, mask=inside & there, other=0.0).to(tl.float32)
+        inside = column < length
+        one = tl.load(gate + line + column, mask=inside, other=0.0).to(tl.float32)
+        other = tl.load(up + line + column, mask=inside, other=0.0).to(tl.float32)
         wanted = (b < batch)[:, None] & inside
         factor = tl.load(x + b[:, None] * hidden + column, mask=wanted, other=0.0).to(tl.float32)
         gates = add_product(gates, one, factor)

@@ -17,7 +17,7 @@ def pack(bits: Tensor, values: Tensor, keep: int, group: int) -> Tensor:
     mask = _groups(bits, group)
     slots = torch.zeros(mask.shape, dtype=torch.int16, device=values.device)
     slots = slots.masked_scatter_(torch.arange(group, device=bits.device) < mask.sum(-1, keepdim=True), _raw(values))
-    return slots[..., :keep].reshape(bits.shape[0], -1).view(values.dtype)
+    return slots[..., :keep].contiguous().view(bits.shape[0], mask.shape[1] * keep).view(values.dtype)
 
 
 def unpack(codes: Tensor, values: Tensor, keep: int, group: int) -> Tensor:
@@ -40,7 +40,7 @@ def dense(codes: Tensor, values: Tensor, cols: int, keep: int, group: int) -> Te
     kept = mask & (rank < keep)
     slots = _raw(values).view(*mask.shape[:-1], keep).gather(-1, rank.clamp(0, keep - 1))
     weight = torch.where(kept, slots, slots.new_zeros(()))
-    return weight.view(codes.shape[0], -1)[:, :cols].contiguous().view(values.dtype)
+    return weight.flatten(1)[:, :cols].contiguous().view(values.dtype)
 
 
 def nm_gemv(x: Tensor, codes: Tensor, values: Tensor, keep: int, group: int) -> Tensor:
@@ -51,7 +51,8 @@ def nm_gemv(x: Tensor, codes: Tensor, values: Tensor, keep: int, group: int) -> 
 
 def _groups(bits: Tensor, group: int) -> Tensor:
     """bool [rows, groups, group], the bits beyond the last column included."""
-    return bitmask.unpack_bits(bits, 8 * bits.shape[1]).view(bits.shape[0], -1, group)
+    cols = 8 * bits.shape[1]
+    return bitmask.unpack_bits(bits, cols).view(bits.shape[0], cols // group, group)
 
 
 def _raw(values: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """`nm_gemv` for GPUs. `dispatch` has checked the arguments."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -77,6 +75,8 @@ def nm_gemv(x: Tensor, batch: int, codes: Tensor, values: Tensor, keep: int, gro
     y = x.new_empty((*x.shape[:-1], rows))
     if not y.numel():
         return y
+    if not width:
+        return y.zero_()
     words = {1: torch.int16, 2: torch.int32, 4: torch.int64}[8 * keep // group]
     chosen = plan(rows, width)
     single = chosen.splits == 1
