@@ -61,7 +61,8 @@ def add_splits(partial: tl.tensor, y: tl.tensor, size: tl.tensor, SPLITS: tl.con
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for split in range(SPLITS):
-        total += tl.load(partial + split * size.to(tl.int64) + at, mask=at < size, other=0.0)
+        place = tl.zeros((BLOCK,), tl.int64) + split  # as a tensor: a size of 1 is a constant, which has no width
+        total += tl.load(partial + place * size + at, mask=at < size, other=0.0)
     tl.store(y + at, narrow(total, y.dtype.element_ty), mask=at < size)
 
 

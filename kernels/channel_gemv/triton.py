@@ -125,7 +125,16 @@ def list_active(x: Tensor, batch: int, threshold: Tensor) -> tuple[Tensor, Tenso
     count = x.new_empty(1, dtype=torch.int32)
     block = min(LIST_BLOCK, power_of_two(channels))
     _list_active[(-(-channels // block),)](
-        x, threshold, ids, factors, count, channels, batch, BATCH=power_of_two(batch), BLOCK=block, num_warps=warps(batch)
+        x,
+        threshold,
+        ids,
+        factors,
+        count,
+        channels,
+        batch,
+        BATCH=power_of_two(batch),
+        BLOCK=block,
+        num_warps=warps(batch),
     )
     return ids, factors, count
 

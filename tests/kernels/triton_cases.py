@@ -4,6 +4,8 @@ TRITON_INTERPRET=1 must be set before Triton is imported, and then holds for the
 programs one after the other in NumPy, so the shapes are small; small `PROGRAMS` or steps make several splits of them.
 """
 
+# ruff: noqa: E402 - without Triton, none of its kernels can be imported
+
 from __future__ import annotations
 
 import gc
@@ -247,7 +249,9 @@ def test_the_threshold_itself_is_skipped_and_nan_never_is():
     assert y.tolist() == [0.0, 0.0, 0.75, -0.75]
     y = channel_gemv(torch.tensor([NAN, 1.0, 1.0, 1.0]), weight_t, torch.full((4,), INF))
     assert y.isnan().tolist() == [True] * 4
-    assert channel_gemv(torch.tensor([INF, 0.0, 0.0, 0.0]), torch.ones(4, 4), torch.full((4,), 2.0)).tolist() == [INF] * 4
+    assert (
+        channel_gemv(torch.tensor([INF, 0.0, 0.0, 0.0]), torch.ones(4, 4), torch.full((4,), 2.0)).tolist() == [INF] * 4
+    )
     assert channel_gemv(torch.ones(4), weight_t, torch.full((4,), NAN)).tolist() == [1.0] * 4
 
 
