@@ -1,6 +1,6 @@
 """What the Triton kernels of all operations share: sums in a fixed order, rounding, the device to run on.
 
-No postponed annotations in files with kernels: early versions of Triton look for the object `tl.constexpr`, not its name.
+No postponed annotations in files with kernels: early versions of Triton want the object `tl.constexpr`, not its name.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -26,7 +26,7 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
 
 @triton.jit
 def fold(sums: tl.tensor, OUTER: tl.constexpr, LENGTH: tl.constexpr, INNER: tl.constexpr) -> tl.tensor:
-    """[OUTER, LENGTH, INNER] in any shape of that order, added up over LENGTH, a power of two up to 4096: [OUTER, INNER].
+    """[OUTER, LENGTH, INNER] in any shape of that order, added up over LENGTH, a power of two to 4096: [OUTER, INNER].
 
     Halves are added onto each other. A sum of two has the same bits in either order, so the result does not depend on
     where the compiler puts the elements, as that of one `tl.sum` would.
@@ -46,7 +46,7 @@ def add_product(sums: tl.tensor, a: tl.tensor, b: tl.tensor) -> tl.tensor:
 @triton.jit
 def narrow(value: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
     """float32 rounded to the nearest DTYPE, ties to even. By hand for bfloat16: Triton's interpreter cuts bits off."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         rounded = tl.where(value == value, rounded, 0x7FC0)

@@ -33,8 +33,8 @@ def index_of(packed: Tensor, record: Record) -> Tensor:
 def make(packed: Tensor, shape: Shape) -> Tensor:
     """int64 [row tiles, tiles along the columns], of a packed tensor without fault.
 
-    Bits from 27: where the tile begins, in units of 2 bytes from the stream's begin. Bits 0 to 8, 9 to 17, 18 to 26: kept
-    values of its row 0, of rows 0 and 1, of rows 0 to 2, so where the values of rows 1, 2 and 3 begin.
+    Bits from 27: where the tile begins, in units of 2 bytes from the stream's begin. Bits 0 to 8, 9 to 17, 18 to 26:
+    kept values of its row 0, of rows 0 and 1, of rows 0 to 2, so where the values of rows 1, 2 and 3 begin.
     """
     offsets = packed[64 : 64 + 8 * shape.offsets].view(torch.int64)
     stream = packed[shape.stream : len(packed) - TAIL]

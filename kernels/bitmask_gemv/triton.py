@@ -8,7 +8,7 @@ from torch import Tensor
 from ..gpu import add_product, finish, fold, narrow, on_device, warps
 from ..gpu_plan import Plan, cut, power_of_two
 from .gpu_layout import index_of
-from .layout import COLS, ROWS, Shape
+from .layout import Shape
 from .record import Record
 
 TILES = 8  # side by side in a step: 4 warps of 2 x 16 threads, each thread 8 columns of 4 rows
@@ -36,8 +36,8 @@ def _row_tile(
 ) -> None:
     """out [splits, batch, rows], float32 or, of one split, the result: four rows over one split of the columns.
 
-    A thread owns a mask byte, 8 columns, of each of the 4 rows. Where its values begin: begin of the tile, values of the
-    rows before, values under the 15 other mask bytes before its own (a prefix sum over 16 neighbours).
+    A thread owns a mask byte, 8 columns, of each of the 4 rows. Where its values begin: begin of the tile, values of
+    the rows before, values under the mask bytes before its own (a prefix sum over 16 neighbours).
     """
     row_tile, split = tl.program_id(0), tl.program_id(1)
     row, b = tl.arange(0, 4), tl.arange(0, BATCH)

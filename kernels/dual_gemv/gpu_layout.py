@@ -1,7 +1,7 @@
 """The matrix of `dual_gemv` for GPUs: channel by channel, in words of 64 outputs that stand for themselves.
 
-masks int64 [in, words]: bit j of word w is output 64 w + j. starts int32 [in, words]: where the values of that word begin
-in values [nnz], which are in the order of channels, then of outputs. Skipping a channel skips its words and its values.
+masks int64 [in, words]: bit j of word w is output 64 w + j. starts int32 [in, words]: where the values of that word
+begin in values [nnz], which are in the order of channels, then of outputs. A skipped channel skips words and values.
 """
 
 from __future__ import annotations

@@ -48,9 +48,10 @@ def nm_gemv(x: Tensor, codes: Tensor, values: Tensor, keep: int, group: int) -> 
     """x [..., in] times the keep:group matrix [rows, in] transposed: [..., rows] in x's dtype, sums in float32.
 
     codes: row bits uint8 [rows, ceil(in / 8)]; values: of `pack`, in x's dtype. x: contiguous, 1 to 8 rows. Pruned
-    entries multiply as +0.0: an infinity in x makes NaN. The same bits for a row alone or among others. Raises
-    KernelError for shapes, dtypes and devices that do not fit, and where a gradient would be needed. The content of codes
-    is not checked, and need not be: no address follows from it. Bits beyond the first `keep` of a group count as pruned.
+    entries multiply as +0.0: an infinity in x makes NaN. On a GPU, a row gives the same bits alone and among others.
+    Raises KernelError for shapes, dtypes and devices that do not fit, and where a gradient would be needed. The content
+    of codes is not checked, and need not be: no address follows from it. Of a group with too many bits, the first
+    `keep` count.
     """
     return _operator(x, codes, values, keep, group)
 

@@ -1,4 +1,4 @@
-"""N:M matrices with fixed stride: the layout, its inverse, the result of the reference. `test_triton` has the kernels."""
+"""N:M matrices with fixed stride: the layout, its inverse, the reference. `test_triton` has the kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Triton kernels without a GPU: their results in Triton's interpreter, and that they compile for NVIDIA's and AMD's GPUs.
+"""Triton kernels without a GPU: their results in the interpreter, and that they compile for NVIDIA and AMD GPUs.
 
 The interpreter is chosen once per process, before Triton is imported, so the results are tested in one of their own.
 Skipped where Triton is not installed: `make test-triton` installs it and runs this file.
