@@ -11,23 +11,17 @@ import torch
 from torch import Tensor
 
 from ..bitmask.reference import row_counts
+from ..derived import Derived
 from .layout import COLS, MASK_WORDS, ROWS, TAIL, Shape
 from .record import Record
 
 START = 27  # bits 27 and up: begin of the tile; bits 0 to 26: three numbers of 9 bits
-_indices: dict[int, tuple[Record, Tensor]] = {}  # by the number of the packed memory
+indices = Derived[Tensor]()
 
 
 def index_of(packed: Tensor, record: Record) -> Tensor:
     """The index of a packed tensor with that record, on its device; made once, kept while the packed memory lives."""
-    known = _indices.get(record.memory.cdata)
-    if known is not None and known[0] is record:
-        return known[1]
-    for key in [key for key, (old, _) in _indices.items() if old.memory.expired()]:
-        del _indices[key]
-    index = make(packed, Shape(record.rows, record.cols))
-    _indices[record.memory.cdata] = (record, index)
-    return index
+    return indices.of(record, lambda: make(packed, Shape(record.rows, record.cols)))
 
 
 def make(packed: Tensor, shape: Shape) -> Tensor:

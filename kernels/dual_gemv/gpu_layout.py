@@ -6,13 +6,18 @@ begin in values [nnz], which are in the order of channels, then of outputs. A sk
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...errors import KernelError
 from ..bitmask import dispatch as bitmask
+from ..derived import Derived
+
+if TYPE_CHECKING:
+    from ..bitmask_gemv.record import Record
 
 WORD = 64
 
@@ -21,6 +26,18 @@ class DualMatrix(NamedTuple):
     masks: Tensor
     starts: Tensor
     values: Tensor
+
+
+matrices = Derived[DualMatrix]()
+
+
+def matrix_of(packed: Tensor, record: Record, unpack: Callable[[Tensor], tuple[Tensor, Tensor, int]]) -> DualMatrix:
+    """Of a packed tensor with that record, on its device; `unpack` gives its bits, values and columns on the CPU."""
+
+    def build() -> DualMatrix:
+        return DualMatrix(*(part.to(packed.device) for part in make(*unpack(packed))))
+
+    return matrices.of(record, build)
 
 
 def make(bits: Tensor, values: Tensor, cols: int) -> DualMatrix:

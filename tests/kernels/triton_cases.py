@@ -22,9 +22,10 @@ from gossamer.errors import KernelError
 from gossamer.kernels import backend
 from gossamer.kernels.bitmask import dispatch as bitmask
 from gossamer.kernels.bitmask_gemv import gpu_layout, layout
-from gossamer.kernels.bitmask_gemv.dispatch import bitmask_gemv, describe, pack
+from gossamer.kernels.bitmask_gemv.dispatch import bitmask_gemv, describe, pack, unpack
 from gossamer.kernels.channel_gemv import triton as channel_gpu
 from gossamer.kernels.channel_gemv.dispatch import channel_gemv
+from gossamer.kernels.derived import Derived
 from gossamer.kernels.dual_gemv import gpu_layout as dual_layout
 from gossamer.kernels.dual_gemv import triton as dual_gpu
 from gossamer.kernels.neuron_mlp import triton as neuron_gpu
@@ -128,7 +129,7 @@ def test_index_says_where_every_tile_and_row_begins():
 def test_index_is_made_once_and_goes_with_the_memory(monkeypatch):
     made, real = [], gpu_layout.make
     monkeypatch.setattr(gpu_layout, "make", lambda *arguments: made.append(1) or real(*arguments))
-    monkeypatch.setattr(gpu_layout, "_indices", {})
+    monkeypatch.setattr(gpu_layout, "indices", Derived())
     x, weight = torch.ones(1, 40, dtype=torch.bfloat16), integers(4, 40, dtype=torch.bfloat16, seed=1)
     packed = packed_of(weight, mask_of(4, 40, 0.5))
     for tensor in (packed, packed, packed.detach(), packed.clone(), packed):
@@ -137,7 +138,7 @@ def test_index_is_made_once_and_goes_with_the_memory(monkeypatch):
     del packed, tensor
     gc.collect()  # the interpreter keeps its last arguments in a cycle
     bitmask_gemv(x, packed_of(weight, mask_of(4, 40, 0.2)), 4)
-    assert len(gpu_layout._indices) == 1
+    assert len(gpu_layout.indices) == 1
 
 
 def test_a_write_makes_a_new_index():
@@ -303,6 +304,17 @@ def test_dual_does_not_read_skipped_channels():
     bits = bitmask.pack_bits(mask)
     matrix = dual_layout.make(bits, bitmask.compress(weight, bits), 30)
     assert torch.equal(dual_gpu.dual_gemv(x, 2, matrix, torch.zeros(30), 70), wanted)
+
+
+def test_dual_matrix_is_made_once_per_packed_tensor():
+    """Any packed tensor with a record will do: its own layout is not known here."""
+    weight, mask = integers(9, 8, dtype=torch.float16, seed=1), mask_of(9, 8, 0.5)
+    packed, unpacked = packed_of(weight, mask), []
+    for _ in range(2):
+        matrix = dual_layout.matrix_of(packed, describe(packed), lambda given: unpacked.append(1) or unpack(given))
+    assert len(unpacked) == 1
+    x = integers(1, 8, dtype=torch.float16, seed=2)
+    assert torch.equal(dual_gpu.dual_gemv(x, 1, matrix, torch.zeros(8), 9), exact(x, weight * mask))
 
 
 # ---- neurons ----
