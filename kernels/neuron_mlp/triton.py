@@ -26,7 +26,7 @@ def activate(z: tl.tensor, NAME: tl.constexpr) -> tl.tensor:
         inner = 0.7978845608028654 * (z + 0.044715 * z * z * z)
         return z * (1.0 - 1.0 / (tl.exp(2.0 * inner) + 1.0))
     else:
-        return tl.where(z > 0, z, z * 0.0)
+        return tl.where(z <= 0, 0.0, z)
 
 
 @triton.jit

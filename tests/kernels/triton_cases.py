@@ -359,6 +359,16 @@ def test_neurons_that_do_not_exist_add_nothing_and_none_give_zero(monkeypatch):
         assert not neuron_gpu.neuron_mlp(x, 2, gate, up, down_t, some[:0]).any()
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_neurons_meet_infinities_and_nan_as_torch_does(activation):
+    """gate, up and down are 1: y is activation(x) x. In float64: torch's own float32 gelu makes NaN of infinity."""
+    z = torch.tensor([[INF, -INF, NAN, -0.0, 90.0, -90.0, 1e30, -1e30]]).t().contiguous()
+    one, active = torch.ones(1, 1), torch.zeros(1).int()
+    y = neuron_gpu.neuron_mlp(z, 8, one, one, one, active, activation)
+    wide = z.double()
+    torch.testing.assert_close(y, (ACTIVATIONS[activation](wide) * wide).float(), equal_nan=True)
+
+
 def test_neurons_give_a_row_the_same_bits_in_any_company():
     gate, up, down_t = (normal(30, 300, dtype=torch.bfloat16, seed=seed) / 8 for seed in range(3))
     x, active = normal(8, 300, dtype=torch.bfloat16, seed=5), torch.arange(0, 30, 2, dtype=torch.int32)
