@@ -1,5 +1,6 @@
 # make demo    create .venv, install, train the demo model, compress it, print the table
 # make test    install with [train,test] and run the tests
+# make test-triton   install Triton too (1 GB) and run its kernels in its interpreter: no GPU needed
 # make check   format, lint, types, import arrows, stale help pages
 # make fuzz    attack the compiled kernels with malformed input, under the sanitizers (FUZZ_COUNT, FUZZ_SEED, FUZZ_CORPUS)
 # make cross-neon  compile the kernels for 64-bit ARM and compare their results under qemu-aarch64
@@ -15,7 +16,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 BUILD_FILES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard kernels/csrc/*.*)
 DATA := --calibration demo-model/calibration.txt --eval demo-model/heldout.txt
 
-.PHONY: demo test check docs fuzz cross-neon clean
+.PHONY: demo test test-triton check docs fuzz cross-neon clean
 
 demo: build/demo.txt
 	@cat build/demo.txt
@@ -23,6 +24,9 @@ demo: build/demo.txt
 test: $(VENV)/installed-test
 	$(BIN)/python -c "import peft, bitsandbytes, datasets, pyarrow"
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_OPTIONS)
+
+test-triton: $(VENV)/installed-triton
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels/test_triton.py $(PYTEST_OPTIONS)
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff format --check .
@@ -76,6 +80,11 @@ $(VENV)/installed: $(BUILD_FILES) | $(VENV)/bin/python
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(INSTALL) -e '.[train,test]'
+	touch $@
+
+# Without its dependencies, which are torch's own: for a GPU, torch brings the Triton that fits.
+$(VENV)/installed-triton: $(VENV)/installed-test
+	$(BIN)/python -c "import triton" || $(BIN)/python -m pip install --quiet --no-deps "triton>=3.3,<4"
 	touch $@
 
 $(VENV)/installed-check: $(VENV)/installed-test

@@ -13,7 +13,7 @@ from ..errors import CheckpointError, GossamerError, ModelError
 from .attached import ModelMasks
 from .keymap import KeyMap
 from .modelfolder import SPARSE, SPARSE_INDEX, find_weights, read_config, resolve_folder
-from .placement import Placed, RuntimeOptions, adopt_dense, runtime
+from .placement import Placed, RuntimeOptions, adopt_dense, check_backend, runtime
 from .quantizer import METHOD, GossamerConfig, source_masks
 from .saving import attach
 from .source import FolderSource
@@ -29,6 +29,7 @@ def load(
     trust_remote_code: bool = False,
     packed: bool = True,
     prefill: str = "streamed",
+    backend: str = "auto",
     **options: Any,
 ) -> Any:
     """A causal language model in eval mode, with its masks as `model.gossamer_masks` (parameter name -> mask).
@@ -39,12 +40,13 @@ def load(
     Sparse matrices stay `packed` in memory where a kernel runs them (bfloat16 and float16), and are expanded while they
     are loaded otherwise or with packed=False, for training. `prefill`: "streamed" expands one layer at a time for
     inputs of many tokens, "cached" keeps what was expanded: faster, and as much memory again as the dense model.
-    `model.gossamer_runtime` says what was done.
+    `backend`: what multiplies them, "cpu", "triton", "reference" (plain torch) or "auto". `model.gossamer_runtime` says
+    what was done.
 
     `options` go to `AutoModelForCausalLM.from_pretrained`. ModelError for what is no such model, CheckpointError for
     damaged, missing or misshapen tensors: a parameter is never left at random.
     """
-    how = RuntimeOptions(packed, prefill)
+    how = RuntimeOptions(packed, prefill, backend)
     folder = resolve_folder(path_or_id, revision=revision, token=token)
     config = read_config(folder)
     sparse = (folder / SPARSE).is_file() or (folder / SPARSE_INDEX).is_file()
@@ -64,6 +66,7 @@ def load(
         model.gossamer_runtime = Placed(how)
         if packed:
             adopt_dense(model)
+    check_backend(model, backend)
     return model.eval()
 
 

@@ -20,9 +20,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError, KernelError, RecipeError
+from ..kernels.backend import NAMES as BACKENDS
+from ..kernels.backend import choose as choose_backend
 from ..kernels.bitmask.dispatch import compress, row_counts
 from ..kernels.bitmask_gemv.dispatch import pack
 from ..kernels.choice import choose
+from ..kernels.extension import compiled
 from ..kernels.int8.dispatch import check_codes
 from ..kernels.int8_gemv import dispatch as int8
 from ..kernels.modules.bitmask_linear import BitmaskLinear
@@ -44,13 +47,17 @@ class RuntimeOptions:
     """How a loaded model runs. `packed`: matrices stay packed; otherwise ordinary layers with dense weights.
 
     `prefill`: how inputs of many rows see a packed matrix: "streamed" expands one layer at a time, "cached" keeps what
-    was expanded. RecipeError for another word.
+    was expanded. `backend`: what multiplies packed matrices: "cpu" (compiled code), "triton" (GPUs), "reference" (plain
+    torch, slow), or "auto", which takes what fits the device. RecipeError for another word.
     """
 
     packed: bool = True
     prefill: str = "streamed"
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.backend not in ("auto", *BACKENDS):
+            raise RecipeError(f"back end {self.backend!r}, allowed: auto, {', '.join(BACKENDS)}")
         if self.prefill not in PREFILL:
             raise RecipeError(f"prefill is {self.prefill!r}, allowed: {', '.join(PREFILL)}")
 
@@ -126,6 +133,8 @@ class Placement:
     def _pays(self, op: str, name: str, mask: SourceMask, dtype: torch.dtype) -> bool:
         """Whether the sparse kernel is the faster one here, by measurement."""
         record = mask.record
+        if self.options.backend == "reference":
+            return True
         if not record.matrix_rows or not record.cols:
             return False
         density = record.nnz / math.prod(record.shape)
@@ -193,6 +202,7 @@ class Placement:
         else:
             after = BitmaskLinear(packed, before.bias, **how)
         after.train(before.training)
+        after.reference = self.options.backend == "reference"
         setattr(model.get_submodule(parent), child, after)
 
     def _put_stack(self, model: Any, name: str, packed: list[Tensor]) -> None:
@@ -200,7 +210,10 @@ class Placement:
         module = model.get_submodule(path)
         delattr(module, parameter)
         transposed = self._records[name].transposed
-        setattr(module, parameter, PackedStack(packed, transposed=transposed, prefill=self.options.prefill))
+        stack = PackedStack(packed, transposed=transposed, prefill=self.options.prefill)
+        for member in stack.members:
+            member.reference = self.options.backend == "reference"
+        setattr(module, parameter, stack)
 
     def packed_masks(self, model: Any) -> dict[str, PackedMask]:
         """Masks of the placed matrices by parameter name, read from the modules when they are asked for."""
@@ -217,6 +230,18 @@ class PackedMask:
 
     def load(self) -> SourceMask:
         return SourceMask(self.module.bits(), self.record)
+
+
+def check_backend(model: Any, backend: str) -> None:
+    """KernelError unless the wanted back end can run where the model lies."""
+    kind = model.device.type
+    if backend == "cpu" and (kind != "cpu" or compiled() is None):
+        raise KernelError(f"back end 'cpu' needs the compiled kernels and a model on the CPU; this one is on {kind}")
+    if backend == "triton" and choose_backend(kind) != "triton":
+        raise KernelError(
+            f"back end 'triton' needs a GPU and Triton; the model is on {kind}",
+            hint="pip install 'gossamer[gpu]' and device_map='cuda'",
+        )
 
 
 def adopt_dense(model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Bitmask matrix times 1 to 8 vectors: the public names. Compiled code on the CPU, plain torch elsewhere or without it.
+"""Bitmask matrix times 1 to 8 vectors: the public names. Compiled code, Triton on GPUs, plain torch without either.
 
 A matrix is one uint8 tensor, made by `pack` from the layout of checkpoints. It can be moved, copied and saved like any
 tensor; its content is checked when it is first used.
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ..arguments import check_rows, name
+from ..backend import choose
 from ..bitmask import dispatch as bitmask
 from ..extension import compiled
 from ..library import operator
@@ -106,7 +107,12 @@ def _run(x: Tensor, packed: Tensor, rows: int) -> Tensor:
     if rows != record.rows:
         raise KernelError(f"the packed matrix has {record.rows} rows, the call says {rows}")
     batch = check_rows(x, record.cols, record.dtype, record.device)
-    tier = current() if x.is_cpu else None
+    which = choose(x.device.type)
+    if which == "triton":
+        from . import triton
+
+        return triton.bitmask_gemv(x, batch, packed, record)
+    tier = current() if which == "cpu" else None
     if tier is None:
         return reference.bitmask_gemv(x, packed)
     return cpu.bitmask_gemv(tier, x, batch, packed, record)

@@ -1,4 +1,4 @@
-"""Activation-sparse product: the public names. Compiled code on the CPU, plain torch elsewhere or without it."""
+"""Activation-sparse product: the public names. Compiled code, Triton on GPUs, plain torch without either."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ..arguments import check_rows, check_weight, name
+from ..backend import choose
 from ..library import operator
 from ..memory import empty_weight
 from ..tier import current
@@ -24,9 +25,10 @@ def channel_gemv(x: Tensor, weight_t: Tensor, threshold: Tensor) -> Tensor:
     """x [..., in] times weight_t [in, out] over the active inputs only: [..., out] in x's dtype, sums in float32.
 
     Input i of a row is active unless |x_i| <= threshold_i (float32 [in]; negative: always, infinite: only NaN).
-    A row of weight_t is read when any row of x needs it; the others keep their own zeros, so a row gives the same bits
-    alone and among others, and for any number of threads. x and weight_t: float32, bfloat16 or float16, of one dtype,
-    contiguous, 1 to 8 rows of x. Raises KernelError otherwise and where a gradient would be needed.
+    A row of weight_t is read when any row of x needs it; the others keep their own zeros. On the CPU a row gives the
+    same bits alone and among others, and for any number of threads; on a GPU the same call gives the same bits. x and
+    weight_t: float32, bfloat16 or float16, of one dtype, contiguous, 1 to 8 rows of x. Raises KernelError otherwise and
+    where a gradient would be needed.
 
     NaN in x is always active. Weights should be finite: an infinite or NaN weight that is read for one row makes NaN of
     all rows.
@@ -39,7 +41,12 @@ def _run(x: Tensor, weight_t: Tensor, threshold: Tensor) -> Tensor:
     channels = weight_t.shape[0]
     rows = check_rows(x, channels, weight_t.dtype, weight_t.device)
     _check_threshold(threshold, channels, x.device)
-    tier = current() if x.is_cpu else None
+    which = choose(x.device.type)
+    if which == "triton":
+        from . import triton
+
+        return triton.channel_gemv(x, rows, weight_t, threshold)
+    tier = current() if which == "cpu" else None
     if tier is None:
         return reference.channel_gemv(x, weight_t, threshold)
     return cpu.channel_gemv(tier, x, rows, weight_t, threshold, code)

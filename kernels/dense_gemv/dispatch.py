@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..arguments import check_rows, check_weight
+from ..backend import choose
 from ..library import operator
 from ..tier import current
 from . import cpu, reference
@@ -23,7 +24,7 @@ def dense_gemv(x: Tensor, weight: Tensor) -> Tensor:
 def _run(x: Tensor, weight: Tensor) -> Tensor:
     code = check_weight(weight, "weight")
     rows = check_rows(x, weight.shape[1], weight.dtype, weight.device)
-    tier = current() if x.is_cpu else None
+    tier = current() if x.is_cpu and choose("cpu") == "cpu" else None
     if tier is None:
         return reference.dense_gemv(x, weight)
     return cpu.dense_gemv(tier, x, rows, weight, code)

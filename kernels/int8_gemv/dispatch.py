@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ..arguments import CODES, check_rows, name
+from ..backend import choose, missing
 from ..bitmask import dispatch as bitmask
 from ..bitmask_gemv import cpu as tiles
 from ..bitmask_gemv import layout
@@ -119,7 +120,10 @@ def _run(x: Tensor, packed: Tensor, rows: int) -> Tensor:
     if x.dtype not in CODES:
         raise KernelError(f"x is {name(x.dtype)}, allowed: {', '.join(map(name, CODES))}")
     batch = check_rows(x, record.cols, x.dtype, record.device)
-    tier = current() if x.is_cpu else None
+    which = choose(x.device.type)
+    if which == "triton":
+        missing("int8_gemv")
+    tier = current() if which == "cpu" else None
     if tier is None:
         bits, values, scales, cols = unpack(packed)
         return reference.int8_gemv(x, bits.to(x.device), values.to(x.device), scales.to(x.device), cols)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ..arguments import check_rows, check_weight
-from ..bitmask_gemv import reference as bitmask_gemv
+from ..backend import choose
+from ..bitmask_gemv.dispatch import bitmask_gemv
 from ..bitmask_gemv.record import record_of
-from ..dense_gemv import reference as dense_gemv
+from ..dense_gemv.dispatch import dense_gemv
 from ..tier import current
 from . import cpu
 
@@ -32,9 +33,9 @@ def together(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     cols = matrices[0][1]
     if any(other != cols for _, other in matrices):
         raise KernelError(f"the matrices have {', '.join(str(other) for _, other in matrices)} inputs; they must agree")
-    tier = current() if x.is_cpu else None
+    tier = current() if choose(x.device.type) == "cpu" else None
     if tier is None:
-        return [_reference(x, weight) for weight in weights]
+        return [_single(x, weight, rows) for weight, (rows, _) in zip(weights, matrices, strict=True)]
     return cpu.together(tier, x, cols, weights, [rows for rows, _ in matrices])
 
 
@@ -50,7 +51,5 @@ def _matrix(x: Tensor, weight: Tensor) -> tuple[int, int]:
     return rows, cols
 
 
-def _reference(x: Tensor, weight: Tensor) -> Tensor:
-    if weight.dtype is torch.uint8:
-        return bitmask_gemv.bitmask_gemv(x, weight)
-    return dense_gemv.dense_gemv(x, weight)
+def _single(x: Tensor, weight: Tensor, rows: int) -> Tensor:
+    return bitmask_gemv(x, weight, rows) if weight.dtype is torch.uint8 else dense_gemv(x, weight)

@@ -14,7 +14,7 @@ from torch import nn
 import gossamer
 from gossamer.compress.convert import convert
 from gossamer.compress.generate import Sampling, Timing, generate
-from gossamer.errors import DataError, RecipeError
+from gossamer.errors import DataError, KernelError, RecipeError
 from gossamer.kernels.modules.bitmask_linear import BitmaskLinear
 from gossamer.kernels.modules.dense_linear import DenseLinear
 from gossamer.kernels.modules.int8_linear import Int8BitmaskLinear
@@ -206,6 +206,17 @@ def test_cached_prefill_keeps_the_view(tmp_path):
         cached(given)
     assert layer._view[1] is view
     assert sparse.model.layers[0].mlp.up_proj._view is None
+
+
+def test_back_ends(tmp_path):
+    folder = save_family_sparse("llama", tmp_path / "sparse", dtype=torch.bfloat16)
+    with torch.no_grad():
+        wanted = gossamer.load(folder, backend="reference")(ids(1, 5)).logits
+        torch.testing.assert_close(gossamer.load(folder)(ids(1, 5)).logits, wanted, rtol=0.05, atol=0.05)
+    with pytest.raises(RecipeError, match="allowed: auto, cpu"):
+        gossamer.load(folder, backend="gpu")
+    with pytest.raises(KernelError, match="needs a GPU"):
+        gossamer.load(folder, backend="triton")
 
 
 def test_generate_is_greedy_and_stops(tmp_path):

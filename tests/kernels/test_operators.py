@@ -12,6 +12,7 @@ from gossamer.kernels.bitmask_gemv.dispatch import bitmask_dense, bitmask_gemv, 
 from gossamer.kernels.channel_gemv.dispatch import channel_gemv
 from gossamer.kernels.dense_gemv.dispatch import dense_gemv
 from gossamer.kernels.int8_gemv import dispatch as int8
+from gossamer.kernels.nm_gemv import dispatch as nm
 
 WEIGHT = integers(20, 70, dtype=torch.bfloat16, seed=1, zeros=0.5)
 BITS = bitmask.pack_bits(WEIGHT != 0)
@@ -20,11 +21,15 @@ SCALES = torch.full((20, 1), 0.5).half()
 INT8 = int8.pack(BITS, bitmask.compress(WEIGHT, BITS).char(), SCALES, 70)
 WEIGHT_T = WEIGHT.t().contiguous()
 THRESHOLD = torch.full((70,), 3.0)
+PAIRS = WEIGHT * (torch.arange(70) % 4 < 2)
+CODES = bitmask.pack_bits(PAIRS != 0)
+SLOTS = nm.pack(CODES, bitmask.compress(PAIRS, CODES), 70, 2, 4)
 CALLS = {
     "dense_gemv": (dense_gemv, (WEIGHT,)),
     "bitmask_gemv": (bitmask_gemv, (PACKED, 20)),
     "int8_gemv": (int8.int8_gemv, (INT8, 20)),
     "channel_gemv": (channel_gemv, (WEIGHT_T, THRESHOLD)),
+    "nm_gemv": (nm.nm_gemv, (CODES, SLOTS, 2, 4)),
 }
 
 
