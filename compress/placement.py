@@ -195,7 +195,7 @@ class Placement:
         path = name.removesuffix(".weight")
         parent, _, child = path.rpartition(".")
         before = model.get_submodule(path)
-        how = {"transposed": isinstance(before, Conv1D), "prefill": self.options.prefill}
+        how: dict[str, Any] = {"transposed": isinstance(before, Conv1D), "prefill": self.options.prefill}
         after: SparseLinear
         if name in self._int8:
             after = Int8BitmaskLinear(packed, before.bias, dtype=self._int8[name], **how)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..bitmask.reference import row_counts
 from ..derived import Derived
-from .layout import COLS, MASK_WORDS, ROWS, TAIL, Shape
+from .layout import COLS, MASK_BYTES, ROWS, TAIL, Shape
 from .record import Record
 
 START = 27  # bits 27 and up: begin of the tile; bits 0 to 26: three numbers of 9 bits
@@ -32,7 +32,7 @@ def make(packed: Tensor, shape: Shape) -> Tensor:
     """
     offsets = packed[64 : 64 + 8 * shape.offsets].view(torch.int64)
     stream = packed[shape.stream : len(packed) - TAIL]
-    inside = torch.arange(2 * MASK_WORDS, device=packed.device)
+    inside = torch.arange(MASK_BYTES, device=packed.device)
     columns = []
     for panel, tiles in enumerate(shape.panels):
         at = offsets[panel * shape.row_tiles : (panel + 1) * shape.row_tiles]
@@ -40,7 +40,7 @@ def make(packed: Tensor, shape: Shape) -> Tensor:
             masks = stream[2 * at[:, None] + inside]
             ends = row_counts(masks.view(-1, COLS // 8)).view(-1, ROWS).cumsum(1)
             columns.append((at << START) | ends[:, 0] | (ends[:, 1] << 9) | (ends[:, 2] << 18))
-            at = at + MASK_WORDS + ends[:, 3]
+            at = at + MASK_BYTES // 2 + ends[:, 3]
     if not columns:
         return offsets.new_zeros(shape.row_tiles, 0)
     return torch.stack(columns, 1)
