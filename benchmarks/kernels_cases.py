@@ -17,11 +17,13 @@ from gossamer.kernels.bitmask import dispatch as bitmask
 from gossamer.kernels.bitmask_gemv.dispatch import bitmask_gemv, pack
 from gossamer.kernels.channel_gemv.dispatch import channel_gemv, transpose
 from gossamer.kernels.dense_gemv.dispatch import dense_gemv
+from gossamer.kernels.dual_gemv import dispatch as dual
 from gossamer.kernels.memory import empty_weight
 
 # sparsity -> speedup over the best dense product that the kernels must reach
 BITMASK = {0.5: 1.5, 0.7: 1.9, 0.8: 2.0}
 CHANNEL = {0.5: 1.8, 0.65: 2.5, 0.8: 4.4}
+DUAL = {0.5: 2.2}  # of weights and of inputs
 
 
 @dataclass
@@ -60,7 +62,8 @@ def cases(rows: int, cols: int) -> list[Case]:
     order = torch.rand(rows, cols // 4, 4, generator=generator).argsort(-1).argsort(-1)
     found.append(_bitmask_case("bitmask 2:4", x, weight, (order < 2).view(rows, cols), BITMASK[0.5]))
     weight_t = transpose(weight)
-    return found + [_channel_case(x, weight, weight_t, share, must) for share, must in CHANNEL.items()]
+    found += [_channel_case(x, weight, weight_t, share, must) for share, must in CHANNEL.items()]
+    return found + [_dual_case(x, weight, masks[f"{share:.0%}"], share, must) for share, must in DUAL.items()]
 
 
 def _dense_cases(x: Tensor, weight: Tensor) -> list[Case]:
@@ -81,11 +84,25 @@ def _bitmask_case(name: str, x: Tensor, weight: Tensor, mask: Tensor, must: floa
     return Case(name, lambda: bitmask_gemv(x, packed, rows), packed.nbytes, x, weight * mask, must=must)
 
 
-def _channel_case(x: Tensor, weight: Tensor, weight_t: Tensor, share: float, must: float) -> Case:
+def _dual_case(x: Tensor, weight: Tensor, mask: Tensor, share: float, must: float) -> Case:
+    bits = bitmask.pack_bits(mask)
+    packed = dual.pack(bits, bitmask.compress(weight, bits), weight.shape[1])
+    threshold, kept = _skipped(x, share)
+    read = packed.nbytes * int(kept.count_nonzero()) // x.shape[-1]
+    call = lambda: dual.dual_gemv(x, packed, threshold, weight.shape[0])
+    return Case(f"dual {share:.0%} x {share:.0%}", call, read, kept, weight * mask, must=must)
+
+
+def _skipped(x: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """A threshold that skips this share of x, and x without what it skips."""
     size = x.float().abs().flatten()
     threshold = torch.full_like(size, size.sort().values[round(share * len(size)) - 1].item())
-    kept = torch.where(size > threshold, x, torch.zeros_like(x))
-    read = int((size > threshold).sum()) * weight.shape[0] * weight.element_size()
+    return threshold, torch.where(size > threshold, x, torch.zeros_like(x))
+
+
+def _channel_case(x: Tensor, weight: Tensor, weight_t: Tensor, share: float, must: float) -> Case:
+    threshold, kept = _skipped(x, share)
+    read = int(kept.count_nonzero()) * weight.shape[0] * weight.element_size()
     call = lambda: channel_gemv(x, weight_t, threshold)
     return Case(f"activation-sparse {share:.0%}", call, read, kept, weight, must=must)
 

@@ -42,6 +42,9 @@ struct ChannelCall {
     void* y;  // [batch, outputs], in the weight's dtype
 };
 
+struct DualCall;    // dual.h
+struct NeuronCall;  // neuron.h
+
 // One processor tier. All functions are pure: the same numbers for the same arguments, however the range is split.
 struct Tier {
     const char* name;
@@ -59,6 +62,8 @@ struct Tier {
     // active [channels] and values [count, padded batch], both with room for one more vector.
     std::int64_t (*compact)(int dtype, const void* x, int batch, std::int64_t channels, const float* threshold,
                             std::int32_t* active, float* values);
+    void (*dual_run)(int dtype, const DualCall&, std::int64_t panel_begin, std::int64_t panel_end);
+    void (*neuron_run)(int dtype, const NeuronCall&, std::int64_t begin, std::int64_t end);
 };
 
 // The same tables, defined in tier_*.cpp. A tier that was not compiled is absent from tiers().

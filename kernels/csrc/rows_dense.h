@@ -27,11 +27,14 @@ void dense_prepare_row(const void* x, std::int64_t cols, std::uint8_t* out) {
     D::prepare_step(last, out + k * D::kXBytes);
 }
 
-// One row times B rows of x. Four chains of sums per row of x, always summed in the same order.
+// One row times B rows of x. Four chains of sums per row of x, always summed in the same order. `next`: the row that will
+// be read after this one, which is asked for when this one ends.
 template <class D, int B>
-void dense_row(const typename D::W* w, std::int64_t cols, const std::uint8_t* x, std::int64_t stride, float* out) {
+void dense_row(const typename D::W* w, std::int64_t cols, const std::uint8_t* x, std::int64_t stride, float* out,
+               const typename D::W* next) {
     using F = typename D::S::F;
     constexpr int kStep = D::kStep, kBytes = D::kStep * D::kXBytes, kChains = 4;
+    constexpr std::int64_t kAhead = 4096 / sizeof(typename D::W);
     constexpr int kLines = kStep * sizeof(typename D::W) > 64 ? kStep * sizeof(typename D::W) / 64 : 1;
     F acc[B][kChains];
     for (int b = 0; b < B; ++b) {
@@ -39,9 +42,10 @@ void dense_row(const typename D::W* w, std::int64_t cols, const std::uint8_t* x,
     }
     std::int64_t k = 0;
     for (; k + kChains * kStep <= cols; k += kChains * kStep, x += kChains * kBytes) {
+        const auto* ahead = k + kAhead < cols ? w + k + kAhead : next + (k + kAhead - cols);
         for (int i = 0; i < kChains; ++i) {
             const auto v = D::load(w + k + i * kStep);
-            if (i * sizeof(typename D::W) * kStep % 64 == 0) prefetch_ahead<4096>(w + k + i * kStep, kLines);
+            if (i * sizeof(typename D::W) * kStep % 64 == 0) prefetch_ahead<0>(ahead + i * kStep, kLines);
             for (int b = 0; b < B; ++b) acc[b][i] = D::mul(acc[b][i], v, x + b * stride + i * kBytes);
         }
     }
@@ -65,7 +69,8 @@ void dense_rows_of(const DenseCall& call, int first, std::int64_t begin, std::in
     const auto* weight = static_cast<const typename D::W*>(call.weight);
     for (std::int64_t r = begin; r < end; ++r) {
         float out[B];
-        dense_row<D, B>(weight + r * call.cols, call.cols, call.x + first * call.stride, call.stride, out);
+        const auto* row = weight + r * call.cols;
+        dense_row<D, B>(row, call.cols, call.x + first * call.stride, call.stride, out, row + call.cols);
         for (int b = 0; b < B && first + b < call.batch; ++b) call.sums[(first + b) * call.rows + r] = out[b];
     }
 }

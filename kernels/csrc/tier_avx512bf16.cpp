@@ -49,6 +49,9 @@ using Dense = typename DenseOf<W>::Type;
 template <class W>
 using Mask = typename MaskOf<W>::Type;
 
+template <class W>
+using Dual = SplitDual<Channel<W>>;
+
 }  // namespace
 }  // namespace gossamer
 

@@ -129,6 +129,26 @@ inline const std::uint16_t* expand_row(const std::uint8_t* mask, const std::uint
     return middle + static_cast<unsigned>(__builtin_popcountll(high));
 }
 
+// Dual format of a channel format with split().
+template <class C>
+struct SplitDual {
+    using S = Avx512;
+    using W = typename C::W;
+    using V = __m512i;
+    static constexpr int kStep = 32, kParts = 2, kHold = 4;
+    template <class Use>
+    static const std::uint16_t* block(std::uint64_t mask, const std::uint16_t* values, Use use) {
+        use(0, expand32(mask, values));
+        const auto low = static_cast<unsigned>(__builtin_popcount(static_cast<std::uint32_t>(mask)));
+        use(1, expand32(mask >> 32, values + low));
+        return values + static_cast<unsigned>(__builtin_popcountll(mask));
+    }
+    static void split(V v, __m512* parts) { C::split(v, parts[0], parts[1]); }
+    static void finish(const float* sums, W* y) {
+        for (int i = 0; i < 64; i += 32) C::narrow(S::load(sums + i), S::load(sums + i + 16), y + i);
+    }
+};
+
 // Bitmask format of a channel format with split().
 template <class C>
 struct SplitMask {

@@ -1,0 +1,26 @@
+"""Packing records of matrices packed for dual sparsity: checked in C++ where it is there, else by `layout`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..extension import compiled
+from ..record import Record, Records
+from . import layout
+
+__all__ = ["Record", "record_of", "records"]
+
+
+def _fault(packed: Tensor) -> str | None:
+    module = compiled() if packed.is_cpu else None
+    if module is not None:
+        return module.dual_fault(packed.data_ptr(), packed.numel())
+    try:
+        layout.check(packed.cpu())
+    except layout.Fault as error:
+        return str(error)
+    return None
+
+
+records = Records(lambda packed: _fault(packed), layout.read_header, layout.DTYPES)
+record_of = records.of

@@ -1,0 +1,1 @@
+"""A gated MLP on a subset of its neurons. `dispatch` has the public name."""
