@@ -14,10 +14,11 @@
 
 namespace gossamer {
 
-// Channels whose chains of dependent loads (a mask says where the next one is) run side by side.
-constexpr int kDualGroup = 8;
-constexpr std::int64_t kDualAhead = 768;       // bytes
-constexpr std::int64_t kDualSums = 4096;       // floats, all rows of x: half of a first-level cache
+// Channels whose chains of dependent loads (a mask says where the next one is) run side by side. 8 were 3 % slower.
+constexpr int kDualGroup = 12;
+constexpr std::int64_t kDualAhead = 4096;  // bytes; from 1 KiB on measured alike
+constexpr int kDualTable = 4;              // groups ahead for which offsets are asked
+constexpr std::int64_t kDualSums = 4096;   // floats, all rows of x: half of a first-level cache
 
 // Where each channel of a group is, where its part ends, and how far from there the same channel of the next group begins.
 struct DualGroup {
@@ -27,15 +28,25 @@ struct DualGroup {
 };
 
 // A channel's part is short, and the next one is anywhere: memory is asked for some way ahead in this part, and at its end
-// in the one of the next group.
+// in the one of the next group. Into the second-level cache, which can wait for far more lines at a time than the first:
+// the product took 620 us one way and 505 us the other.
 static inline void dual_prefetch(const DualGroup& group, int i, std::int64_t ahead) {
 #if defined(__GNUC__) || defined(__clang__)
     const char* to = reinterpret_cast<const char*>(group.at[i]) + ahead;
     if (to >= reinterpret_cast<const char*>(group.end[i])) to += group.jump[i];
-    __builtin_prefetch(to, 0, 3);
-    __builtin_prefetch(to + 64, 0, 3);
+    __builtin_prefetch(to, 0, 2);
+    __builtin_prefetch(to + 64, 0, 2);
 #else
     (void)group, (void)i, (void)ahead;
+#endif
+}
+
+static inline void dual_prefetch_offsets(const std::int32_t* begins, const std::int32_t* ends, std::int32_t channel) {
+#if defined(__GNUC__) || defined(__clang__)
+    __builtin_prefetch(begins + channel);
+    __builtin_prefetch(ends + channel);
+#else
+    (void)begins, (void)ends, (void)channel;
 #endif
 }
 
@@ -110,6 +121,8 @@ void dual_panels(const DualCall& call, std::int64_t begin, std::int64_t end) {
         const DualGroup& next = groups[1 - now];
         std::int64_t ahead = 0;
         if (n + 2 * kDualGroup <= call.count) {
+            const std::int64_t later = n + kDualTable * kDualGroup;
+            if (later < call.count) dual_prefetch_offsets(begins, ends, call.active[later]);
             point(n + kDualGroup, kDualGroup, groups[1 - now]);
             const std::int64_t bytes = 2 * (group.end[0] - group.at[0]);
             ahead = bytes < kDualAhead ? bytes : kDualAhead;
