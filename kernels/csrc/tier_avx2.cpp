@@ -75,7 +75,7 @@ struct Channel<float> {
     static __m256 row(const W* w) { return S::load(w); }
     static void widen(const W* w, __m256& a, __m256& b) { a = S::load(w), b = S::load(w + 8); }
     static void narrow(__m256 a, __m256 b, W* out) { S::store(out, a), S::store(out + 8, b); }
-    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T0); }
+    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1); }
 };
 
 template <>
@@ -106,7 +106,7 @@ struct Channel<Bf16> {
         const __m256i both = _mm256_or_si256(high, _mm256_srli_epi32(round(a), 16));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), both);
     }
-    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T0); }
+    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1); }
 };
 
 template <>
@@ -121,7 +121,7 @@ struct Channel<Fp16> {
         _mm_storeu_si128(to, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
         _mm_storeu_si128(to + 1, _mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
-    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T0); }
+    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1); }
 };
 
 template <class W>

@@ -47,8 +47,8 @@ struct Channel<float> {
     static void widen(const W* w, __m512& a, __m512& b) { a = S::load(w), b = S::load(w + 16); }
     static void narrow(__m512 a, __m512 b, W* out) { S::store(out, a), S::store(out + 16, b); }
     static void prefetch(const W* w) {
-        _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(w + 16), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(w + 16), _MM_HINT_T1);
     }
 };
 
@@ -79,7 +79,7 @@ struct Channel<Bf16> {
         const __m512i high = _mm512_and_si512(round(b), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)));
         _mm512_storeu_si512(out, _mm512_or_si512(high, _mm512_srli_epi32(round(a), 16)));
     }
-    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T0); }
+    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1); }
 };
 
 template <>
@@ -100,7 +100,7 @@ struct Channel<Fp16> {
         _mm256_storeu_si256(to, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
         _mm256_storeu_si256(to + 1, _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
-    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T0); }
+    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1); }
 };
 
 // 32 weights from a mask of 32 bits and as many values as it has bits.

@@ -11,7 +11,15 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}  # enum Activati
 
 
 def neuron_mlp(
-    tier: Tier, x: Tensor, rows: int, gate: Tensor, up: Tensor, down_t: Tensor, active: Tensor, activation: str, code: int
+    tier: Tier,
+    x: Tensor,
+    rows: int,
+    gate: Tensor,
+    up: Tensor,
+    down_t: Tensor,
+    active: Tensor,
+    activation: str,
+    code: int,
 ) -> Tensor | None:
     """None when `active` does not rise within the neurons."""
     neurons, hidden = gate.shape

@@ -29,7 +29,7 @@ def neuron_mlp(x: Tensor, gate: Tensor, up: Tensor, down_t: Tensor, active: Tens
     return _operator(x, gate, up, down_t, active, activation)
 
 
-def _run(x: Tensor, gate: Tensor, up: Tensor, down_t: Tensor, active: Tensor, activation: str) -> Tensor:
+def _run(x: Tensor, gate: Tensor, up: Tensor, down_t: Tensor, active: Tensor, activation: str = "silu") -> Tensor:
     code = check_weight(gate, "gate")
     rows = check_rows(x, gate.shape[1], gate.dtype, gate.device)
     for what, weight in (("up", up), ("down_t", down_t)):
@@ -59,7 +59,7 @@ def _run(x: Tensor, gate: Tensor, up: Tensor, down_t: Tensor, active: Tensor, ac
     return y
 
 
-def _fake(x: Tensor, gate: Tensor, up: Tensor, down_t: Tensor, active: Tensor, activation: str) -> Tensor:
+def _fake(x: Tensor, gate: Tensor, up: Tensor, down_t: Tensor, active: Tensor, activation: str = "silu") -> Tensor:
     return x.new_empty(x.shape)
 
 
