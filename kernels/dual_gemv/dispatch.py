@@ -71,8 +71,8 @@ def dual_gemv(x: Tensor, packed: Tensor, threshold: Tensor, rows: int) -> Tensor
     for any number of threads, and for a row alone or among others. Raises KernelError for what does not fit, a
     malformed matrix, and where a gradient would be needed.
 
-    In channels that are read, pruned entries multiply as +0.0: an active infinity or NaN in x makes NaN of them. Weights
-    should be finite: an infinite or NaN weight that is read for one row makes NaN of all rows.
+    In channels that are read, pruned entries multiply as +0.0: an active infinity or NaN in x makes NaN of them.
+    Weights should be finite: an infinite or NaN weight that is read for one row makes NaN of all rows.
     """
     return _operator(x, packed, threshold, rows)
 

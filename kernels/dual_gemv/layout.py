@@ -1,8 +1,8 @@
 """The machine layout of a matrix for dual sparsity in plain torch: this file and README.md define it.
 
-One uint8 tensor: header (8 integers), offsets, stream, 64 bytes of zeros. The stream is the input channels one after the
-other, each in blocks of 64 outputs: a mask of 8 bytes, then the kept values, 2 bytes each. The arguments are taken as
-checked.
+One uint8 tensor: header (8 integers), offsets, stream, 64 bytes of zeros. The stream is the input channels one after
+the other, each in blocks of 64 outputs: a mask of 8 bytes, then the kept values, 2 bytes each. The arguments are taken
+as checked.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A gated MLP on a subset of its neurons: the public name. Compiled code on the CPU, plain torch elsewhere or without it."""
+"""A gated MLP on a subset of its neurons: the public name. Compiled code on the CPU, else plain torch."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def neuron_mlp(x: Tensor, gate: Tensor, up: Tensor, down_t: Tensor, active: Tens
 
     x [..., hidden], 1 to 8 rows; gate, up and down_t (the down projection transposed) [inter, hidden]; all float32,
     bfloat16 or float16, of one dtype, contiguous. active: int32 [n], rising, each neuron at most once. activation: a
-    key of ACTIVATIONS. Everything in float32, h included, and rounded once. Rows of other neurons are not read. The same
-    bits for any number of threads, and for a row alone or among others. Raises KernelError for what does not fit, and
-    where a gradient would be needed.
+    key of ACTIVATIONS. Everything in float32, h included, and rounded once. Rows of other neurons are not read. The
+    same bits for any number of threads, and for a row alone or among others. Raises KernelError for what does not fit,
+    and where a gradient would be needed.
 
     Infinities and NaN behave as in torch: silu and gelu of minus infinity are NaN.
     """

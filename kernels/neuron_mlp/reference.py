@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,7 +17,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def neuron_mlp(x: Tensor, gate: Tensor, up: Tensor, down_t: Tensor, active: Tensor, activation: str) -> Tensor:
-    """y = sum over i in active of h_i down_t[i], h_i = act(x gate[i]) (x up[i]); all in float32, rounded once, at the end.
+    """y = sum over i in active of h_i down_t[i], h_i = act(x gate[i]) (x up[i]), in float32, rounded once at the end.
 
     The intermediate h is not rounded to x's dtype, so y is nearer to the exact sum than the three layers one by one.
     """
