@@ -20,8 +20,8 @@ class NeuronSubsetMLP(nn.Module):
     """down(act(gate(x)) * up(x)) over the neurons of `active`, or all of them.
 
     Holds gate and up [inter, hidden] and down transposed, `down_t` [inter, hidden]: float32, bfloat16 or float16. With
-    a set, 1 to 8 rows without gradient go through `neuron_mlp`. More rows, rows with a gradient, and no set are the three
-    dense layers with all neurons, each rounded to x's dtype. `state_dict()` has the dense `gate_proj.weight`,
+    a set, 1 to 8 rows without gradient go through `neuron_mlp`. More rows, rows with a gradient, and no set are the
+    three dense layers with all neurons, each rounded to x's dtype. `state_dict()` has the dense `gate_proj.weight`,
     `up_proj.weight` and `down_proj.weight`; the set belongs to the module.
     """
 

@@ -11,16 +11,19 @@ from gossamer.kernels.bitmask import dispatch as bitmask
 from gossamer.kernels.bitmask_gemv.dispatch import bitmask_dense, bitmask_gemv, pack
 from gossamer.kernels.channel_gemv.dispatch import channel_gemv
 from gossamer.kernels.dense_gemv.dispatch import dense_gemv
+from gossamer.kernels.dual_gemv import dispatch as dual
 
 WEIGHT = integers(20, 70, dtype=torch.bfloat16, seed=1, zeros=0.5)
 BITS = bitmask.pack_bits(WEIGHT != 0)
 PACKED = pack(BITS, bitmask.compress(WEIGHT, BITS), 70)
+DUAL = dual.pack(BITS, bitmask.compress(WEIGHT, BITS), 70)
 WEIGHT_T = WEIGHT.t().contiguous()
 THRESHOLD = torch.full((70,), 3.0)
 CALLS = {
     "dense_gemv": (dense_gemv, (WEIGHT,)),
     "bitmask_gemv": (bitmask_gemv, (PACKED, 20)),
     "channel_gemv": (channel_gemv, (WEIGHT_T, THRESHOLD)),
+    "dual_gemv": (dual.dual_gemv, (DUAL, THRESHOLD, 20)),
 }
 
 
@@ -69,10 +72,13 @@ def test_gradients_are_refused_and_no_grad_is_fine(name):
         assert call(x_of(1, 70), *rest).shape == (1, 20)
 
 
-def test_dense_matrix_of_a_packed_one():
-    arguments = (PACKED, 20, 70, torch.bfloat16)
-    torch.library.opcheck(torch.ops.gossamer.bitmask_dense.default, arguments)
-    assert torch.equal(bitmask_dense(*arguments), WEIGHT)
+@pytest.mark.parametrize(
+    ("name", "call", "packed"), [("bitmask_dense", bitmask_dense, PACKED), ("dual_dense", dual.dual_dense, DUAL)]
+)
+def test_dense_matrix_of_a_packed_one(name, call, packed):
+    arguments = (packed, 20, 70, torch.bfloat16)
+    torch.library.opcheck(getattr(torch.ops.gossamer, name).default, arguments)
+    assert torch.equal(call(*arguments), WEIGHT)
     for wrong in ((21, 70, torch.bfloat16), (20, 71, torch.bfloat16), (20, 70, torch.float16)):
         with pytest.raises(KernelError, match=r"is bfloat16 \[20, 70\], the call says"):
-            bitmask_dense(PACKED, *wrong)
+            call(packed, *wrong)
