@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -29,7 +28,7 @@ class ChannelSparseLinear(ThresholdMixin, SparseLinear):
         """weight_t: [in, out], contiguous, from `channel_gemv.dispatch.transpose`. bias: [out] or None."""
         weight_t = weight_t.detach()
         check_weight(weight_t, "weight_t")
-        super().__init__(weight_t.shape[1], weight_t.shape[0], bias)
+        super().__init__(weight_t.shape[1], weight_t.shape[0], weight_t.dtype, bias)
         self.register_buffer("weight_t", weight_t, persistent=False)
         self.hold_threshold(threshold, self.in_features)
 
@@ -42,14 +41,10 @@ class ChannelSparseLinear(ThresholdMixin, SparseLinear):
         return cls(weight_t, threshold.to(weight.device).expand(weight.shape[1]), bias)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.weight_t.dtype
-
-    @property
     def weight(self) -> PackedWeight:
         weight_t = self.weight_t
         shape = (self.out_features, self.in_features)
-        return PackedWeight(shape, (shape[1], 1), weight_t.dtype, weight_t.device, lambda: weight_t.t().contiguous())
+        return PackedWeight(shape, (shape[1], 1), self.dtype, weight_t.device, lambda: weight_t.t().contiguous())
 
     def dense_weight(self) -> Tensor:
         return self.weight_t.t().contiguous()
@@ -68,4 +63,5 @@ class ChannelSparseLinear(ThresholdMixin, SparseLinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ChannelSparseLinear:
         super()._apply(fn, recurse)
+        self.dtype = self.weight_t.dtype
         return self

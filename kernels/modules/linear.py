@@ -38,10 +38,10 @@ class SparseLinear(nn.Module):
     W takes no gradient; x and the bias do. The bias is added after rounding, in the dtype of y.
     """
 
-    def __init__(self, rows: int, cols: int, bias: Tensor | None) -> None:
+    def __init__(self, rows: int, cols: int, dtype: torch.dtype, bias: Tensor | None) -> None:
         """bias: [rows] or None; a Parameter stays the same object."""
         super().__init__()
-        self.in_features, self.out_features = cols, rows
+        self.in_features, self.out_features, self.dtype = cols, rows, dtype
         if bias is not None and bias.shape != (rows,):
             raise KernelError(f"the bias has shape {list(bias.shape)}, the matrix has {rows} rows")
         own = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
@@ -69,7 +69,7 @@ class SparseLinear(nn.Module):
         """x W^T by torch's dense product."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = checked(x, self.in_features, self.weight.dtype)
+        x = checked(x, self.in_features, self.dtype)
         y = self._few(x.contiguous()) if few(x) else self._many(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -114,8 +114,7 @@ class PackedLinear(SparseLinear):
 
     def __init__(self, packed: Tensor, bias: Tensor | None = None) -> None:
         record = self.describe(packed)
-        super().__init__(record.rows, record.cols, bias)
-        self.dtype: torch.dtype = record.dtype
+        super().__init__(record.rows, record.cols, record.dtype, bias)
         self.register_buffer("packed", packed, persistent=False)
 
     @classmethod
