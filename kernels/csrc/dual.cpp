@@ -73,7 +73,7 @@ void for_squares(const Shape& shape, Visit visit) {
     }
 }
 
-// Where each panel of each channel begins, and behind the last one where it ends, in order of the table's index.
+// Row `panel` of the table: where this panel of each channel begins; behind the last panel, where the channel ends.
 std::int32_t* offset(std::uint8_t* packed, std::int64_t panel, std::int64_t cols) {
     return reinterpret_cast<std::int32_t*>(packed + sizeof(Header)) + panel * cols;
 }

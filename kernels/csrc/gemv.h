@@ -75,11 +75,11 @@ const Tier* tier_avx512bf16();
 // Rows of the padded batch: 1, 2, 4 or 8.
 // Asks for `lines` cache lines some way ahead of a sequential stream. The processor's own prefetchers stop at the end of
 // every page of 4 KiB; this reaches into the next one.
-template <int kAhead>
+template <int kAhead, int kLocality = 3>
 static inline void prefetch_ahead(const void* at, int lines) {
 #if defined(__GNUC__) || defined(__clang__)
     const char* line = static_cast<const char*>(at) + kAhead;
-    for (int i = 0; i < lines; ++i) __builtin_prefetch(line + 64 * i, 0, 3);
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(line + 64 * i, 0, kLocality);
 #else
     (void)at, (void)lines;
 #endif
