@@ -66,11 +66,25 @@ struct Square {
     }
 };
 
+// Bands of rows; in each, 64 columns from top to bottom, then the next: every channel is walked in pieces of some lines, and
+// of each row of the band the line that comes next stays in the cache. Without bands, 14336 rows took three times as long.
 template <class Visit>
 void for_squares(const Shape& shape, Visit visit) {
-    for (std::int64_t row = 0; row < shape.rows; row += 64) {
-        for (std::int64_t col = 0; col < shape.cols; col += 64) visit(Square(shape, row, col));
+    constexpr std::int64_t kBand = 512;
+    for (std::int64_t band = 0; band < shape.rows; band += kBand) {
+        const std::int64_t end = std::min(band + kBand, shape.rows);
+        for (std::int64_t col = 0; col < shape.cols; col += 64) {
+            for (std::int64_t row = band; row < end; row += 64) visit(Square(shape, row, col));
+        }
     }
+}
+
+// Where the values of each row begin, from row bits; at the end their number.
+std::vector<std::int64_t> row_begins(const std::uint8_t* bits, const Shape& shape) {
+    std::vector<std::int64_t> begins(static_cast<std::size_t>(shape.rows) + 1, 0);
+    bitmask::row_counts(bits, shape.rows, row_bytes(shape.cols), begins.data() + 1);
+    for (std::int64_t r = 0; r < shape.rows; ++r) begins[r + 1] += begins[r];
+    return begins;
 }
 
 // Row `panel` of the table: where this panel of each channel begins; behind the last panel, where the channel ends.
@@ -152,19 +166,13 @@ bool pack(const std::uint8_t* bits, const std::uint16_t* values, std::int64_t nn
     if (at[cols] != kMaskWords * shape.blocks * cols + nnz) return false;
     const std::vector<std::int64_t> ends(at.begin() + 1, at.end());
     for (std::int64_t c = 0; c < cols; ++c) *(offset(packed, shape.panels, cols) + c) = static_cast<std::int32_t>(ends[c]);
-    std::int64_t next[64], first = 0;  // where the next value of each of 64 rows lies in `values`
+    std::vector<std::int64_t> begins = row_begins(bits, shape);  // of what is left of each row's values
     bool fits = true;
     for_squares(shape, [&](const Square& square) {
         if (!fits) return;
         std::uint64_t masks[64];
         square.load(bits, width, words);
-        if (square.col == 0) {
-            for (int r = 0; r < square.rows; ++r) {
-                std::int64_t count = 0;
-                bitmask::row_counts(bits + (square.row + r) * width, 1, width, &count);
-                next[r] = first, first += count;
-            }
-        }
+        std::int64_t* next = begins.data() + square.row;
         for (int r = 0; r < square.rows; ++r) fits = fits && next[r] + count_bits(words[r]) <= nnz;
         std::memcpy(masks, words, sizeof masks);
         transpose(masks);
@@ -200,44 +208,43 @@ void unpack(const std::uint8_t* packed, std::uint8_t* bits, std::uint16_t* value
     const Header header = read(packed);
     const Shape shape(header.rows, header.cols);
     const std::int64_t width = row_bytes(shape.cols);
-    const auto* begins = reinterpret_cast<const std::int32_t*>(packed + sizeof header);
+    const auto* offsets = reinterpret_cast<const std::int32_t*>(packed + sizeof header);
     std::vector<const std::uint8_t*> at(static_cast<std::size_t>(shape.cols));
     for (std::int64_t c = 0; c < shape.cols; ++c) {
-        at[c] = packed + header.stream + 2 * std::int64_t{begins[c]};
+        at[c] = packed + header.stream + 2 * std::int64_t{offsets[c]};
     }
-    std::vector<std::int64_t> next(static_cast<std::size_t>(shape.rows) + 1, 0);
-    std::uint64_t masks[64], words[64];
-    // Squares of 64 rows follow each other across all columns, so a row's values are behind those of the rows before it
-    // only after all squares of its 64 rows: their bits are read first.
-    for (std::int64_t row = 0; row < shape.rows; row += 64) {
-        for (std::int64_t col = 0; col < shape.cols; col += 64) {
-            const Square square(shape, row, col);
-            for (int c = 0; c < 64; ++c) words[c] = c < square.cols ? word_at(at[col + c]) : 0;
-            transpose(words);
-            square.store(words, bits, width);
-            for (int r = 0; r < square.rows; ++r) next[row + r + 1] += count_bits(words[r]);
-        }
-        for (std::int64_t r = row; r < std::min(row + 64, shape.rows); ++r) next[r + 1] += next[r];
-        std::vector<std::int64_t> to(next.begin() + row, next.begin() + std::min(row + 64, shape.rows));
-        for (std::int64_t col = 0; col < shape.cols; col += 64) {
-            const Square square(shape, row, col);
-            const std::uint8_t* from[64];
-            for (int c = 0; c < 64; ++c) {
-                masks[c] = c < square.cols ? word_at(at[col + c]) : 0;
-                words[c] = masks[c];
-                from[c] = c < square.cols ? at[col + c] + 8 : nullptr;
+    const auto for_masks = [&](auto visit) {  // visit(square, masks of its channels, their addresses)
+        std::vector<const std::uint8_t*> next = at;
+        for_squares(shape, [&](const Square& square) {
+            std::uint64_t masks[64];
+            for (int c = 0; c < 64; ++c) masks[c] = c < square.cols ? word_at(next[square.col + c]) : 0;
+            visit(square, masks, next.data() + square.col);
+            for (int c = 0; c < square.cols; ++c) next[square.col + c] += 8 + 2 * count_bits(masks[c]);
+        });
+    };
+    for_masks([&](const Square& square, const std::uint64_t* masks, const std::uint8_t* const*) {
+        std::uint64_t words[64];
+        std::memcpy(words, masks, sizeof words);
+        transpose(words);
+        square.store(words, bits, width);
+    });
+    std::vector<std::int64_t> begins = row_begins(bits, shape);  // of what is left of each row's values
+    for_masks([&](const Square& square, const std::uint64_t* masks, const std::uint8_t* const* channels) {
+        std::uint64_t words[64];
+        std::memcpy(words, masks, sizeof words);
+        transpose(words);
+        const std::uint8_t* from[64];
+        for (int c = 0; c < square.cols; ++c) from[c] = channels[c] + 8;
+        for (int r = 0; r < square.rows; ++r) {
+            std::uint16_t* to = values + begins[square.row + r];
+            for (std::uint64_t word = words[r]; word != 0; word &= word - 1, ++to) {
+                const std::uint8_t*& place = from[lowest_bit(word)];
+                std::memcpy(to, place, 2);
+                place += 2;
             }
-            transpose(words);
-            for (int r = 0; r < square.rows; ++r) {
-                for (std::uint64_t word = words[r]; word != 0; word &= word - 1) {
-                    const std::uint8_t*& place = from[lowest_bit(word)];
-                    std::memcpy(values + to[r]++, place, 2);
-                    place += 2;
-                }
-            }
-            for (int c = 0; c < square.cols; ++c) at[col + c] += 8 + 2 * count_bits(masks[c]);
+            begins[square.row + r] = to - values;
         }
-    }
+    });
 }
 
 }  // namespace gossamer::dual

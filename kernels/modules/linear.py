@@ -38,6 +38,8 @@ class SparseLinear(nn.Module):
     W takes no gradient; x and the bias do. The bias is added after rounding, in the dtype of y.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, rows: int, cols: int, dtype: torch.dtype, bias: Tensor | None) -> None:
         """bias: [rows] or None; a Parameter stays the same object."""
         super().__init__()
