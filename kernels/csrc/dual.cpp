@@ -49,9 +49,6 @@ struct Square {
           col(col_),
           cols(std::min<std::int64_t>(64, shape.cols - col_)) {}
 
-    // Index of the first channel's part in this panel, in the order of the stream.
-    std::int64_t channel(const Shape& shape) const { return row / kPanel * shape.cols + col; }
-
     // words[r]: bits of row r, none beyond the matrix.
     void load(const std::uint8_t* bits, std::int64_t width, std::uint64_t* words) const {
         const std::uint64_t inside = cols == 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << cols) - 1;
@@ -90,6 +87,11 @@ std::vector<std::int64_t> row_begins(const std::uint8_t* bits, const Shape& shap
     return begins;
 }
 
+// Row `panel` of the table: where this panel of each channel begins; behind the last panel, where the channel ends.
+std::int32_t* offset(std::uint8_t* packed, std::int64_t panel, std::int64_t cols) {
+    return reinterpret_cast<std::int32_t*>(packed + sizeof(Header)) + panel * cols;
+}
+
 const char* fault_of_header(const Header& header, std::int64_t size) {
     if (header.magic != kMagic) return "it is not a matrix packed for dual sparsity";
     if (header.rows < 0 || header.cols < 0 || header.rows >= kMaxLength || header.cols >= kMaxLength) {
@@ -110,7 +112,7 @@ Shape::Shape(std::int64_t rows_, std::int64_t cols_)
     : rows(rows_), cols(cols_), blocks((rows_ + kBlock - 1) / kBlock), panels((rows_ + kPanel - 1) / kPanel) {}
 
 std::int64_t Shape::stream() const {
-    return up(static_cast<std::int64_t>(sizeof(Header)) + 4 * (panels * cols + 1), 64);
+    return up(static_cast<std::int64_t>(sizeof(Header)) + 4 * (panels + 1) * cols, 64);
 }
 
 std::int64_t Shape::size(std::int64_t nnz) const { return stream() + 2 * (kMaskWords * blocks * cols + nnz) + kTail; }
@@ -122,26 +124,25 @@ const char* find_fault(const std::uint8_t* packed, std::int64_t size) {
     const Shape shape(header.rows, header.cols);
     const auto* offsets = reinterpret_cast<const std::int32_t*>(packed + sizeof header);
     const std::uint8_t* stream = packed + header.stream;
-    const std::int64_t end = (size - header.stream - kTail) / 2;
+    const std::int64_t end = (size - header.stream - kTail) / 2, cols = shape.cols;
     const std::int64_t last = shape.rows % kBlock;
     const std::uint64_t outside = last == 0 ? 0 : ~std::uint64_t{0} << last;
     std::int64_t at = 0, values = 0;
-    for (std::int64_t first = 0; first < shape.blocks; first += kPanel / kBlock) {
-        const std::int64_t behind = std::min(shape.blocks, first + kPanel / kBlock);
-        for (std::int64_t c = 0; c < shape.cols; ++c) {
-            if (*offsets++ != at) return "the offsets are out of order";
-            for (std::int64_t block = first; block < behind; ++block) {
-                if (end - at < kMaskWords) return "a block reaches beyond its end";
-                const std::uint64_t mask = word_at(stream + 2 * at);
-                if (block + 1 == shape.blocks && (mask & outside) != 0) return "bits are set outside the matrix";
-                const int count = count_bits(mask);
-                values += count;
-                at += kMaskWords + count;
-                if (at > end) return "a block has more bits than values";
+    for (std::int64_t c = 0; c < cols; ++c) {
+        for (std::int64_t block = 0; block < shape.blocks; ++block) {
+            if (block % (kPanel / kBlock) == 0 && offsets[block / (kPanel / kBlock) * cols + c] != at) {
+                return "the offsets are out of order";
             }
+            if (end - at < kMaskWords) return "a block reaches beyond its end";
+            const std::uint64_t mask = word_at(stream + 2 * at);
+            if (block + 1 == shape.blocks && (mask & outside) != 0) return "bits are set outside the matrix";
+            const int count = count_bits(mask);
+            values += count;
+            at += kMaskWords + count;
+            if (at > end) return "a block has more bits than values";
         }
+        if (offsets[shape.panels * cols + c] != at) return "the offsets are out of order";
     }
-    if (*offsets != at) return "the offsets are out of order";
     if (at != end) return "the last offset is not the end";
     return values == header.nnz ? nullptr : "the number of values is another one";
 }
@@ -154,19 +155,17 @@ bool pack(const std::uint8_t* bits, const std::uint16_t* values, std::int64_t nn
     std::memset(packed, 0, static_cast<std::size_t>(header.stream));
     std::memcpy(packed, &header, sizeof header);
     std::uint64_t words[64];
-    // Where the next block of each channel of each panel goes, from the number of its values, and where it must end.
-    std::vector<std::int64_t> at(static_cast<std::size_t>(shape.panels * cols) + 1, 0);
+    // Where the next block of each channel goes, from the number of its values, and where it must end.
+    std::vector<std::int64_t> at(static_cast<std::size_t>(cols) + 1, 0);
     for_squares(shape, [&](const Square& square) {
         square.load(bits, width, words);
         transpose(words);
-        std::int64_t* length = at.data() + square.channel(shape) + 1;
-        for (int c = 0; c < square.cols; ++c) length[c] += kMaskWords + count_bits(words[c]);
+        for (int c = 0; c < square.cols; ++c) at[square.col + c + 1] += count_bits(words[c]);
     });
-    for (std::size_t i = 1; i < at.size(); ++i) at[i] += at[i - 1];
-    if (at.back() != kMaskWords * shape.blocks * cols + nnz) return false;
-    auto* offsets = reinterpret_cast<std::int32_t*>(packed + sizeof header);
-    for (std::size_t i = 0; i < at.size(); ++i) offsets[i] = static_cast<std::int32_t>(at[i]);
+    for (std::int64_t c = 0; c < cols; ++c) at[c + 1] += at[c] + kMaskWords * shape.blocks;
+    if (at[cols] != kMaskWords * shape.blocks * cols + nnz) return false;
     const std::vector<std::int64_t> ends(at.begin() + 1, at.end());
+    for (std::int64_t c = 0; c < cols; ++c) *(offset(packed, shape.panels, cols) + c) = static_cast<std::int32_t>(ends[c]);
     std::vector<std::int64_t> begins = row_begins(bits, shape);  // of what is left of each row's values
     bool fits = true;
     for_squares(shape, [&](const Square& square) {
@@ -179,9 +178,12 @@ bool pack(const std::uint8_t* bits, const std::uint16_t* values, std::int64_t nn
         transpose(masks);
         std::uint8_t* to[64];
         for (int c = 0; c < square.cols; ++c) {
-            std::int64_t& here = at[square.channel(shape) + c];
+            std::int64_t& here = at[square.col + c];
+            if (square.row % kPanel == 0) {
+                *(offset(packed, square.row / kPanel, cols) + square.col + c) = static_cast<std::int32_t>(here);
+            }
             const std::int64_t length = kMaskWords + count_bits(masks[c]);
-            fits = fits && here + length <= ends[square.channel(shape) + c];  // else the bits changed since they were counted
+            fits = fits && here + length <= ends[square.col + c];  // else the bits changed since they were counted
             to[c] = packed + header.stream + 2 * here;
             here += length;
         }
@@ -198,7 +200,8 @@ bool pack(const std::uint8_t* bits, const std::uint16_t* values, std::int64_t nn
         }
     });
     std::memset(packed + header.size - kTail, 0, kTail);
-    return fits && std::equal(ends.begin(), ends.end(), at.begin());
+    for (std::int64_t c = 0; c < cols; ++c) fits = fits && at[c] == ends[c];
+    return fits;
 }
 
 void unpack(const std::uint8_t* packed, std::uint8_t* bits, std::uint16_t* values) {
@@ -206,16 +209,17 @@ void unpack(const std::uint8_t* packed, std::uint8_t* bits, std::uint16_t* value
     const Shape shape(header.rows, header.cols);
     const std::int64_t width = row_bytes(shape.cols);
     const auto* offsets = reinterpret_cast<const std::int32_t*>(packed + sizeof header);
-    std::vector<const std::uint8_t*> at(static_cast<std::size_t>(shape.panels * shape.cols));
-    for (std::size_t i = 0; i < at.size(); ++i) at[i] = packed + header.stream + 2 * std::int64_t{offsets[i]};
+    std::vector<const std::uint8_t*> at(static_cast<std::size_t>(shape.cols));
+    for (std::int64_t c = 0; c < shape.cols; ++c) {
+        at[c] = packed + header.stream + 2 * std::int64_t{offsets[c]};
+    }
     const auto for_masks = [&](auto visit) {  // visit(square, masks of its channels, their addresses)
         std::vector<const std::uint8_t*> next = at;
         for_squares(shape, [&](const Square& square) {
             std::uint64_t masks[64];
-            const std::uint8_t** channels = next.data() + square.channel(shape);
-            for (int c = 0; c < 64; ++c) masks[c] = c < square.cols ? word_at(channels[c]) : 0;
-            visit(square, masks, channels);
-            for (int c = 0; c < square.cols; ++c) channels[c] += 8 + 2 * count_bits(masks[c]);
+            for (int c = 0; c < 64; ++c) masks[c] = c < square.cols ? word_at(next[square.col + c]) : 0;
+            visit(square, masks, next.data() + square.col);
+            for (int c = 0; c < square.cols; ++c) next[square.col + c] += 8 + 2 * count_bits(masks[c]);
         });
     };
     for_masks([&](const Square& square, const std::uint64_t* masks, const std::uint8_t* const*) {

@@ -9,7 +9,7 @@ namespace gossamer {
 
 // The part of a dual product that a tier computes.
 struct DualCall {
-    const std::int32_t* offsets;  // [panels * channels + 1], in values of 2 bytes from the stream's begin
+    const std::int32_t* offsets;  // [panels + 1, channels], in values of 2 bytes from the stream's begin
     const std::uint16_t* stream;
     std::int64_t channels, outputs, panels;
     const std::int32_t* active;  // [count] channels in rising order
@@ -22,7 +22,7 @@ struct DualCall {
 namespace dual {
 
 constexpr std::int64_t kBlock = 64;     // outputs under one mask
-constexpr std::int64_t kPanel = 512;    // outputs of a panel: what threads are given
+constexpr std::int64_t kPanel = 256;    // outputs between two offsets: what threads are given
 constexpr std::int64_t kMaskWords = 4;  // a mask in units of 2 bytes
 constexpr std::int64_t kTail = 64;      // readable bytes behind the last value: vectors load whole lines
 constexpr std::int64_t kMagic = 0x316C6175646D7347;  // "Gsmdual1" in memory
@@ -41,7 +41,7 @@ struct Header {
 static_assert(sizeof(Header) == 64, "the offsets follow on an aligned address");
 
 struct Shape {
-    std::int64_t rows, cols, blocks, panels;  // blocks of a channel in all panels
+    std::int64_t rows, cols, blocks, panels;
     Shape(std::int64_t rows, std::int64_t cols);
     std::int64_t stream() const;
     std::int64_t size(std::int64_t nnz) const;

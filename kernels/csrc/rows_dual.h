@@ -18,7 +18,7 @@ namespace gossamer {
 constexpr int kDualGroup = 12;
 constexpr std::int64_t kDualAhead = 4096;  // bytes; from 1 KiB on measured alike
 constexpr int kDualTable = 4;              // groups ahead for which offsets are asked
-constexpr std::int64_t kDualSums = 4096;   // floats at most, all rows of x: half of a first-level cache
+constexpr std::int64_t kDualSums = 4096;   // floats, all rows of x: half of a first-level cache
 
 // Where each channel of a group is, where its part ends, and how far from there the same channel of the next group begins.
 struct DualGroup {
@@ -41,11 +41,12 @@ static inline void dual_prefetch(const DualGroup& group, int i, std::int64_t ahe
 #endif
 }
 
-static inline void dual_prefetch_offsets(const std::int32_t* at) {
+static inline void dual_prefetch_offsets(const std::int32_t* begins, const std::int32_t* ends, std::int32_t channel) {
 #if defined(__GNUC__) || defined(__clang__)
-    __builtin_prefetch(at);
+    __builtin_prefetch(begins + channel);
+    __builtin_prefetch(ends + channel);
 #else
-    (void)at;
+    (void)begins, (void)ends, (void)channel;
 #endif
 }
 
@@ -95,20 +96,21 @@ inline void dual_block(DualGroup& group, const float* x, std::int64_t ahead, std
     }
 }
 
+// Panels [begin, end), whose sums fit.
 template <class U, int B>
-void dual_panel(const DualCall& call, std::int64_t panel) {
+void dual_panels(const DualCall& call, std::int64_t begin, std::int64_t end) {
     using S = typename U::S;
-    static_assert(dual::kPanel * B <= kDualSums, "the sums of a panel fit");
-    const std::int64_t first = panel * dual::kPanel;
-    const std::int64_t last = first + dual::kPanel < call.outputs ? first + dual::kPanel : call.outputs;
+    const std::int64_t first = begin * dual::kPanel;
+    const std::int64_t last = end * dual::kPanel < call.outputs ? end * dual::kPanel : call.outputs;
     const std::int64_t stride = (last - first + dual::kBlock - 1) / dual::kBlock * dual::kBlock;
-    alignas(64) float sums[dual::kPanel * B];
+    alignas(64) float sums[kDualSums];
     for (std::int64_t o = 0; o < stride * B; o += S::kLanes) S::store(sums + o, S::zero());
-    const std::int32_t* begins = call.offsets + panel * call.channels;
+    const std::int32_t* begins = call.offsets + begin * call.channels;
+    const std::int32_t* ends = call.offsets + end * call.channels;
     const auto point = [&](std::int64_t n, int count, DualGroup& group) {
         for (int i = 0; i < count; ++i) {
             group.at[i] = call.stream + begins[call.active[n + i]];
-            group.end[i] = call.stream + begins[call.active[n + i] + 1];
+            group.end[i] = call.stream + ends[call.active[n + i]];
         }
     };
     DualGroup groups[2];
@@ -120,7 +122,7 @@ void dual_panel(const DualCall& call, std::int64_t panel) {
         std::int64_t ahead = 0;
         if (n + 2 * kDualGroup <= call.count) {
             const std::int64_t later = n + kDualTable * kDualGroup;
-            if (later < call.count) dual_prefetch_offsets(begins + call.active[later]);
+            if (later < call.count) dual_prefetch_offsets(begins, ends, call.active[later]);
             point(n + kDualGroup, kDualGroup, groups[1 - now]);
             const std::int64_t bytes = 2 * (group.end[0] - group.at[0]);
             ahead = bytes < kDualAhead ? bytes : kDualAhead;
@@ -153,7 +155,11 @@ void dual_panel(const DualCall& call, std::int64_t panel) {
 
 template <class U, int B>
 void dual_outputs_of(const DualCall& call, std::int64_t begin, std::int64_t end) {
-    for (std::int64_t panel = begin; panel < end; ++panel) dual_panel<U, B>(call, panel);
+    constexpr std::int64_t kPanels = kDualSums / B / dual::kPanel;
+    static_assert(kPanels > 0, "the sums of a panel fit");
+    for (std::int64_t panel = begin; panel < end; panel += kPanels) {
+        dual_panels<U, B>(call, panel, panel + kPanels < end ? panel + kPanels : end);
+    }
 }
 
 template <class U>

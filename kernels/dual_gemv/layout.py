@@ -1,8 +1,8 @@
 """The machine layout of a matrix for dual sparsity in plain torch: this file and README.md define it.
 
-One uint8 tensor: header (8 integers), offsets, stream, 64 bytes of zeros. The stream is panels of 512 outputs; in each,
-the input channels one after the other, in blocks of 64 outputs: a mask of 8 bytes, then the kept values, 2 bytes each.
-The arguments are taken as checked.
+One uint8 tensor: header (8 integers), offsets, stream, 64 bytes of zeros. The stream is the input channels one after
+the other, each in blocks of 64 outputs: a mask of 8 bytes, then the kept values, 2 bytes each. The arguments are taken
+as checked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..bitmask_gemv.layout import Fault, read_header
 
 __all__ = ["CODES", "DTYPES", "Fault", "check", "pack", "read_header", "unpack"]
 
-BLOCK, PANEL = 64, 512
+BLOCK, PANEL = 64, 256
 MASK_WORDS = BLOCK // 16  # the mask of a block, in units of 2 bytes
 TAIL = 64
 MAGIC = int.from_bytes(b"Gsmdual1", "little")
@@ -35,23 +35,18 @@ class Shape:
 
     @property
     def blocks(self) -> int:
-        """Blocks of a channel in all panels."""
+        """Blocks of a channel."""
         return -(-self.rows // BLOCK)
 
     @property
-    def panels(self) -> list[int]:
-        """Blocks of a channel in each panel."""
-        step = PANEL // BLOCK
-        return [min(step, self.blocks - first) for first in range(0, self.blocks, step)]
-
-    @property
-    def offsets(self) -> int:
-        return len(self.panels) * self.cols + 1
+    def panels(self) -> int:
+        """Ranges of outputs whose begin is stored."""
+        return -(-self.rows // PANEL)
 
     @property
     def stream(self) -> int:
         """First byte of the stream."""
-        return -(-(64 + 4 * self.offsets) // 64) * 64
+        return -(-(64 + 4 * (self.panels + 1) * self.cols) // 64) * 64
 
     def size(self, nnz: int) -> int:
         return self.stream + 2 * (MASK_WORDS * self.blocks * self.cols + nnz) + TAIL
@@ -68,14 +63,13 @@ def pack(bits: Tensor, values: Tensor, cols: int) -> Tensor:
     weight = torch.zeros(mask.shape, dtype=torch.int16).masked_scatter_(mask, values.view(torch.int16))
     masks, weights = _to_blocks(mask, shape), _to_blocks(weight, shape)
     counts = masks.sum(1)
-    lengths = counts + MASK_WORDS
-    starts = lengths.cumsum(0) - lengths
+    ends = (counts + MASK_WORDS).cumsum(0)
+    starts = ends - counts - MASK_WORDS
     stream = torch.zeros(MASK_WORDS * len(counts) + nnz, dtype=torch.int16)
     stream[starts[:, None] + torch.arange(MASK_WORDS)] = bitmask.pack_bits(masks).view(torch.int16)
     owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
     stream[torch.arange(nnz) + MASK_WORDS * (owner + 1)] = weights[masks]
-    firsts = [part[::count] for part, count in zip(_by_panel(starts, shape), shape.panels, strict=True)]
-    offsets = torch.cat([*firsts, torch.tensor([len(stream)])]).int()
+    offsets = torch.cat([_begins(starts, shape), _ends(ends, shape)]).int().flatten()
     packed = torch.zeros(shape.size(nnz), dtype=torch.uint8)
     header = [MAGIC, shape.rows, cols, CODES[values.dtype], nnz, PANEL, shape.stream, len(packed)]
     packed[:64] = torch.tensor(header).view(torch.uint8)
@@ -127,49 +121,51 @@ def _check_header(header: dict[str, int], size: int) -> None:
 
 
 def _walk(packed: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    """Masks [blocks, 64] in the order of the stream, and which of its 2-byte words are values.
+    """Masks [cols * blocks, 64] in the order of the stream, and which of its 2-byte words are values.
 
-    A block begins where the one before it ends, so the channels of a panel advance side by side, block after block.
+    A block begins where the one before it ends, so all channels advance side by side, block after block.
     """
-    offsets = packed[64 : 64 + 4 * shape.offsets].view(torch.int32).long()
+    offsets = packed[64 : 64 + 4 * (shape.panels + 1) * shape.cols].view(torch.int32).long()
+    offsets = offsets.view(shape.panels + 1, shape.cols)
     stream = packed[shape.stream : len(packed) - TAIL].view(torch.int16)
-    if offsets[0] != 0 or offsets[-1] != len(stream) or (offsets.diff() < 0).any():
+    order = torch.cat([offsets[:1].flatten(), offsets[-1:, -1:].flatten()])
+    if shape.cols == 0:
+        order = torch.zeros(1, dtype=torch.long)
+    if order[0] != 0 or not torch.equal(order[1:], offsets[-1]) or order[-1] != len(stream):
         raise Fault("the offsets are out of order")
     is_value = torch.ones(len(stream), dtype=torch.bool)
-    found = [torch.zeros(0, BLOCK, dtype=torch.bool)]
-    for panel, blocks in enumerate(shape.panels):
-        first = panel * shape.cols
-        at, end = offsets[first : first + shape.cols], offsets[first + 1 : first + shape.cols + 1]
-        masks = []
-        for _ in range(blocks):
-            if (end - at < MASK_WORDS).any():
-                raise Fault("a block reaches beyond its end")
-            words = at[:, None] + torch.arange(MASK_WORDS)
-            masks.append(bitmask.unpack_bits(stream[words].view(torch.uint8), BLOCK))
-            is_value[words] = False
-            at = at + MASK_WORDS + masks[-1].sum(1)
-        if not torch.equal(at, end):
-            raise Fault("a block has more bits than values, or fewer")
-        found.append(torch.stack(masks, 1).view(-1, BLOCK))
-    return torch.cat(found), is_value
+    at, masks = offsets[0], []
+    for block in range(shape.blocks):
+        if block % (PANEL // BLOCK) == 0 and not torch.equal(at, offsets[block // (PANEL // BLOCK)]):
+            raise Fault("the offsets are out of order")
+        if (at < 0).any() or (at + MASK_WORDS > len(stream)).any():
+            raise Fault("a block reaches beyond its end")
+        words = at[:, None] + torch.arange(MASK_WORDS)
+        masks.append(bitmask.unpack_bits(stream[words].view(torch.uint8), BLOCK))
+        is_value[words] = False
+        at = at + MASK_WORDS + masks[-1].sum(1)
+    if not torch.equal(at, offsets[-1]):
+        raise Fault("the offsets are out of order")
+    return torch.stack(masks, 1).view(-1, BLOCK) if masks else torch.zeros(0, BLOCK, dtype=torch.bool), is_value
+
+
+def _begins(starts: Tensor, shape: Shape) -> Tensor:
+    """Where each panel of each channel begins, [panels, cols], from the begins of all blocks."""
+    return starts.view(shape.cols, shape.blocks)[:, :: PANEL // BLOCK].t().reshape(shape.panels, shape.cols)
+
+
+def _ends(ends: Tensor, shape: Shape) -> Tensor:
+    """Where each channel ends, [1, cols]."""
+    return ends.view(shape.cols, shape.blocks)[:, -1:].t() if shape.blocks else ends.new_zeros(1, shape.cols)
 
 
 def _to_blocks(matrix: Tensor, shape: Shape) -> Tensor:
-    """[rows, cols] to [blocks, 64] in the order of the stream, zeros outside the matrix."""
+    """[rows, cols] to [cols * blocks, 64], zeros outside the matrix."""
     padded = torch.zeros(shape.cols, shape.blocks * BLOCK, dtype=matrix.dtype)
     padded[:, : shape.rows] = matrix.t()
-    parts = [part.reshape(-1, BLOCK) for part in padded.view(shape.cols, shape.blocks, BLOCK).split(shape.panels, 1)]
-    return torch.cat([matrix.new_zeros(0, BLOCK), *parts])
+    return padded.view(-1, BLOCK)
 
 
 def _from_blocks(blocks: Tensor, shape: Shape) -> Tensor:
     """The inverse of `_to_blocks`: [rows, cols]."""
-    counts = zip(_by_panel(blocks, shape), shape.panels, strict=True)
-    parts = [part.view(shape.cols, count * BLOCK) for part, count in counts]
-    if not parts:
-        return blocks.new_zeros(shape.rows, shape.cols)
-    return torch.cat(parts, 1)[:, : shape.rows].t().contiguous()
-
-
-def _by_panel(blocks: Tensor, shape: Shape) -> list[Tensor]:
-    return list(blocks.split([count * shape.cols for count in shape.panels])) if shape.panels else []
+    return blocks.view(shape.cols, shape.blocks * BLOCK)[:, : shape.rows].t().contiguous()
