@@ -66,6 +66,14 @@ def check_memory(*tensors: Tensor) -> None:
             )
 
 
+def check_threshold(threshold: Tensor, channels: int, device: torch.device) -> None:
+    """Raises KernelError unless threshold is float32 [channels] on `device`, contiguous."""
+    if threshold.dtype is not torch.float32 or threshold.device != device:
+        raise KernelError(f"threshold is {name(threshold.dtype)} on {threshold.device}, it must be float32 on {device}")
+    if threshold.dim() != 1 or threshold.shape[0] != channels or not threshold.is_contiguous():
+        raise KernelError(f"threshold has shape {list(threshold.shape)}, it must be contiguous [{channels}]")
+
+
 def name(dtype: torch.dtype) -> str:
     """`bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")

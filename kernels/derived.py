@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from .bitmask_gemv.record import Record
+    from .record import Record
 
 T = TypeVar("T")
 

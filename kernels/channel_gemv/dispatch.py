@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...errors import KernelError
-from ..arguments import check_rows, check_weight, name
+from ..arguments import check_rows, check_threshold, check_weight
 from ..backend import choose
 from ..library import operator
 from ..memory import empty_weight
@@ -40,7 +39,7 @@ def _run(x: Tensor, weight_t: Tensor, threshold: Tensor) -> Tensor:
     code = check_weight(weight_t, "weight_t")
     channels = weight_t.shape[0]
     rows = check_rows(x, channels, weight_t.dtype, weight_t.device)
-    _check_threshold(threshold, channels, x.device)
+    check_threshold(threshold, channels, x.device)
     which = choose(x.device.type)
     if which == "triton":
         from . import triton
@@ -50,13 +49,6 @@ def _run(x: Tensor, weight_t: Tensor, threshold: Tensor) -> Tensor:
     if tier is None:
         return reference.channel_gemv(x, weight_t, threshold)
     return cpu.channel_gemv(tier, x, rows, weight_t, threshold, code)
-
-
-def _check_threshold(threshold: Tensor, channels: int, device: torch.device) -> None:
-    if threshold.dtype is not torch.float32 or threshold.device != device:
-        raise KernelError(f"threshold is {name(threshold.dtype)} on {threshold.device}, it must be float32 on {device}")
-    if threshold.dim() != 1 or threshold.shape[0] != channels or not threshold.is_contiguous():
-        raise KernelError(f"threshold has shape {list(threshold.shape)}, it must be contiguous [{channels}]")
 
 
 def _fake(x: Tensor, weight_t: Tensor, threshold: Tensor) -> Tensor:

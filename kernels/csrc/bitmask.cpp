@@ -4,28 +4,10 @@
 #include <cstring>
 #include <type_traits>
 
+#include "words.h"
+
 namespace gossamer::bitmask {
 namespace {
-
-inline int lowest_bit(std::uint64_t word) {
-#if defined(__GNUC__) || defined(__clang__)
-    return __builtin_ctzll(word);
-#else
-    int index = 0;
-    while (!(word & 1)) {
-        word >>= 1;
-        ++index;
-    }
-    return index;
-#endif
-}
-
-inline int count_bits(std::uint64_t word) {
-    word -= (word >> 1) & 0x5555555555555555u;
-    word = (word & 0x3333333333333333u) + ((word >> 2) & 0x3333333333333333u);
-    word = (word + (word >> 4)) & 0x0F0F0F0F0F0F0F0Fu;
-    return static_cast<int>((word * 0x0101010101010101u) >> 56);
-}
 
 // Up to eight bytes with byte k in bits 8k to 8k + 7, whatever the byte order of the machine.
 inline std::uint64_t load(const std::uint8_t* bytes, std::int64_t count) {

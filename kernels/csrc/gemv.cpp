@@ -2,62 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 
-#include "parallel.h"
+#include "work.h"
 
 namespace gossamer {
 namespace {
-
-// Waking a second thread costs microseconds, so less than this many bytes of weight per thread is not worth it.
-constexpr std::int64_t kBytesPerThread = 128 * 1024;
-constexpr std::int64_t kLine = 64;
-
-// Memory of the calling thread that only grows, on a cache line.
-template <int kSlot>
-std::uint8_t* scratch(std::int64_t bytes) {
-    thread_local std::unique_ptr<std::uint8_t[]> memory;
-    thread_local std::int64_t capacity = 0;
-    if (bytes + kLine > capacity) {
-        memory.reset(new std::uint8_t[static_cast<std::size_t>(bytes + kLine)]);
-        capacity = bytes + kLine;
-    }
-    const auto address = reinterpret_cast<std::uintptr_t>(memory.get());
-    return memory.get() + (kLine - address % kLine) % kLine;
-}
-
-std::int64_t element_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-int parts_for(std::int64_t bytes, int threads) {
-    return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, bytes / kBytesPerThread)));
-}
-
-template <class Body>
-void in_parts(int parts, Body body) {
-    run_parts(parts, [](void* data, int part) { (*static_cast<Body*>(data))(part); }, &body);
-}
-
-// x [batch, cols] as prepared rows, zero rows up to the padded batch.
-struct Prepared {
-    std::uint8_t* rows = nullptr;
-    std::int64_t stride = 0;
-};
-
-template <int kSlot>
-Prepared prepare(std::int64_t (*row_bytes)(int, std::int64_t),
-                 void (*prepare_row)(int, const void*, std::int64_t, std::uint8_t*), int dtype, const void* x,
-                 int batch, std::int64_t cols) {
-    Prepared made;
-    made.stride = (row_bytes(dtype, cols) + kLine - 1) / kLine * kLine;
-    made.rows = scratch<kSlot>(made.stride * padded_batch(batch));
-    for (int b = 0; b < batch; ++b) {
-        const auto* row = static_cast<const std::uint8_t*>(x) + b * cols * element_size(dtype);
-        prepare_row(dtype, row, cols, made.rows + b * made.stride);
-    }
-    const auto rest = static_cast<std::size_t>((padded_batch(batch) - batch) * made.stride);
-    std::memset(made.rows + batch * made.stride, 0, rest);
-    return made;
-}
 
 // Rows [begin, end) of the sums [batch, rows] to y.
 void store(const Tier& tier, int dtype, const float* sums, int batch, std::int64_t rows, std::int64_t begin,
@@ -215,20 +164,17 @@ void int8_gemv(const Tier& tier, int dtype, const void* x, int batch, const std:
 
 std::int64_t channel_gemv(const Tier& tier, int dtype, const void* x, int batch, const void* weight,
                           const float* threshold, std::int64_t channels, std::int64_t outputs, void* y, int threads) {
-    constexpr std::int64_t kSplit = 64;   // outputs; whole lines of the narrowest dtype
-    constexpr std::int64_t kVector = 64;  // bytes that `compact` may write beyond the last channel
-    auto* active = reinterpret_cast<std::int32_t*>(scratch<0>(4 * channels + kVector));
-    auto* values = reinterpret_cast<float*>(scratch<1>(4 * channels * padded_batch(batch) + kVector));
-    const std::int64_t count = tier.compact(dtype, x, batch, channels, threshold, active, values);
-    const ChannelCall call{weight, outputs, active, count, values, batch, y};
-    const int parts = parts_for(count * outputs * element_size(dtype), threads);
+    constexpr std::int64_t kSplit = 64;  // outputs; whole lines of the narrowest dtype
+    const Active found = compact<0>(tier, dtype, x, batch, channels, threshold);
+    const ChannelCall call{weight, outputs, found.channels, found.count, found.x, batch, y};
+    const int parts = parts_for(found.count * outputs * element_size(dtype), threads);
     const std::int64_t blocks = (outputs + kSplit - 1) / kSplit;
     in_parts(parts, [&](int part) {
         const std::int64_t begin = blocks * part / parts * kSplit;
         const std::int64_t end = std::min(outputs, blocks * (part + 1) / parts * kSplit);
         if (begin < end) tier.channel_run(dtype, call, begin, end);
     });
-    return count;
+    return found.count;
 }
 
 }  // namespace gossamer

@@ -56,6 +56,9 @@ struct ChannelCall {
     void* y;  // [batch, outputs], in the weight's dtype
 };
 
+struct DualCall;    // dual.h
+struct NeuronCall;  // neuron.h
+
 // One processor tier. All functions are pure: the same numbers for the same arguments, however the range is split.
 struct Tier {
     const char* name;
@@ -80,6 +83,8 @@ struct Tier {
     // active [channels] and values [count, padded batch], both with room for one more vector.
     std::int64_t (*compact)(int dtype, const void* x, int batch, std::int64_t channels, const float* threshold,
                             std::int32_t* active, float* values);
+    void (*dual_run)(int dtype, const DualCall&, std::int64_t panel_begin, std::int64_t panel_end);
+    void (*neuron_run)(int dtype, const NeuronCall&, std::int64_t begin, std::int64_t end);
 };
 
 // The same tables, defined in tier_*.cpp. A tier that was not compiled is absent from tiers().
@@ -90,6 +95,28 @@ const Tier* tier_avx512bf16();
 const Tier* tier_neon();
 
 // Rows of the padded batch: 1, 2, 4 or 8.
+// Asks for `lines` cache lines, into the second-level cache: the first can wait for fewer at a time.
+static inline void ask_for(const void* at, int lines) {
+#if defined(__GNUC__) || defined(__clang__)
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(at) + 64 * i, 0, 2);
+#else
+    (void)at, (void)lines;
+#endif
+}
+
+// Rows of the padded batch: 1, 2, 4 or 8.
+// Asks for `lines` cache lines some way ahead of a sequential stream. The processor's own prefetchers stop at the end of
+// every page of 4 KiB; this reaches into the next one.
+template <int kAhead, int kLocality = 3>
+static inline void prefetch_ahead(const void* at, int lines) {
+#if defined(__GNUC__) || defined(__clang__)
+    const char* line = static_cast<const char*>(at) + kAhead;
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(line + 64 * i, 0, kLocality);
+#else
+    (void)at, (void)lines;
+#endif
+}
+
 // Static: an inline function compiled for a newer processor must never be the copy that the linker keeps.
 static inline int padded_batch(int batch) { return batch <= 2 ? batch : batch <= 4 ? 4 : 8; }
 

@@ -9,8 +9,10 @@
 #include <vector>
 
 #include "bitmask.h"
+#include "dual.h"
 #include "gemv.h"
 #include "memory.h"
+#include "neuron.h"
 #include "parallel.h"
 #include "tiers.h"
 #include "tiles.h"
@@ -20,7 +22,7 @@ namespace nb = nanobind;
 namespace {
 
 // Raised whenever a signature changes, so that a stale build is noticed (kernels/extension.py).
-constexpr int kInterface = 4;
+constexpr int kInterface = 5;
 
 using Address = std::uintptr_t;
 
@@ -115,6 +117,40 @@ void define_gemv(nb::module_& m) {
     }, unlocked);
 }
 
+void define_dual(nb::module_& m) {
+    const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
+    namespace d = gossamer::dual;
+    m.def("dual_size", [](std::int64_t rows, std::int64_t cols, std::int64_t nnz) {
+        return d::Shape(rows, cols).size(nnz);
+    });
+    m.def("dual_fault", [](Address packed, std::int64_t size) { return d::find_fault(at<const Bytes>(packed), size); },
+          unlocked);
+    m.def("dual_pack", [](Address bits, Address values, std::int64_t nnz, std::int64_t rows, std::int64_t cols,
+                          std::int64_t dtype, Address packed) {
+        return d::pack(at<const Bytes>(bits), at<const std::uint16_t>(values), nnz, rows, cols, dtype,
+                       at<Bytes>(packed));
+    }, unlocked);
+    m.def("dual_unpack", [](Address packed, Address bits, Address values) {
+        d::unpack(at<const Bytes>(packed), at<Bytes>(bits), at<std::uint16_t>(values));
+    }, unlocked);
+    m.def("dual_gemv", [](Address tier, Address x, int batch, Address packed, Address threshold, Address y,
+                          int threads) {
+        gossamer::dual_gemv(*at<const gossamer::Tier>(tier), at<const void>(x), batch, at<const Bytes>(packed),
+                            at<const float>(threshold), at<void>(y), threads);
+    }, unlocked);
+}
+
+void define_neuron(nb::module_& m) {
+    namespace g = gossamer;
+    m.def("neuron_mlp", [](Address tier, int dtype, Address x, int batch, Address gate, Address up, Address down_t,
+                           std::int64_t neurons, std::int64_t hidden, int activation, Address active,
+                           std::int64_t count, Address y, int threads) {
+        const g::Mlp mlp{at<const void>(gate), at<const void>(up), at<const void>(down_t), neurons, hidden, activation};
+        return g::neuron_mlp(*at<const g::Tier>(tier), dtype, at<const void>(x), batch, mlp,
+                             at<const std::int32_t>(active), count, at<void>(y), threads);
+    }, nb::call_guard<nb::gil_scoped_release>());
+}
+
 }  // namespace
 
 NB_MODULE(_C, m) {
@@ -123,4 +159,6 @@ NB_MODULE(_C, m) {
     define_bitmask(m);
     define_tiles(m);
     define_gemv(m);
+    define_dual(m);
+    define_neuron(m);
 }

@@ -57,9 +57,9 @@ std::int64_t channel_compact(const typename C::W* x, int batch, std::int64_t cha
 }
 
 // Channels read side by side. Rows of W^T are often a power of two apart, so their lines compete for the 8 to 12 places of
-// one cache set: 24 took twice as long as 8, 16 a little longer than 12. The processor follows that many streams by itself;
-// asking for memory ahead took 1.3 times as long.
-constexpr int kGroup = 12;
+// one cache set: 16 were at times faster, at times slower, 24 took twice as long.
+constexpr int kGroup = 8;
+constexpr std::int64_t kAheadOutputs = 2048;  // how far ahead of the sums weights are asked for
 constexpr std::int64_t kBlockFloats = 4096;   // sums of a block of outputs, all rows of x: half of a first-level cache
 
 // Channels to add: rows[i] points at their weights of the first output, x [kCount][B] at their inputs.

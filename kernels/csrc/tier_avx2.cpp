@@ -76,6 +76,7 @@ struct Channel<float> {
     static __m256 row(const W* w) { return S::load(w); }
     static void widen(const W* w, __m256& a, __m256& b) { a = S::load(w), b = S::load(w + 8); }
     static void narrow(__m256 a, __m256 b, W* out) { S::store(out, a), S::store(out + 8, b); }
+    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1); }
 };
 
 template <>
@@ -106,6 +107,7 @@ struct Channel<Bf16> {
         const __m256i both = _mm256_or_si256(high, _mm256_srli_epi32(round(a), 16));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), both);
     }
+    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1); }
 };
 
 template <>
@@ -120,6 +122,7 @@ struct Channel<Fp16> {
         _mm_storeu_si128(to, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
         _mm_storeu_si128(to + 1, _mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
+    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1); }
 };
 
 template <class W>
@@ -146,22 +149,36 @@ struct Mask {
         for (int word = 0; word < 2; ++word) {
             std::uint64_t bits;
             std::memcpy(&bits, mask + 8 * word, 8);
-            GOSSAMER_UNROLL(8)
-            for (int i = 0; i < 8; ++i) {
-                // Bits below step i, by a shift of their own for every step.
-                const int before = i == 0 ? 0 : __builtin_popcountll(bits << (64 - 8 * i));
-                const auto* from = reinterpret_cast<const __m128i*>(values + before);
-                use(8 * word + i, expand8(W{}, static_cast<int>(bits >> (8 * i) & 0xFF), _mm_loadu_si128(from)));
-            }
-            values += __builtin_popcountll(bits);
+            values = block(bits, values, [&](int i, __m256 v) { use(8 * word + i, v); });
         }
         return values;
+    }
+    // 64 weights under one word of mask bits.
+    template <class Use>
+    static const std::uint16_t* block(std::uint64_t bits, const std::uint16_t* values, Use use) {
+        GOSSAMER_UNROLL(8)
+        for (int i = 0; i < 8; ++i) {
+            // Bits below step i, by a shift of their own for every step.
+            const int before = i == 0 ? 0 : __builtin_popcountll(bits << (64 - 8 * i));
+            const auto* from = reinterpret_cast<const __m128i*>(values + before);
+            use(i, expand8(W{}, static_cast<int>(bits >> (8 * i) & 0xFF), _mm_loadu_si128(from)));
+        }
+        return values + __builtin_popcountll(bits);
     }
     static __m256 mul(__m256 acc, V v, const std::uint8_t* x) {
         return S::fma(v, S::load(reinterpret_cast<const float*>(x)), acc);
     }
     static void prepare_step(const W* x, std::uint8_t* out) {
         for (int i = 0; i < kStep; ++i) reinterpret_cast<float*>(out)[i] = widen(x[i]);
+    }
+};
+
+template <class Weight>
+struct Dual : Mask<Weight> {
+    static constexpr int kParts = 1, kHold = 1;
+    static void split(__m256 v, __m256* parts) { *parts = v; }
+    static void finish(const float* sums, Weight* y) {
+        for (int i = 0; i < 64; ++i) narrow(sums[i], y + i);
     }
 };
 

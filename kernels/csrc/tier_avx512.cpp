@@ -12,6 +12,9 @@ using Dense = SplitDot<Channel<W>>;
 template <class W>
 using Mask = SplitMask<Channel<W>>;
 
+template <class W>
+using Dual = SplitDual<Channel<W>>;
+
 }  // namespace
 }  // namespace gossamer
 

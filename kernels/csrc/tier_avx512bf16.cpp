@@ -51,6 +51,9 @@ using Dense = typename DenseOf<W>::Type;
 template <class W>
 using Mask = typename MaskOf<W>::Type;
 
+template <class W>
+using Dual = SplitDual<Channel<W>>;
+
 }  // namespace
 }  // namespace gossamer
 

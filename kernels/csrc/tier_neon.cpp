@@ -82,6 +82,7 @@ struct Channel<float> {
     static float32x4_t row(const W* w) { return S::load(w); }
     static void widen(const W* w, float32x4_t& a, float32x4_t& b) { a = S::load(w), b = S::load(w + 4); }
     static void narrow(float32x4_t a, float32x4_t b, W* out) { S::store(out, a), S::store(out + 4, b); }
+    static void prefetch(const W* w) { __builtin_prefetch(w, 0, 2); }
 };
 
 template <>
@@ -110,6 +111,7 @@ struct Channel<Bf16> {
         const uint16x8_t both = vshrn_high_n_u32(vshrn_n_u32(round(a), 16), round(b), 16);
         std::memcpy(out, &both, sizeof both);
     }
+    static void prefetch(const W* w) { __builtin_prefetch(w, 0, 2); }
 };
 
 template <>
@@ -131,6 +133,7 @@ struct Channel<Fp16> {
         const float16x8_t both = vcvt_high_f16_f32(vcvt_f16_f32(a), b);
         std::memcpy(out, &both, sizeof both);
     }
+    static void prefetch(const W* w) { __builtin_prefetch(w, 0, 2); }
 };
 
 template <class W>
@@ -163,6 +166,30 @@ struct Mask {
     }
     static float32x4_t mul(float32x4_t acc, V v, const std::uint8_t* x) { return SplitDot<Channel<W>>::mul(acc, v, x); }
     static void prepare_step(const W* x, std::uint8_t* out) { SplitDot<Channel<W>>::prepare_step(x, out); }
+};
+
+template <class Weight>
+struct Dual {
+    using S = Neon;
+    using W = Weight;
+    using V = typename SplitDot<Channel<W>>::V;
+    static constexpr int kStep = 8, kParts = 2, kHold = 1;
+    template <class Use>
+    static const std::uint16_t* block(std::uint64_t mask, const std::uint16_t* values, Use use) {
+        for (int i = 0; i < 8; ++i, mask >>= 8) {
+            const auto bits = static_cast<unsigned>(mask & 0xFF);
+            const uint8x16_t control = vld1q_u8(kTables.halves[bits]);
+            V v;
+            Channel<W>::split(vreinterpretq_u16_u8(vqtbl1q_u8(vreinterpretq_u8_u16(halves(values)), control)), v.a, v.b);
+            use(i, v);
+            values += __builtin_popcount(bits);
+        }
+        return values;
+    }
+    static void split(V v, float32x4_t* parts) { parts[0] = v.a, parts[1] = v.b; }
+    static void finish(const float* sums, W* y) {
+        for (int i = 0; i < 64; i += 8) Channel<W>::narrow(S::load(sums + i), S::load(sums + i + 4), y + i);
+    }
 };
 
 }  // namespace

@@ -111,6 +111,29 @@ struct Mask {
     }
 };
 
+template <class Weight>
+struct Dual : Mask<Weight> {
+    using V = Scalar::F;
+    static constexpr int kParts = 1, kHold = 1;
+    template <class Use>
+    static const std::uint16_t* block(std::uint64_t mask, const std::uint16_t* values, Use use) {
+        for (int i = 0; i < 8; ++i, mask >>= 8) {
+            V v;
+            for (int j = 0; j < 8; ++j) {
+                const unsigned kept = mask >> j & 1u;
+                v.lane[j] = kept ? gossamer::widen(Weight{*values}) : 0.0f;
+                values += kept;
+            }
+            use(i, v);
+        }
+        return values;
+    }
+    static void split(V v, V* parts) { *parts = v; }
+    static void finish(const float* sums, Weight* y) {
+        for (int i = 0; i < 64; ++i) gossamer::narrow(sums[i], y + i);
+    }
+};
+
 }  // namespace
 }  // namespace gossamer
 

@@ -1,12 +1,14 @@
 // From formats to a table of functions. Included once by every tier_*.cpp, behind its formats, which are the types
-// Dense<W>, Mask<W> and Channel<W> of an unnamed namespace with W in {float, Bf16, Fp16}, and Int8.
+// Dense<W>, Mask<W>, Dual<W> and Channel<W> of an unnamed namespace with W in {float, Bf16, Fp16}, and Int8.
 #pragma once
 
 #include "float16.h"
 #include "rows_bitmask.h"
 #include "rows_channel.h"
 #include "rows_dense.h"
+#include "rows_dual.h"
 #include "rows_int8.h"
+#include "rows_neuron.h"
 
 namespace gossamer {
 namespace {
@@ -107,9 +109,18 @@ const std::uint16_t* expand_row_(const std::uint8_t* mask, const std::uint16_t* 
 #endif
 }
 
+void dual_run_(int dtype, const DualCall& call, std::int64_t begin, std::int64_t end) {
+    by_dtype16(dtype, [&](auto t) { dual_outputs<Dual<typename decltype(t)::W>>(call, begin, end); });
+}
+
+void neuron_run_(int dtype, const NeuronCall& call, std::int64_t begin, std::int64_t end) {
+    by_dtype(dtype, [&](auto t) { neuron_rows<Dense<typename decltype(t)::W>>(call, begin, end); });
+}
+
 constexpr Tier make_tier(const char* name) {
     return Tier{name,         dense_row_, bitmask_row_, dense_prepare_, bitmask_prepare_, dense_run_,   bitmask_run_,
-                int8_bytes_,  int8_prepare_, int8_run_,  channel_run_,   narrow_,          expand_row_, compact_};
+                int8_bytes_,  int8_prepare_, int8_run_,  channel_run_,   narrow_,          expand_row_, compact_,
+                dual_run_,    neuron_run_};
 }
 
 }  // namespace

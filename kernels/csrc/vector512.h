@@ -46,6 +46,10 @@ struct Channel<float> {
     static __m512 row(const W* w) { return S::load(w); }
     static void widen(const W* w, __m512& a, __m512& b) { a = S::load(w), b = S::load(w + 16); }
     static void narrow(__m512 a, __m512 b, W* out) { S::store(out, a), S::store(out + 16, b); }
+    static void prefetch(const W* w) {
+        _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(w + 16), _MM_HINT_T1);
+    }
 };
 
 template <>
@@ -75,6 +79,7 @@ struct Channel<Bf16> {
         const __m512i high = _mm512_and_si512(round(b), _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)));
         _mm512_storeu_si512(out, _mm512_or_si512(high, _mm512_srli_epi32(round(a), 16)));
     }
+    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1); }
 };
 
 template <>
@@ -95,6 +100,7 @@ struct Channel<Fp16> {
         _mm256_storeu_si256(to, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
         _mm256_storeu_si256(to + 1, _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
+    static void prefetch(const W* w) { _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T1); }
 };
 
 // 32 weights from a mask of 32 bits and as many values as it has bits.
@@ -122,6 +128,26 @@ inline const std::uint16_t* expand_row(const std::uint8_t* mask, const std::uint
     use(3, expand32(high >> 32, middle + static_cast<unsigned>(__builtin_popcount(static_cast<std::uint32_t>(high)))));
     return middle + static_cast<unsigned>(__builtin_popcountll(high));
 }
+
+// Dual format of a channel format with split().
+template <class C>
+struct SplitDual {
+    using S = Avx512;
+    using W = typename C::W;
+    using V = __m512i;
+    static constexpr int kStep = 32, kParts = 2, kHold = 4;
+    template <class Use>
+    static const std::uint16_t* block(std::uint64_t mask, const std::uint16_t* values, Use use) {
+        use(0, expand32(mask, values));
+        const auto low = static_cast<unsigned>(__builtin_popcount(static_cast<std::uint32_t>(mask)));
+        use(1, expand32(mask >> 32, values + low));
+        return values + static_cast<unsigned>(__builtin_popcountll(mask));
+    }
+    static void split(V v, __m512* parts) { C::split(v, parts[0], parts[1]); }
+    static void finish(const float* sums, W* y) {
+        for (int i = 0; i < 64; i += 32) C::narrow(S::load(sums + i), S::load(sums + i + 16), y + i);
+    }
+};
 
 // Bitmask format of a channel format with split().
 template <class C>

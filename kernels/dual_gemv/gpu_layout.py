@@ -17,7 +17,7 @@ from ..bitmask import dispatch as bitmask
 from ..derived import Derived
 
 if TYPE_CHECKING:
-    from ..bitmask_gemv.record import Record
+    from ..record import Record
 
 WORD = 64
 

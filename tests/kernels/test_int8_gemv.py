@@ -358,8 +358,8 @@ def test_what_does_not_fit_is_refused(call, message):
 
 
 def test_other_memory_and_writes_are_checked_anew(monkeypatch):
-    real, seen = record._check, []
-    monkeypatch.setattr(record, "_check", lambda packed: seen.append(len(packed)) or real(packed))
+    real, seen = record._fault, []
+    monkeypatch.setattr(record, "_fault", lambda packed: seen.append(len(packed)) or real(packed))
     packed = good()
     wanted = int8_gemv(X, packed, 9)
     assert torch.equal(int8_gemv(X, packed.detach(), 9), wanted)

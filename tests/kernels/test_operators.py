@@ -11,6 +11,7 @@ from gossamer.kernels.bitmask import dispatch as bitmask
 from gossamer.kernels.bitmask_gemv.dispatch import bitmask_dense, bitmask_gemv, pack
 from gossamer.kernels.channel_gemv.dispatch import channel_gemv
 from gossamer.kernels.dense_gemv.dispatch import dense_gemv
+from gossamer.kernels.dual_gemv import dispatch as dual
 from gossamer.kernels.int8_gemv import dispatch as int8
 from gossamer.kernels.nm_gemv import dispatch as nm
 
@@ -19,6 +20,7 @@ BITS = bitmask.pack_bits(WEIGHT != 0)
 PACKED = pack(BITS, bitmask.compress(WEIGHT, BITS), 70)
 SCALES = torch.full((20, 1), 0.5).half()
 INT8 = int8.pack(BITS, bitmask.compress(WEIGHT, BITS).char(), SCALES, 70)
+DUAL = dual.pack(BITS, bitmask.compress(WEIGHT, BITS), 70)
 WEIGHT_T = WEIGHT.t().contiguous()
 THRESHOLD = torch.full((70,), 3.0)
 PAIRS = WEIGHT * (torch.arange(70) % 4 < 2)
@@ -30,6 +32,7 @@ CALLS = {
     "int8_gemv": (int8.int8_gemv, (INT8, 20)),
     "channel_gemv": (channel_gemv, (WEIGHT_T, THRESHOLD)),
     "nm_gemv": (nm.nm_gemv, (CODES, SLOTS, 2, 4)),
+    "dual_gemv": (dual.dual_gemv, (DUAL, THRESHOLD, 20)),
 }
 
 
@@ -79,13 +82,16 @@ def test_gradients_are_refused_and_no_grad_is_fine(name):
         assert call(x_of(1, 70), *rest).shape == (1, 20)
 
 
-def test_dense_matrix_of_a_packed_one():
-    arguments = (PACKED, 20, 70, torch.bfloat16)
-    torch.library.opcheck(torch.ops.gossamer.bitmask_dense.default, arguments)
-    assert torch.equal(bitmask_dense(*arguments), WEIGHT)
+@pytest.mark.parametrize(
+    ("name", "call", "packed"), [("bitmask_dense", bitmask_dense, PACKED), ("dual_dense", dual.dual_dense, DUAL)]
+)
+def test_dense_matrix_of_a_packed_one(name, call, packed):
+    arguments = (packed, 20, 70, torch.bfloat16)
+    torch.library.opcheck(getattr(torch.ops.gossamer, name).default, arguments)
+    assert torch.equal(call(*arguments), WEIGHT)
     for wrong in ((21, 70, torch.bfloat16), (20, 71, torch.bfloat16), (20, 70, torch.float16)):
         with pytest.raises(KernelError, match=r"is bfloat16 \[20, 70\], the call says"):
-            bitmask_dense(PACKED, *wrong)
+            call(packed, *wrong)
 
 
 def test_dense_matrix_of_an_int8_one():

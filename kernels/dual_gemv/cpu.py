@@ -1,0 +1,45 @@
+"""Packing and `dual_gemv` in C++. `dispatch` has checked the arguments."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ...errors import KernelError
+from ..memory import empty_weight
+from ..tier import Tier
+from .layout import CODES
+
+
+def pack(module: ModuleType, bits: Tensor, values: Tensor, cols: int) -> Tensor:
+    rows, nnz = bits.shape[0], values.numel()
+    packed = empty_weight(module.dual_size(rows, cols, nnz), dtype=torch.uint8)
+    arguments = (bits.data_ptr(), values.data_ptr(), nnz, rows, cols, CODES[values.dtype], packed.data_ptr())
+    if not module.dual_pack(*arguments):
+        raise KernelError("the bits changed during the call")
+    return packed
+
+
+def unpack(
+    module: ModuleType, packed: Tensor, rows: int, cols: int, nnz: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    bits = torch.zeros(rows, -(-cols // 8), dtype=torch.uint8)
+    values = torch.empty(nnz, dtype=dtype)
+    module.dual_unpack(packed.data_ptr(), bits.data_ptr(), values.data_ptr())
+    return bits, values
+
+
+def dual_gemv(tier: Tier, x: Tensor, batch: int, packed: Tensor, threshold: Tensor, rows: int) -> Tensor:
+    y = x.new_empty((*x.shape[:-1], rows))
+    tier.module.dual_gemv(
+        tier.address,
+        x.data_ptr(),
+        batch,
+        packed.data_ptr(),
+        threshold.data_ptr(),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
