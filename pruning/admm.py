@@ -45,7 +45,7 @@ def admm_mask(
         gram: float32 [in, in], positive semi-definite with unit diagonal. Not modified.
         pattern: gives the mask of a score matrix.
         penalties: rho > 0, ascending.
-        steps: projections per penalty, at least 1.
+        steps: projections per penalty, at least 1. The first one is of W itself and costs no product.
         loudness: float32 [out, 1] > 0: scores of a row are divided by it. Rows are independent but for their share of
             the budget, so this weighs the rows' losses and changes nothing else.
 
@@ -56,16 +56,18 @@ def admm_mask(
     """
     if steps < 1 or not penalties or min(penalties) <= 0:
         raise ValueError(f"ADMM needs positive penalties and at least one step, got {list(penalties)} and {steps}")
-    sparse = weight.clone()
-    dual = torch.zeros_like(weight)  # holds P + U between a solve and the next projection
+    sparse = torch.empty_like(weight)
+    dual = weight.clone()  # holds P + U between a solve and the next projection; the first P is W, with U = 0
     previous = penalties[0]
     for index, rho in enumerate(penalties):
+        left = steps if index else steps - 1
+        if left == 0:
+            continue
         inverse = shifted_inverse(gram, rho)
-        for step in range(steps):
-            if index or step:
-                torch.mul(dual, _quick_mask(_scores(dual, loudness), pattern), out=sparse)
-                dual.sub_(sparse).mul_(previous / rho)  # U is the multiplier divided by rho
-                previous = rho
+        for _ in range(left):
+            torch.mul(dual, _quick_mask(_scores(dual, loudness), pattern), out=sparse)
+            dual.sub_(sparse).mul_(previous / rho)  # U is the multiplier divided by rho
+            previous = rho
             sparse.sub_(dual).sub_(weight)
             dual.addmm_(sparse, inverse, alpha=rho).add_(weight)
         del inverse

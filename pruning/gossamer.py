@@ -14,7 +14,9 @@ swaps (`swap.py`) in turns.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,8 +26,8 @@ from .base import LayerStats, Log, prepare, silent
 from .gram import unit_diagonal
 from .heldout import choose_damping, choose_target, split_statistics
 from .pattern import NM, Block, Pattern, Unstructured
-from .support import solve_on_support
-from .swap import refine
+from .support import Slab, solve_on_support
+from .swap import refine, refine_slab
 
 SMALL = 2**30  # floating-point operations of one product of a weight with its Gram matrix
 
@@ -38,15 +40,19 @@ class Effort:
         penalties: ADMM's rho, relative to the unit diagonal.
         steps: ADMM projections per penalty.
         iterations: conjugate gradient iterations before, between and after the rounds of swaps.
+        tracked: the gradient is updated with every change. Otherwise a product makes it anew before every stage, which
+            keeps rounding out of long runs.
     """
 
     penalties: tuple[float, ...]
     steps: int
     iterations: tuple[int, ...]
+    tracked: bool
 
 
-THOROUGH = Effort((0.1, 0.6, 4.0), 8, (20, 20, 30))
-QUICK = Effort((1.0,), 3, (2, 6))
+THOROUGH = Effort((0.1, 0.6, 4.0), 8, (20, 20, 30), tracked=False)
+QUICK = Effort((1.0,), 3, (2, 6), tracked=True)
+SLAB = 512  # rows that go through QUICK's stages at once
 
 
 @dataclass(frozen=True)
@@ -134,15 +140,48 @@ class Gossamer:
         rows, cols = goal.shape
         effort = self.options.effort or (THOROUGH if 2 * rows * cols**2 <= SMALL else QUICK)
         loudness = row_loudness(goal, self.options.balance) if _across_rows(pattern) else None
-        start, keep = admm_mask(goal, gram, pattern, effort.penalties, effort.steps, loudness)
+        values, keep = admm_mask(goal, gram, pattern, effort.penalties, effort.steps, loudness)
+        swaps = None
+        if not isinstance(pattern, Block):
+            swaps = partial(
+                refine_slab if effort.tracked else refine,
+                group=pattern.group if isinstance(pattern, NM) else None,
+                candidates=self.options.candidates,
+            )
+        if effort.tracked:
+            _polish(values, keep, goal, gram, effort.iterations, swaps)
+            return values, keep
         first, *rest = effort.iterations
-        values = solve_on_support(start, goal, gram, keep, first)
+        values = solve_on_support(values, goal, gram, keep, first)
         for iterations in rest:
-            if not isinstance(pattern, Block):
-                group = pattern.group if isinstance(pattern, NM) else None
-                refine(values, keep, goal, gram, group=group, candidates=self.options.candidates)
+            if swaps is not None:
+                swaps(values, keep, goal, gram)
             values = solve_on_support(values, goal, gram, keep, iterations)
         return values, keep
+
+
+def _polish(
+    values: Tensor,
+    keep: Tensor,
+    goal: Tensor,
+    gram: Tensor,
+    iterations: Sequence[int],
+    swaps: Callable[..., int] | None,
+) -> None:
+    """Conjugate gradient and swaps in turns, in place on `values` and `keep`; a few rows go through all of it at once.
+
+    The gradient follows every change, so that beside the iterations themselves only the first one costs a product.
+    """
+    slab = Slab(min(SLAB, len(values)), values)
+    first, *rest = iterations
+    for start in range(0, len(values), SLAB):
+        rows = slice(start, start + SLAB)
+        slab.begin(values[rows], goal[rows], gram, keep[rows])
+        slab.descend(first)
+        for count in rest:
+            if swaps is not None:
+                swaps(slab.values, slab.keep, slab.gradient, gram)
+            slab.descend(count)
 
 
 def row_loudness(weight: Tensor, balance: float) -> Tensor:
