@@ -55,8 +55,10 @@ class Accumulator:
         self.rows, self.weights = rows, weights
         self.holdout_rows = holdout_rows if "holdout" in needs else 0
         self.tokens = 0
-        self.energy = torch.zeros(width, dtype=torch.float64, device=device)
         self.gram = OuterSum(width, width, device, symmetric=True) if "gram" in needs else None
+        self.energy = None
+        if self.gram is None or "norm" in needs:
+            self.energy = torch.zeros(width, dtype=torch.float64, device=device)
         target = "target" in needs
         self.cross = OuterSum(width, width, device) if target and len(writers) < len(rows) else None
         self.repairs = {name: OuterSum(rows[name], width, device) for name in sorted(writers) if target}
@@ -72,7 +74,8 @@ class Accumulator:
         x = x.float().contiguous()
         dense = x if dense_x is None else dense_x.float().contiguous()
         self.tokens += x.shape[0]
-        self.energy += x.double().square().sum(0)
+        if self.energy is not None:
+            self.energy += x.double().square().sum(0)
         if self.gram is not None:
             self.gram.add(x, x)
         if self.cross is not None:
@@ -94,7 +97,7 @@ class Accumulator:
 
         Every rank must call it for the same inputs in the same order.
         """
-        norm = self.energy.sqrt().float()
+        norm = None if self.energy is None else self.energy.sqrt().float()
         gram = None if self.gram is None else self.gram.take()
         cross = None if self.cross is None else self.cross.take()
         held_x = torch.cat(self.held_x)

@@ -18,6 +18,8 @@ from torch import Tensor
 from ..errors import ModelError
 from .pattern import Pattern
 
+PANEL = 768  # inputs per product where a Gram matrix' symmetry is made use of
+
 Log = Callable[[str], None]
 
 
@@ -146,13 +148,29 @@ def _energy(matrix: Tensor, stats: LayerStats) -> float:
     total = 0.0
     for slab in matrix.split(1024):
         if stats.gram is not None:
-            rows = torch.linalg.vecdot(slab @ stats.gram, slab)
+            rows = _quadratic_form(slab, stats.gram)
         elif stats.norm is not None:
             rows = torch.linalg.vector_norm(slab * stats.norm, dim=1).square_()
         else:
             rows = torch.linalg.vector_norm(slab, dim=1).square_()
         total += float(rows.sum(dtype=torch.float64))
     return max(total, 0.0)
+
+
+def _quadratic_form(slab: Tensor, gram: Tensor) -> Tensor:
+    """a G a^T of every row a, float32 [rows]. G is symmetric: what lies left of a panel's diagonal block counts twice.
+
+    Half of the products of slab @ G, or little more.
+    """
+    total = slab.new_zeros(len(slab))
+    for first in range(0, len(gram), PANEL):
+        last = min(first + PANEL, len(gram))
+        product = slab[:, first:last] @ gram[first:last, first:]
+        own, right = product[:, : last - first], product[:, last - first :]
+        total += torch.linalg.vecdot(own, slab[:, first:last])
+        if last < len(gram):
+            total += 2 * torch.linalg.vecdot(right, slab[:, last:])
+    return total
 
 
 def _check_finite(tensor: Tensor, what: str, hint: str) -> None:

@@ -16,8 +16,6 @@ from .base import LayerStats, Log
 from .gram import shifted_factor, shifted_inverse, unit_diagonal
 from .support import solve_on_support
 
-PROBE_ITERATIONS = 10
-
 
 @dataclass(frozen=True)
 class Split:
@@ -91,13 +89,18 @@ def choose_target(
     return dense.addmm_(excess, shifted_inverse(stats.gram, damping * level), alpha=beta), probe
 
 
-def choose_damping(probe: Tensor, keep: Tensor, split: Split, dampings: Sequence[float], level: float) -> float:
-    """The damping under which `probe` [k, in], re-solved on the support `keep`, has the least held-out error."""
+def choose_damping(
+    probe: Tensor, keep: Tensor, split: Split, dampings: Sequence[float], level: float, iterations: int
+) -> float:
+    """The damping under which `probe` [k, in], re-solved on the support `keep`, has the least held-out error.
+
+    `iterations`: of conjugate gradient, for each damping.
+    """
     best, chosen = torch.inf, dampings[0]
     for damping in dampings:
         scale, scaled = unit_diagonal(split.gram, damping * level)
         goal = probe * scale
-        values = solve_on_support(goal, goal, scaled, keep, PROBE_ITERATIONS).div_(scale)
+        values = solve_on_support(goal, goal, scaled, keep, iterations).div_(scale)
         del scaled
         left = split.error - split.x @ (values - split.dense).t()
         error = float(left.square().sum(dtype=torch.float64))
