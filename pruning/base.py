@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import ModelError
 from .pattern import Pattern
 
+LARGE = 2**30  # floating-point operations of one product with the Gram matrix from which on a matrix counts as large
 PANEL = 768  # inputs per product where a Gram matrix' symmetry is made use of
 
 Log = Callable[[str], None]
@@ -48,6 +49,7 @@ class LayerStats:
         gram: float32 [in, in]: sum x x^T.
         target: float32 [out, in]: sum y x^T, with y the output to aim at, without bias. None means W @ gram.
         holdout: the last tenth of every window once more, token by token; they are in `gram` and `target` too.
+        excess: float32 [out, in]: sum (y - W x) x^T = target - W gram, with the W that is to be pruned.
     """
 
     tokens: int
@@ -55,6 +57,7 @@ class LayerStats:
     gram: Tensor | None = None
     target: Tensor | None = None
     holdout: Holdout | None = None
+    excess: Tensor | None = None
 
 
 class Method(Protocol):
@@ -66,7 +69,8 @@ class Method(Protocol):
 
     Attributes:
         name: its key in the registry.
-        needs: statistics that must not be None, of "norm", "gram", "target", "holdout".
+        needs: statistics that must not be None, of "norm", "gram", "target", "holdout". With "excess" besides "target"
+            the driver may give the excess instead of the target, which saves it a product or two per large matrix.
         order: "block": all statistics of a decoder block at once; "input": measured again after each group of matrices
             that share an input.
         scope: "row" or "matrix": the unit of comparison of an unstructured pattern when the user names none. Both must
@@ -95,6 +99,11 @@ class Method(Protocol):
             ModelError: the weight or the statistics are not finite.
         """
         ...
+
+
+def is_large(rows: int, cols: int) -> bool:
+    """Whether a weight [rows, cols] is so large that its products with the Gram matrix have to be counted."""
+    return 2 * rows * cols**2 > LARGE
 
 
 def prepare(weight: Tensor, stats: LayerStats, needs: frozenset[str], pattern: Pattern) -> Tensor:

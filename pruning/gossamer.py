@@ -22,14 +22,12 @@ import torch
 from torch import Tensor
 
 from .admm import admm_mask
-from .base import LayerStats, Log, prepare, silent
+from .base import LayerStats, Log, is_large, prepare, silent
 from .gram import unit_diagonal
 from .heldout import choose_damping, choose_target, split_statistics
 from .pattern import NM, Block, Pattern, Unstructured
 from .support import Slab, solve_on_support
 from .swap import refine, refine_slab
-
-SMALL = 2**30  # floating-point operations of one product of a weight with its Gram matrix
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Options:
 
     def effort_for(self, rows: int, cols: int) -> Effort:
         """The effort for a matrix [rows, cols]."""
-        return self.effort or (THOROUGH if 2 * rows * cols**2 <= SMALL else QUICK)
+        return self.effort or (QUICK if is_large(rows, cols) else THOROUGH)
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class Gossamer:
     options: Options = field(default_factory=Options)
 
     name = "gossamer"
-    needs = frozenset({"gram", "target", "holdout"})
+    needs = frozenset({"gram", "target", "excess", "holdout"})
     order = "input"
     scope = "matrix"
 

@@ -40,7 +40,7 @@ class Split:
 
 def split_statistics(dense: Tensor, stats: LayerStats, probe_rows: int, log: Log) -> Split | None:
     """The training part of `stats`; None without a target or held-out tokens, or if those are not part of the Gram."""
-    if stats.target is None or stats.holdout is None or stats.holdout.x.numel() == 0:
+    if (stats.target is None and stats.excess is None) or stats.holdout is None or stats.holdout.x.numel() == 0:
         return None
     assert stats.gram is not None
     x, y = stats.holdout.x, stats.holdout.y
@@ -53,7 +53,11 @@ def split_statistics(dense: Tensor, stats: LayerStats, probe_rows: int, log: Log
     rows = torch.arange(count, device=dense.device) * len(dense) // count
     part = dense[rows]
     error = y[:, rows] - x @ part.t()
-    excess = stats.target[rows] - part @ stats.gram
+    if stats.excess is not None:
+        excess = stats.excess[rows]
+    else:
+        assert stats.target is not None
+        excess = stats.target[rows] - part @ stats.gram
     excess.addmm_(error.t(), x, alpha=-1)
     return Split(rows, gram, excess, x, error, part)
 
@@ -83,9 +87,11 @@ def choose_target(
             best, beta, damping, probe = gain, share, candidate, split.dense + share * correction
     if beta == 0.0:
         return dense, probe
-    assert stats.target is not None
     assert stats.gram is not None
-    excess = torch.addmm(stats.target, dense, stats.gram, alpha=-1)
+    excess = stats.excess
+    if excess is None:
+        assert stats.target is not None
+        excess = torch.addmm(stats.target, dense, stats.gram, alpha=-1)
     return dense.addmm_(excess, shifted_inverse(stats.gram, damping * level), alpha=beta), probe
 
 
