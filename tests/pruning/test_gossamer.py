@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from gossamer.pruning.admm import admm_mask
 from gossamer.pruning.base import Holdout, LayerStats, relative_error
-from gossamer.pruning.gossamer import QUICK, THOROUGH, Gossamer, Options
+from gossamer.pruning.gossamer import QUICK, THOROUGH, Effort, Gossamer, Options
 from gossamer.pruning.gram import shifted_inverse, unit_diagonal
 from gossamer.pruning.heldout import choose_target, split_statistics
 from gossamer.pruning.pattern import NM, Block, Pattern, Unstructured
@@ -147,6 +148,21 @@ def test_degenerate_statistics(kind: str) -> None:
         assert torch.isfinite(new).all()
         assert int((~keep).sum()) == pattern.zeros(8, 16)
         assert (new[~keep] == 0).all()
+
+
+@pytest.mark.parametrize("effort", [THOROUGH, QUICK])
+def test_the_excess_says_what_the_target_says(effort: Effort) -> None:
+    weight, stats, _, _ = case(24, 32, 800, drift=0.5)
+    assert stats.target is not None
+    assert stats.gram is not None
+    excess = (stats.target.double() - weight.double() @ stats.gram.double()).float()
+    method = Gossamer(Options(effort=effort))
+    _, mask, aim = method.prune_towards(weight, stats, Unstructured(0.5, "row"))
+    other = replace(stats, target=None, excess=excess)
+    _, found, again = method.prune_towards(weight, other, Unstructured(0.5, "row"))
+    torch.testing.assert_close(again, aim, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(aim, weight, atol=0.05)
+    assert float((found == mask).float().mean()) > 0.99
 
 
 @pytest.mark.parametrize("pattern", PATTERNS[:4], ids=str)
