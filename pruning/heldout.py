@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .base import LayerStats, Log
-from .gram import shifted_factor, shifted_inverse, unit_diagonal
+from .gram import Resolvent, shifted_factor, unit_diagonal
 from .support import solve_on_support
 
 
@@ -92,7 +92,8 @@ def choose_target(
     if excess is None:
         assert stats.target is not None
         excess = torch.addmm(stats.target, dense, stats.gram, alpha=-1)
-    return dense.addmm_(excess, shifted_inverse(stats.gram, damping * level), alpha=beta), probe
+    Resolvent(stats.gram, damping * level, len(dense)).add_to(dense, excess, beta)
+    return dense, probe
 
 
 def choose_damping(
