@@ -6,6 +6,7 @@ For an input x (q, k and v share one, gate and up share one), over all tokens of
     target = sum y x^T          [out, in]    y = W x_dense, the output the dense model gives at the same token; for a
                                              matrix that writes into the residual stream, the output that would repair
                                              the stream there (residual.py)
+    excess = sum (y - W x) x^T  [out, in]    instead of the target, for a large matrix of a method that takes either
     holdout                     x, y of the last tenth of every window (at most HOLDOUT_TOKENS in all)
 
 Float32 products are added in float64. With several processes each runs its own windows through the block; the inputs
@@ -22,11 +23,11 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from ..pruning.base import Holdout, LayerStats
+from ..pruning.base import Holdout, LayerStats, is_large
 from . import distributed
 from .blocks import BlockArgs, Prunable, StreamedModel
 from .hidden import HiddenStore
-from .residual import needed, watching
+from .residual import OUTPUT, needed, watching
 from .sums import OuterSum
 
 HOLDOUT_TOKENS = 4096
@@ -38,8 +39,9 @@ class Accumulator:
     """Sums for one shared input of the matrices `rows` (name -> number of outputs).
 
     `weights`: float32 [out, in] of the matrices, given only when outputs are needed (target or holdout). `writers`: the
-    matrices that write into the residual stream. Targets are never summed as such: for the others they are
-    W sum x_dense x^T, for writers W gram + sum (z_dense - z_sparse) x^T, half the work or less.
+    matrices that write into the residual stream. `unpruned`: the weights of the others (the dense ones) are those
+    pruned next. Targets are never summed as such: for the others they are W sum x_dense x^T, for writers
+    W gram + sum (z_dense - z_sparse) x^T, half the work or less.
     """
 
     def __init__(
@@ -51,12 +53,19 @@ class Accumulator:
         weights: Mapping[str, Tensor],
         writers: frozenset[str],
         device: torch.device,
+        *,
+        unpruned: bool = False,
     ) -> None:
         self.rows, self.weights = rows, weights
+        large = {name for name in rows if is_large(rows[name], width) and {"gram", "target", "excess"} <= needs}
+        others = rows.keys() - writers  # they share one sum, in one form
+        self.in_excess = (large & writers) | (others if unpruned and others <= large else set())
         self.holdout_rows = holdout_rows if "holdout" in needs else 0
         self.tokens = 0
-        self.energy = torch.zeros(width, dtype=torch.float64, device=device)
         self.gram = OuterSum(width, width, device, symmetric=True) if "gram" in needs else None
+        self.energy = None
+        if self.gram is None or "norm" in needs:
+            self.energy = torch.zeros(width, dtype=torch.float64, device=device)
         target = "target" in needs
         self.cross = OuterSum(width, width, device) if target and len(writers) < len(rows) else None
         self.repairs = {name: OuterSum(rows[name], width, device) for name in sorted(writers) if target}
@@ -72,7 +81,8 @@ class Accumulator:
         x = x.float().contiguous()
         dense = x if dense_x is None else dense_x.float().contiguous()
         self.tokens += x.shape[0]
-        self.energy += x.double().square().sum(0)
+        if self.energy is not None:
+            self.energy += x.double().square().sum(0)
         if self.gram is not None:
             self.gram.add(x, x)
         if self.cross is not None:
@@ -94,22 +104,31 @@ class Accumulator:
 
         Every rank must call it for the same inputs in the same order.
         """
-        norm = self.energy.sqrt().float()
+        norm = None if self.energy is None else self.energy.sqrt().float()
         gram = None if self.gram is None else self.gram.take()
         cross = None if self.cross is None else self.cross.take()
+        if cross is not None and gram is not None and self.in_excess - self.repairs.keys():
+            cross.sub_(gram)
         held_x = torch.cat(self.held_x)
         result = {}
         for name in self.rows:
-            target = self._target(name, gram, cross)
+            aim = self._aim(name, gram, cross)
+            target, excess = (None, aim) if name in self.in_excess else (aim, None)
             held_y = self.held_y.pop(name, None)
             holdout = Holdout(held_x, torch.cat(held_y)) if held_y and len(held_x) else None
-            result[name] = LayerStats(tokens=self.tokens, norm=norm, gram=gram, target=target, holdout=holdout)
+            result[name] = LayerStats(
+                tokens=self.tokens, norm=norm, gram=gram, target=target, excess=excess, holdout=holdout
+            )
         return result
 
-    def _target(self, name: str, gram: Tensor | None, cross: Tensor | None) -> Tensor | None:
+    def _aim(self, name: str, gram: Tensor | None, cross: Tensor | None) -> Tensor | None:
+        """The target, or the excess where that is given; `cross` is the sum, or the sum less `gram`, to match."""
         if name in self.repairs:
+            repair = self.repairs.pop(name).take()
+            if name in self.in_excess:
+                return repair
             assert gram is not None
-            return self.repairs.pop(name).take().addmm_(self.weights[name], gram)
+            return repair.addmm_(self.weights[name], gram)
         return None if cross is None else self.weights[name] @ cross
 
 
@@ -125,11 +144,14 @@ def collect(
     needs: frozenset[str],
     windows: int,
     places: Mapping[str, str] | None = None,
+    passed: set[int] | None = None,
 ) -> dict[str, LayerStats]:
     """Statistics of every matrix in `groups`, keyed by name, over the windows of all ranks.
 
     `block` sees `hidden` (the pruned-so-far model); with "target" in needs, `dense_block` sees `dense_hidden`.
     `places`: where matrices write into the residual stream (`residual.residual_places`).
+    `passed`: given, `dense_hidden` moves on to the dense block's output for every window whose pass goes that far, and
+    the window is added to it. Only for the last pass over a block.
     Experts take their own output as the target: the dense model routes other tokens to them.
     """
     asymmetric = dense_block is not None and dense_hidden is not None
@@ -146,7 +168,7 @@ def collect(
     for window in distributed.turns(windows):
         found = None
         if window is not None:
-            found = _measure(model, block_index, block, pair, leaders, hidden, args, window, stream)
+            found = _measure(model, block_index, block, pair, leaders, hidden, args, window, stream, passed)
         for seen in distributed.in_turn(found, model.device):
             for group in groups:
                 name = group[0].name
@@ -170,6 +192,7 @@ def _measure(
     args: BlockArgs,
     window: int,
     stream: Sequence[str],
+    passed: set[int] | None,
 ) -> dict[str, Tensor]:
     """What one window shows: inputs by leader, the dense model's inputs by leader, stream errors by place."""
     dense_x: dict[str, Tensor] = {}
@@ -177,6 +200,9 @@ def _measure(
     watched = [leader for leader in leaders if leader.kind != "expert"]
     if dense is not None and watched:
         dense_x, dense_z = inputs_of(model, block_index, dense[0], watched, dense[1], args, window, stream)
+        if passed is not None and OUTPUT in dense_z:
+            dense[1].put(window, dense_z[OUTPUT])
+            passed.add(window)
     x, z = inputs_of(model, block_index, block, leaders, hidden, args, window, stream)
     found = {X + name: value for name, value in x.items()}
     found |= {DENSE + name: value for name, value in dense_x.items()}
@@ -239,4 +265,6 @@ def accumulator_for(
         weights=weights,
         writers=frozenset(member.name for member in group if member.name in places),
         device=model.device,
+        unpruned=dense_block is None
+        or all(torch.equal(model.weight(block, member), model.weight(dense_block, member)) for member in group),
     )

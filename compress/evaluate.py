@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -158,11 +158,19 @@ def capture(model: StreamedModel, windows: Tensor, hidden: HiddenStore) -> Block
 
 
 def propagate(
-    model: StreamedModel, index: int, block: torch.nn.Module, hidden: HiddenStore, args: BlockArgs, windows: int
+    model: StreamedModel,
+    index: int,
+    block: torch.nn.Module,
+    hidden: HiddenStore,
+    args: BlockArgs,
+    windows: int,
+    passed: Container[int] = (),
 ) -> None:
-    """Replace the hidden state of every window that this rank follows by the block's output."""
+    """Replace the hidden state of every window that this rank follows by the block's output, but for those `passed`."""
     with distributed.agreed():
         for window in distributed.followed(windows):
+            if window in passed:
+                continue
             hidden.put(window, model.run_block(index, block, hidden.get(window), args, window))
 
 

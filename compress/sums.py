@@ -8,6 +8,7 @@ from torch import Tensor
 from . import distributed
 
 SLAB = 512
+PIECE = 2**17  # entries turned into float64 at once: they stay in the cache
 
 
 class OuterSum:
@@ -27,7 +28,8 @@ class OuterSum:
             else None
             for number, (first, last) in enumerate(edges)
         ]
-        self._product = torch.empty(min(SLAB, rows) * cols, device=device)  # one buffer: fresh pages cost time
+        self._product = torch.empty(min(SLAB, rows) * cols, device=device)  # buffers used again: fresh pages cost time
+        self._piece = torch.empty(max(PIECE, cols), dtype=torch.float64, device=device)
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Add one window."""
@@ -35,11 +37,14 @@ class OuterSum:
             if slab is None:
                 continue
             product = self._product[: slab.numel()].view(slab.shape)
-            slab.add_(torch.mm(columns.T, b[:, : slab.shape[1]], out=product))
+            torch.mm(columns.T, b[:, : slab.shape[1]], out=product)
+            height = max(1, PIECE // slab.shape[1])
+            for total, piece in zip(slab.split(height), product.split(height), strict=True):
+                total.add_(self._piece[: piece.numel()].view(piece.shape).copy_(piece))
 
     def take(self) -> Tensor:
         """The sum in float32, on every rank. The float64 slabs are freed one by one; the object is empty afterwards."""
-        self._product = torch.empty(0)
+        self._product = self._piece = torch.empty(0)
         blank = torch.empty if distributed.world() == 1 else torch.zeros
         result = blank(self.rows, self.cols, dtype=torch.float32, device=self.device)
         self._slabs.reverse()

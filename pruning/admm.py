@@ -7,9 +7,9 @@ Each step solves for P in closed form, projects P + U on the pattern and adds th
     P = W + rho (D - U - W) (A + rho I)^-1,   D = project(P + U),   U = U + P - D.
 
 A small penalty rho lets the weights move far and the mask change; a large one makes P and D agree. Here rho climbs
-through a short list, so that one Cholesky inverse per value is enough and no eigendecomposition is needed. A must have
-a unit diagonal (inputs scaled by their norm): then |P + U| is the right score for every input, and one list of
-penalties fits all layers.
+through a short list, so that one Cholesky factor or inverse per value is enough and no eigendecomposition is needed. A
+must have a unit diagonal (inputs scaled by their norm): then |P + U| is the right score for every input, and one list
+of penalties fits all layers.
 
 After Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models", NeurIPS
 2024, and Boza, "Fast and Effective Weight Update for Pruned Large Language Models", 2024; both let rho grow by rules of
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .gram import shifted_inverse
+from .gram import Resolvent
 from .pattern import Pattern, Unstructured
 
 SAMPLE = 2**20  # entries from which the threshold of an intermediate projection over a whole matrix is read
@@ -45,29 +45,32 @@ def admm_mask(
         gram: float32 [in, in], positive semi-definite with unit diagonal. Not modified.
         pattern: gives the mask of a score matrix.
         penalties: rho > 0, ascending.
-        steps: projections per penalty, at least 1.
+        steps: projections per penalty, at least 1. The first one is of W itself and costs no product.
         loudness: float32 [out, 1] > 0: scores of a row are divided by it. Rows are independent but for their share of
             the budget, so this weighs the rows' losses and changes nothing else.
 
     Returns:
         D, float32 [out, in] (zero outside the mask), and the mask, bool [out, in], True = kept, with the exact count.
 
-    Working memory: one inverse [in, in] and three matrices [out, in].
+    Working memory: one factor or inverse [in, in] and three matrices [out, in].
     """
     if steps < 1 or not penalties or min(penalties) <= 0:
         raise ValueError(f"ADMM needs positive penalties and at least one step, got {list(penalties)} and {steps}")
-    sparse = weight.clone()
-    dual = torch.zeros_like(weight)  # holds P + U between a solve and the next projection
+    sparse = torch.empty_like(weight)
+    dual = weight.clone()  # holds P + U between a solve and the next projection; the first P is W, with U = 0
     previous = penalties[0]
     for index, rho in enumerate(penalties):
-        inverse = shifted_inverse(gram, rho)
-        for step in range(steps):
-            if index or step:
-                torch.mul(dual, _quick_mask(_scores(dual, loudness), pattern), out=sparse)
-                dual.sub_(sparse).mul_(previous / rho)  # U is the multiplier divided by rho
-                previous = rho
+        left = steps if index else steps - 1
+        if left == 0:
+            continue
+        inverse = Resolvent(gram, rho, len(weight), left)
+        for _ in range(left):
+            torch.mul(dual, _quick_mask(_scores(dual, loudness), pattern), out=sparse)
+            dual.sub_(sparse).mul_(previous / rho)  # U is the multiplier divided by rho
+            previous = rho
             sparse.sub_(dual).sub_(weight)
-            dual.addmm_(sparse, inverse, alpha=rho).add_(weight)
+            inverse.add_to(dual, sparse, rho)
+            dual.add_(weight)
         del inverse
     del sparse
     keep = pattern.mask(_scores(dual, loudness))

@@ -18,6 +18,9 @@ from torch import Tensor
 from ..errors import ModelError
 from .pattern import Pattern
 
+LARGE = 2**30  # floating-point operations of one product with the Gram matrix from which on a matrix counts as large
+PANEL = 768  # inputs per product where a Gram matrix' symmetry is made use of
+
 Log = Callable[[str], None]
 
 
@@ -46,6 +49,7 @@ class LayerStats:
         gram: float32 [in, in]: sum x x^T.
         target: float32 [out, in]: sum y x^T, with y the output to aim at, without bias. None means W @ gram.
         holdout: the last tenth of every window once more, token by token; they are in `gram` and `target` too.
+        excess: float32 [out, in]: sum (y - W x) x^T = target - W gram, with the W that is to be pruned.
     """
 
     tokens: int
@@ -53,6 +57,7 @@ class LayerStats:
     gram: Tensor | None = None
     target: Tensor | None = None
     holdout: Holdout | None = None
+    excess: Tensor | None = None
 
 
 class Method(Protocol):
@@ -64,7 +69,8 @@ class Method(Protocol):
 
     Attributes:
         name: its key in the registry.
-        needs: statistics that must not be None, of "norm", "gram", "target", "holdout".
+        needs: statistics that must not be None, of "norm", "gram", "target", "holdout". With "excess" besides "target"
+            the driver may give the excess instead of the target, which saves it a product or two per large matrix.
         order: "block": all statistics of a decoder block at once; "input": measured again after each group of matrices
             that share an input.
         scope: "row" or "matrix": the unit of comparison of an unstructured pattern when the user names none. Both must
@@ -93,6 +99,11 @@ class Method(Protocol):
             ModelError: the weight or the statistics are not finite.
         """
         ...
+
+
+def is_large(rows: int, cols: int) -> bool:
+    """Whether a weight [rows, cols] is so large that its products with the Gram matrix have to be counted."""
+    return 2 * rows * cols**2 > LARGE
 
 
 def prepare(weight: Tensor, stats: LayerStats, needs: frozenset[str], pattern: Pattern) -> Tensor:
@@ -146,13 +157,29 @@ def _energy(matrix: Tensor, stats: LayerStats) -> float:
     total = 0.0
     for slab in matrix.split(1024):
         if stats.gram is not None:
-            rows = torch.linalg.vecdot(slab @ stats.gram, slab)
+            rows = _quadratic_form(slab, stats.gram)
         elif stats.norm is not None:
             rows = torch.linalg.vector_norm(slab * stats.norm, dim=1).square_()
         else:
             rows = torch.linalg.vector_norm(slab, dim=1).square_()
         total += float(rows.sum(dtype=torch.float64))
     return max(total, 0.0)
+
+
+def _quadratic_form(slab: Tensor, gram: Tensor) -> Tensor:
+    """a G a^T of every row a, float32 [rows]. G is symmetric: what lies left of a panel's diagonal block counts twice.
+
+    Half of the products of slab @ G, or little more.
+    """
+    total = slab.new_zeros(len(slab))
+    for first in range(0, len(gram), PANEL):
+        last = min(first + PANEL, len(gram))
+        product = slab[:, first:last] @ gram[first:last, first:]
+        own, right = product[:, : last - first], product[:, last - first :]
+        total += torch.linalg.vecdot(own, slab[:, first:last])
+        if last < len(gram):
+            total += 2 * torch.linalg.vecdot(right, slab[:, last:])
+    return total
 
 
 def _check_finite(tensor: Tensor, what: str, hint: str) -> None:

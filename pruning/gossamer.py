@@ -14,20 +14,20 @@ swaps (`swap.py`) in turns.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .admm import admm_mask
-from .base import LayerStats, Log, prepare, silent
+from .base import LayerStats, Log, is_large, prepare, silent
 from .gram import unit_diagonal
 from .heldout import choose_damping, choose_target, split_statistics
 from .pattern import NM, Block, Pattern, Unstructured
-from .support import solve_on_support
-from .swap import refine
-
-SMALL = 2**30  # floating-point operations of one product of a weight with its Gram matrix
+from .support import Slab, solve_on_support
+from .swap import refine, refine_slab
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,23 @@ class Effort:
         penalties: ADMM's rho, relative to the unit diagonal.
         steps: ADMM projections per penalty.
         iterations: conjugate gradient iterations before, between and after the rounds of swaps.
+        tracked: the gradient is updated with every change. Otherwise a product makes it anew before every stage, which
+            keeps rounding out of long runs.
+        probe_rows: rows on which the held-out choices are made.
+        probe_iterations: conjugate gradient iterations there for every damping.
     """
 
     penalties: tuple[float, ...]
     steps: int
     iterations: tuple[int, ...]
+    tracked: bool
+    probe_rows: int
+    probe_iterations: int
 
 
-THOROUGH = Effort((0.1, 0.6, 4.0), 8, (20, 20, 30))
-QUICK = Effort((1.0,), 3, (2, 6))
+THOROUGH = Effort((0.1, 0.6, 4.0), 8, (20, 20, 30), tracked=False, probe_rows=256, probe_iterations=10)
+QUICK = Effort((1.0,), 3, (2, 6), tracked=True, probe_rows=128, probe_iterations=6)
+SLAB = 512  # rows that go through QUICK's stages at once
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,6 @@ class Options:
             the budget, 1 comes near an equal share for every row.
         target_dampings: candidates for lambda, in units of the mean diagonal of G.
         dampings: candidates for mu, in the same units; the first is used when nothing is held out.
-        probe_rows: rows on which the held-out choices are made.
     """
 
     effort: Effort | None = None
@@ -69,7 +76,10 @@ class Options:
     balance: float = 0.5
     target_dampings: tuple[float, ...] = (0.01, 0.1, 1.0)
     dampings: tuple[float, ...] = (0.01, 0.1)
-    probe_rows: int = 256
+
+    def effort_for(self, rows: int, cols: int) -> Effort:
+        """The effort for a matrix [rows, cols]."""
+        return self.effort or (QUICK if is_large(rows, cols) else THOROUGH)
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,7 @@ class Gossamer:
     options: Options = field(default_factory=Options)
 
     name = "gossamer"
-    needs = frozenset({"gram", "target", "holdout"})
+    needs = frozenset({"gram", "target", "excess", "holdout"})
     order = "input"
     scope = "matrix"
 
@@ -108,16 +118,19 @@ class Gossamer:
             log("all calibration inputs are zero; weights are compared by magnitude, none is adjusted")
             keep = pattern.mask(dense.abs())
             return dense.masked_fill(~keep, 0.0), keep, dense
-        goal, damping = self._goal(dense, stats, pattern, level, log)
+        effort = self.options.effort_for(rows, cols)
+        goal, damping = self._goal(dense, stats, pattern, effort, level, log)
         del dense
         scale, gram = unit_diagonal(stats.gram, damping * level)
-        values, keep = self._solve(goal.mul_(scale), gram, pattern)
+        values, keep = self._solve(goal.mul_(scale), gram, pattern, effort)
         del gram
         return values.div_(scale).masked_fill_(~keep, 0.0), keep, goal.div_(scale)
 
-    def _goal(self, dense: Tensor, stats: LayerStats, pattern: Pattern, level: float, log: Log) -> tuple[Tensor, float]:
+    def _goal(
+        self, dense: Tensor, stats: LayerStats, pattern: Pattern, effort: Effort, level: float, log: Log
+    ) -> tuple[Tensor, float]:
         """W* (made in place in `dense`) and mu."""
-        split = split_statistics(dense, stats, self.options.probe_rows, log)
+        split = split_statistics(dense, stats, effort.probe_rows, log)
         if split is None:
             return dense, self.options.dampings[0]
         goal, probe = choose_target(dense, stats, split, self.options.target_dampings, level)
@@ -127,22 +140,53 @@ class Gossamer:
             keep = pattern.mask(goal.abs() * norm)[split.rows]
         else:
             keep = pattern.mask(goal[split.rows].abs() * norm)
-        return goal, choose_damping(probe, keep, split, self.options.dampings, level)
+        return goal, choose_damping(probe, keep, split, self.options.dampings, level, effort.probe_iterations)
 
-    def _solve(self, goal: Tensor, gram: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    def _solve(self, goal: Tensor, gram: Tensor, pattern: Pattern, effort: Effort) -> tuple[Tensor, Tensor]:
         """The pruned weight and its mask, in the scaled coordinates."""
-        rows, cols = goal.shape
-        effort = self.options.effort or (THOROUGH if 2 * rows * cols**2 <= SMALL else QUICK)
         loudness = row_loudness(goal, self.options.balance) if _across_rows(pattern) else None
-        start, keep = admm_mask(goal, gram, pattern, effort.penalties, effort.steps, loudness)
+        values, keep = admm_mask(goal, gram, pattern, effort.penalties, effort.steps, loudness)
+        swaps = None
+        if not isinstance(pattern, Block):
+            swaps = partial(
+                refine_slab if effort.tracked else refine,
+                group=pattern.group if isinstance(pattern, NM) else None,
+                candidates=self.options.candidates,
+            )
+        if effort.tracked:
+            _polish(values, keep, goal, gram, effort.iterations, swaps)
+            return values, keep
         first, *rest = effort.iterations
-        values = solve_on_support(start, goal, gram, keep, first)
+        values = solve_on_support(values, goal, gram, keep, first)
         for iterations in rest:
-            if not isinstance(pattern, Block):
-                group = pattern.group if isinstance(pattern, NM) else None
-                refine(values, keep, goal, gram, group=group, candidates=self.options.candidates)
+            if swaps is not None:
+                swaps(values, keep, goal, gram)
             values = solve_on_support(values, goal, gram, keep, iterations)
         return values, keep
+
+
+def _polish(
+    values: Tensor,
+    keep: Tensor,
+    goal: Tensor,
+    gram: Tensor,
+    iterations: Sequence[int],
+    swaps: Callable[..., int] | None,
+) -> None:
+    """Conjugate gradient and swaps in turns, in place on `values` and `keep`; a few rows go through all of it at once.
+
+    The gradient follows every change, so that beside the iterations themselves only the first one costs a product.
+    """
+    slab = Slab(min(SLAB, len(values)), values)
+    first, *rest = iterations
+    for start in range(0, len(values), SLAB):
+        rows = slice(start, start + SLAB)
+        slab.begin(values[rows], goal[rows], gram, keep[rows])
+        slab.descend(first)
+        for count in rest:
+            if swaps is not None:
+                swaps(slab.values, slab.keep, slab.gradient, gram)
+            slab.descend(count)
 
 
 def row_loudness(weight: Tensor, balance: float) -> Tensor:

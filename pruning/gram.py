@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .base import is_large
+
+SLAB = 512  # rows per pair of triangular solves
+
 
 def unit_diagonal(gram: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     """d = sqrt(diag(gram) + shift), float32 [in], and (gram + shift I) / (d d^T), float32 [in, in]."""
@@ -15,16 +19,32 @@ def unit_diagonal(gram: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     return scale, scaled
 
 
-def shifted_inverse(gram: Tensor, shift: float) -> Tensor:
-    """(gram + shift I)^-1, float32 [in, in], made in place in one copy of `gram`.
+class Resolvent:
+    """(gram + shift I)^-1 as something to multiply with; holds one matrix [in, in].
 
     Rounding can cost a float32 Gram matrix its definiteness; the shift then grows tenfold until the factor exists.
     """
-    factor = shifted_factor(gram, shift)
-    while factor is None:
-        shift *= 10
+
+    def __init__(self, gram: Tensor, shift: float, rows: int, times: int = 1) -> None:
+        """`rows`: how many rows will be multiplied, and how many `times`.
+
+        A product costs less than two triangular solves, but the inverse has to be made first: for few rows of a large
+        matrix the factor is faster.
+        """
         factor = shifted_factor(gram, shift)
-    return torch.cholesky_inverse(factor, out=factor)
+        while factor is None:
+            shift *= 10
+            factor = shifted_factor(gram, shift)
+        self._solves = is_large(rows, len(gram)) and 2 * rows * times <= 3 * len(gram)
+        self._matrix = factor if self._solves else torch.cholesky_inverse(factor, out=factor)
+
+    def add_to(self, out: Tensor, rows: Tensor, alpha: float) -> None:
+        """out += alpha rows (gram + shift I)^-1, in place; both float32 [n, in]."""
+        if not self._solves:
+            out.addmm_(rows, self._matrix, alpha=alpha)
+            return
+        for some, right in zip(out.split(SLAB), rows.split(SLAB), strict=True):
+            some.add_(torch.cholesky_solve(right.t(), self._matrix).t(), alpha=alpha)
 
 
 def shifted_factor(gram: Tensor, shift: float) -> Tensor | None:

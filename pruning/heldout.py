@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from .base import LayerStats, Log
-from .gram import shifted_factor, shifted_inverse, unit_diagonal
+from .gram import Resolvent, shifted_factor, unit_diagonal
 from .support import solve_on_support
-
-PROBE_ITERATIONS = 10
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Split:
 
 def split_statistics(dense: Tensor, stats: LayerStats, probe_rows: int, log: Log) -> Split | None:
     """The training part of `stats`; None without a target or held-out tokens, or if those are not part of the Gram."""
-    if stats.target is None or stats.holdout is None or stats.holdout.x.numel() == 0:
+    if (stats.target is None and stats.excess is None) or stats.holdout is None or stats.holdout.x.numel() == 0:
         return None
     assert stats.gram is not None
     x, y = stats.holdout.x, stats.holdout.y
@@ -55,7 +53,11 @@ def split_statistics(dense: Tensor, stats: LayerStats, probe_rows: int, log: Log
     rows = torch.arange(count, device=dense.device) * len(dense) // count
     part = dense[rows]
     error = y[:, rows] - x @ part.t()
-    excess = stats.target[rows] - part @ stats.gram
+    if stats.excess is not None:
+        excess = stats.excess[rows]
+    else:
+        assert stats.target is not None
+        excess = stats.target[rows] - part @ stats.gram
     excess.addmm_(error.t(), x, alpha=-1)
     return Split(rows, gram, excess, x, error, part)
 
@@ -85,19 +87,27 @@ def choose_target(
             best, beta, damping, probe = gain, share, candidate, split.dense + share * correction
     if beta == 0.0:
         return dense, probe
-    assert stats.target is not None
     assert stats.gram is not None
-    excess = torch.addmm(stats.target, dense, stats.gram, alpha=-1)
-    return dense.addmm_(excess, shifted_inverse(stats.gram, damping * level), alpha=beta), probe
+    excess = stats.excess
+    if excess is None:
+        assert stats.target is not None
+        excess = torch.addmm(stats.target, dense, stats.gram, alpha=-1)
+    Resolvent(stats.gram, damping * level, len(dense)).add_to(dense, excess, beta)
+    return dense, probe
 
 
-def choose_damping(probe: Tensor, keep: Tensor, split: Split, dampings: Sequence[float], level: float) -> float:
-    """The damping under which `probe` [k, in], re-solved on the support `keep`, has the least held-out error."""
+def choose_damping(
+    probe: Tensor, keep: Tensor, split: Split, dampings: Sequence[float], level: float, iterations: int
+) -> float:
+    """The damping under which `probe` [k, in], re-solved on the support `keep`, has the least held-out error.
+
+    `iterations`: of conjugate gradient, for each damping.
+    """
     best, chosen = torch.inf, dampings[0]
     for damping in dampings:
         scale, scaled = unit_diagonal(split.gram, damping * level)
         goal = probe * scale
-        values = solve_on_support(goal, goal, scaled, keep, PROBE_ITERATIONS).div_(scale)
+        values = solve_on_support(goal, goal, scaled, keep, iterations).div_(scale)
         del scaled
         left = split.error - split.x @ (values - split.dense).t()
         error = float(left.square().sum(dtype=torch.float64))

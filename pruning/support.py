@@ -2,7 +2,8 @@
 
 For every row the kept entries P_S minimise (p - w) A (p - w)^T, that is A_SS p_S = (A w)_S. Conjugate gradient needs
 one product of the whole direction matrix with A per iteration, whatever the supports are, and each row has its own step
-length. The gradient is projected on the support, so pruned entries stay exactly zero.
+length. Directions are projected on the support, so pruned entries stay exactly zero; the gradient is kept whole, which
+costs nothing and is what swaps (`swap.py`) start from.
 
 Hestenes and Stiefel, "Methods of Conjugate Gradients for Solving Linear Systems", 1952; used for pruning by Meng et
 al., "ALPS", NeurIPS 2024 (there with one step length per matrix).
@@ -40,45 +41,53 @@ def solve_on_support(
             f"gram {list(gram.shape)}"
         )
     values = start * keep
-    work = _Work(min(SLAB, len(values)), values)
+    slab = Slab(min(SLAB, len(values)), values)
     for first in range(0, len(values), SLAB):
         rows = slice(first, first + SLAB)
-        _solve_slab(values[rows], weight[rows], gram, keep[rows], iterations, tolerance, work)
+        slab.begin(values[rows], weight[rows], gram, keep[rows])
+        slab.descend(iterations, tolerance)
     return values
 
 
-class _Work:
-    """Matrices [rows, in] that all slabs and iterations use again: fresh pages cost as much as the arithmetic."""
+class Slab:
+    """Some rows of P and the gradient (weight - P) gram of their loss, which follows every change of P.
+
+    The buffers [rows, in] serve all slabs and iterations: fresh pages cost as much as the arithmetic.
+    """
 
     def __init__(self, rows: int, like: Tensor) -> None:
-        self.residual, self.direction, self.image = (like.new_empty(rows, like.shape[1]) for _ in range(3))
+        """For up to `rows` rows of a matrix such as `like`."""
+        self._buffers = tuple(like.new_empty(rows, like.shape[1]) for _ in range(5))
 
+    def begin(self, values: Tensor, weight: Tensor, gram: Tensor, keep: Tensor) -> None:
+        """Take on other rows: views of P (changed in place from here on), of the dense weight and of the mask."""
+        self.values, self.keep, self.gram = values, keep, gram
+        self.gradient, self._direction, self._image, self._mask, self._product = (
+            b[: len(values)] for b in self._buffers
+        )
+        torch.sub(weight, values, out=self._image)
+        torch.mm(self._image, gram, out=self.gradient)
 
-def _solve_slab(
-    values: Tensor, weight: Tensor, gram: Tensor, keep: Tensor, iterations: int, tolerance: float, work: _Work
-) -> None:
-    """Conjugate gradient on some rows, in place on `values`."""
-    count = len(values)
-    residual, direction, image = work.residual[:count], work.direction[:count], work.image[:count]
-    torch.sub(weight, values, out=image)
-    torch.mm(image, gram, out=residual)
-    residual.mul_(keep)
-    direction.copy_(residual)
-    energy = _row_energy(residual)
-    goal = energy * tolerance**2
-    for _ in range(iterations):
-        active = energy > goal
-        if not bool(active.any()):
-            break
-        torch.mm(direction, gram, out=image)
-        image.mul_(keep)
-        curvature = torch.linalg.vecdot(direction, image)[:, None]
-        step = _ratio(energy, curvature, active)
-        values.addcmul_(direction, step)
-        residual.addcmul_(image, step, value=-1)
-        after = _row_energy(residual)
-        direction.mul_(_ratio(after, energy, active)).add_(residual)
-        energy = after
+    def descend(self, iterations: int, tolerance: float = TOLERANCE) -> None:
+        """Conjugate gradient on the support `keep`, as it is now."""
+        gradient, direction, image, mask = self.gradient, self._direction, self._image, self._mask
+        mask.copy_(self.keep)  # multiplying by bool makes a float copy of it every time
+        torch.mul(gradient, mask, out=direction)
+        energy = _row_energy(direction)
+        goal = energy * tolerance**2
+        for _ in range(iterations):
+            active = energy > goal
+            if not bool(active.any()):
+                break
+            torch.mm(direction, self.gram, out=image)
+            curvature = torch.mul(direction, image, out=self._product).sum(1, keepdim=True)
+            step = _ratio(energy, curvature, active)
+            self.values.addcmul_(direction, step)
+            gradient.addcmul_(image, step, value=-1)
+            torch.mul(gradient, mask, out=image)
+            after = _row_energy(image)
+            direction.mul_(_ratio(after, energy, active)).add_(image)
+            energy = after
 
 
 def _row_energy(matrix: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ For a row p with residual gradient r = (w - p) A the loss (p - w) A (p - w)^T ch
 when entry i is set to zero and entry j to its best value (r_j + p_i A_ij) / A_jj, all others standing still. The first
 two terms rank the entries to prune, r_j^2 / A_jj those to restore. A round takes the best few of each per row, gathers
 the entries of A between them, and then swaps greedily by the exact change, updating r at the candidates only, until no
-pair lowers the loss. One product with A then brings r up to date for the next round. Every accepted swap lowers the
-loss of its row, and rows (or N:M groups) keep their counts.
+pair lowers the loss. Only then is r brought up to date everywhere. Every accepted swap lowers the loss of its row, and
+rows (or N:M groups) keep their counts.
 
 The swap without revaluation is in "SparseSwaps: Tractable LLM Pruning Mask Refinement at Scale", 2025; swaps with
 revaluation are the local search of Hazimeh and Mazumder, "Fast Best Subset Selection", Operations Research 2020.
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 MARGIN = 1e-6  # a swap must gain this share of the removed weight's own energy: rounding cannot make it cycle
 
@@ -66,22 +67,41 @@ def refine(
     for first in range(0, len(values), rows_at_once):
         rows = slice(first, first + rows_at_once)
         residual = (weight[rows] - values[rows]) @ gram
-        made += _refine_slab(values[rows], keep[rows], residual, gram, group, candidates)
+        chosen = _candidates(values[rows], keep[rows], residual, gram, group, candidates)
+        made += _swap(values[rows], keep[rows], residual, gram, chosen)
     return made
 
 
-def _refine_slab(
-    values: Tensor, keep: Tensor, residual: Tensor, gram: Tensor, group: int | None, candidates: int
+def refine_slab(
+    values: Tensor, keep: Tensor, residual: Tensor, gram: Tensor, *, group: int | None = None, candidates: int = 32
 ) -> int:
+    """`refine` on a few rows whose residual gradient [rows, in] is at hand; it is brought up to date in place.
+
+    A row changes in at most 2 * candidates entries, so this reads that many rows of `gram` instead of all of it.
+    """
+    chosen = _candidates(values, keep, residual, gram, group, candidates)
+    columns = torch.cat([chosen.out, chosen.back], dim=1)
+    before = values.gather(1, columns)
+    made = _swap(values, keep, residual, gram, chosen)
+    if made:
+        change = values.gather(1, columns).sub_(before)
+        change *= torch.cat([chosen.valid_out, chosen.valid_back], dim=1)  # others may name a column twice
+        changed = change != 0
+        ends = changed.sum(1).cumsum(0)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        residual -= embedding_bag(columns[changed], gram, starts, mode="sum", per_sample_weights=change[changed])
+    return made
+
+
+def _candidates(
+    values: Tensor, keep: Tensor, residual: Tensor, gram: Tensor, group: int | None, candidates: int
+) -> _Candidates:
     diagonal = gram.diagonal()
     cost = (values * diagonal + 2 * residual).mul_(values).masked_fill_(~keep, torch.inf)
     gain = (residual.square() / diagonal).masked_fill_(keep, -torch.inf)
     if group is None:
-        chosen = _best_of_row(cost, gain, candidates)
-    else:
-        chosen = _best_of_groups(values, cost, gain, residual, gram, group, candidates)
-    del cost, gain
-    return _swap(values, keep, residual, gram, chosen)
+        return _best_of_row(cost, gain, candidates)
+    return _best_of_groups(values, cost, gain, residual, gram, group, candidates)
 
 
 def _best_of_row(cost: Tensor, gain: Tensor, candidates: int) -> _Candidates:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,13 +135,16 @@ class PruneRun:
         masks: dict[str, Tensor] = {}
         rows: list[dict[str, Any]] = []
         places = self._places(index, block, streams)
-        for groups in self._groups(index, block, streams, jobs):
+        passed: set[int] = set()  # windows that the dense block has run to its end
+        steps = self._groups(index, block, streams, jobs)
+        for number, groups in enumerate(steps, 1):
             stats: dict[str, LayerStats] = {}
             if streams is not None:
                 self.context.progress.working(f"measure {groups[0][0].name}")
                 stats = collect(
                     self.model, index, block, dense_block, groups,
                     streams.hidden, streams.dense, streams.args, self.needs, streams.windows, places,
+                    passed if number == len(steps) else None,
                 )  # fmt: skip
                 failpoint("calibration")
             members = [member for group in groups for member in group if member.name in jobs]
@@ -150,7 +153,7 @@ class PruneRun:
                 row, mask = self._matrix(block, jobs[member.name], stats.pop(member.name, None), keep, position)
                 masks[member.name] = mask
                 rows.append(row)
-        self._propagate(index, block, dense_block, streams, masks)
+        self._propagate(index, block, dense_block, streams, masks, passed)
         if masks:
             promises = self._promises(jobs.values(), keep)
             distributed.on_main(lambda: self._write(index, block, masks, promises))
@@ -274,15 +277,19 @@ class PruneRun:
         dense_block: torch.nn.Module | None,
         streams: _Streams | None,
         masks: dict[str, Tensor] | None = None,
+        passed: Container[int] = (),
     ) -> None:
-        """Hidden states one block further; with `masks`, reconstruction (if asked for) in between."""
+        """Hidden states one block further; with `masks`, reconstruction (if asked for) in between.
+
+        `passed`: windows for which the dense block has run already.
+        """
         rebuilding = self.plan.stage.reconstruct and bool(masks)
         last = index == self.model.num_blocks - 1 and not self._head_jobs()
         if streams is None or (last and not rebuilding):
             return
         self.context.progress.working(f"run {self.model.block_names[index]}")
         if dense_block is not None and streams.dense is not None:
-            propagate(self.dense, index, dense_block, streams.dense, streams.args, streams.windows)
+            propagate(self.dense, index, dense_block, streams.dense, streams.args, streams.windows, passed)
             if rebuilding:
                 self.context.progress.working(f"reconstruct {self.model.block_names[index]}")
                 seed = self.context.plan.recipe.seed

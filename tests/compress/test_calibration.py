@@ -5,6 +5,7 @@ import torch
 
 from gossamer.compress.calibration import Accumulator
 from gossamer.compress.sums import OuterSum
+from gossamer.pruning import base
 
 CPU = torch.device("cpu")
 
@@ -38,11 +39,11 @@ def test_the_order_of_the_windows_does_not_change_a_bit():
     assert torch.equal(forward.take(), backward.take())
 
 
-def accumulate(writers: frozenset[str]):
+def accumulate(writers: frozenset[str], more: frozenset[str] = frozenset(), *, unpruned: bool = False):
     generator = torch.Generator().manual_seed(1)
     weights = {"a": torch.randn(6, 10, generator=generator), "b": torch.randn(4, 10, generator=generator)}
-    needs = frozenset({"gram", "target", "holdout", "norm"})
-    sums = Accumulator(10, needs, 3, {"a": 6, "b": 4}, weights, writers, CPU)
+    needs = frozenset({"gram", "target", "holdout", "norm"}) | more
+    sums = Accumulator(10, needs, 3, {"a": 6, "b": 4}, weights, writers, CPU, unpruned=unpruned)
     seen = []
     for _ in range(5):
         x, dense = (torch.randn(20, 10, generator=generator) for _ in range(2))
@@ -65,6 +66,38 @@ def test_gram_target_norm_and_holdout(writers):
         last = [row for start in range(0, 100, 20) for row in range(start + 17, start + 20)]
         assert torch.equal(stats[name].holdout.x.double(), x[last])
         assert torch.allclose(stats[name].holdout.y.double(), y[last], atol=1e-5)
+
+
+@pytest.mark.parametrize("unpruned", [True, False])
+@pytest.mark.parametrize("writers", [frozenset(), frozenset({"b"}), frozenset({"a", "b"})])
+def test_large_matrices_get_the_excess_instead_of_the_target(writers, unpruned, monkeypatch):
+    known, weights, _ = accumulate(writers)
+    more = frozenset({"excess"})
+    small, _, _ = accumulate(writers, more, unpruned=unpruned)
+    monkeypatch.setattr(base, "LARGE", 0)
+    large, _, _ = accumulate(writers, more, unpruned=unpruned)
+    for name, weight in weights.items():
+        assert torch.equal(small[name].target, known[name].target)
+        assert small[name].excess is None
+        if name not in writers and not unpruned:  # the weight that is pruned is not the one the target was made with
+            assert torch.equal(large[name].target, known[name].target)
+            assert large[name].excess is None
+            continue
+        assert large[name].target is None
+        expected = known[name].target - weight @ known[name].gram
+        assert torch.allclose(large[name].excess, expected, rtol=1e-4, atol=1e-3)
+        assert torch.equal(large[name].gram, known[name].gram)
+
+
+def test_norms_are_measured_where_they_are_needed():
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(3))
+    for needs, measured in (({"gram"}, False), ({"gram", "norm"}, True), (set(), True)):
+        sums = Accumulator(4, frozenset(needs), 0, {"a": 6}, {}, frozenset(), CPU)
+        sums.add(x, None)
+        norm = sums.finish()["a"].norm
+        assert (norm is not None) == measured
+        if norm is not None:
+            assert torch.allclose(norm, x.norm(dim=0))
 
 
 def wanted(entry, name, weight):

@@ -7,7 +7,8 @@ import torch
 from families import FAMILIES, VOCAB, FolderTensors, save_family
 
 from gossamer.compress.blocks import StreamedModel
-from gossamer.compress.calibration import inputs_of
+from gossamer.compress.calibration import collect, inputs_of
+from gossamer.compress.evaluate import propagate
 from gossamer.compress.hidden import HiddenStore
 from gossamer.compress.residual import OUTPUT, residual_places
 from gossamer.compress.stages.rebuild import parameter_masks, rebuild
@@ -66,6 +67,30 @@ def test_the_stream_is_read_where_the_place_says(tmp_path):
     assert torch.equal(after_block, model.run_block(0, block, hidden[0], args, 0))
     inner = seen[down.name] @ block.mlp.down_proj.weight.T
     assert torch.allclose((after_block - after_attention).view(-1, 48), inner, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma2"])
+def test_the_dense_model_moves_on_with_the_last_pass(family, tmp_path):
+    """Where the pass goes to the block's end, its output is kept; elsewhere nothing changes."""
+    model, args, hidden = opened(family, tmp_path, windows=3)
+    stores = [HiddenStore(tmp_path / name, 1 << 20) for name in ("sparse", "dense")]
+    for store in stores:
+        for window, state in hidden.items():
+            store.put(window, state)
+    block, dense = model.load_block(0), model.load_block(0)
+    places = residual_places(model, 0, block, hidden[0], args, 0)
+    groups = model.input_groups(0, block, hidden[0], args)
+    passed: set[int] = set()
+    needs = frozenset({"gram", "target"})
+    collect(model, 0, block, dense, groups, stores[0], stores[1], args, needs, 3, places, passed)
+    assert passed == ({0, 1, 2} if OUTPUT in places.values() else set())
+    for window in range(3):
+        assert torch.equal(stores[0].get(window), hidden[window])
+        output = model.run_block(0, dense, hidden[window], args, window)
+        assert torch.equal(stores[1].get(window), output if window in passed else hidden[window])
+    propagate(model, 0, dense, stores[1], args, 3, passed)
+    for window in range(3):
+        assert torch.equal(stores[1].get(window), model.run_block(0, dense, hidden[window], args, window))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gossamer.errors import ModelError, RecipeError
+from gossamer.pruning import base
 from gossamer.pruning.base import Holdout, LayerStats, relative_error
 from gossamer.pruning.pattern import parse_pattern
 from gossamer.pruning.registry import METHODS, SUMMARIES, get_method, summary
@@ -17,7 +18,7 @@ ALL_METHODS = sorted(METHODS)
 CALIBRATED = [name for name in ALL_METHODS if name != "magnitude"]
 PATTERNS = ["0.0", "0.3", "0.5", "0.97", "2:4", "1:4", "4:8", "block:2x4"]
 SHAPES = [(6, 20), (7, 16), (8, 8), (4, 264)]
-NEEDS = {"norm", "gram", "target", "holdout"}
+NEEDS = {"norm", "gram", "target", "excess", "holdout"}
 
 
 def correlated(tokens: int, cols: int, seed: int) -> torch.Tensor:
@@ -211,6 +212,17 @@ def test_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(RecipeError, match="magnitude.*sparsegpt.*wanda") as caught:
         get_method("sparse-gpt")
     assert caught.value.hint == "did you mean sparsegpt?"
+
+
+@pytest.mark.parametrize("panel", [1, 7, 32, 50])
+def test_relative_error_by_panels(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "PANEL", panel)
+    weight, stats = make_case(24, 32)
+    pruned = weight * (torch.rand(24, 32, generator=torch.Generator().manual_seed(2)) < 0.5)
+    assert stats.gram is not None
+    gram, change, whole = stats.gram.double(), (weight - pruned).double(), weight.double()
+    expected = float((change @ gram * change).sum() / (whole @ gram * whole).sum())
+    assert relative_error(weight, pruned, stats) == pytest.approx(expected, rel=1e-5)
 
 
 def test_relative_error_by_hand() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gossamer.pruning import support
-from gossamer.pruning.support import solve_on_support
+from gossamer.pruning.support import Slab, solve_on_support
 
 
 def problem(rows: int, cols: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -41,6 +41,21 @@ def test_every_iteration_lowers_every_row() -> None:
         loss = ((error @ gram) * error).sum(1)
         assert (loss <= previous * (1 + 1e-5)).all()
         previous = loss
+
+
+def test_the_gradient_follows_in_every_slab() -> None:
+    weight, gram, keep = problem(11, 24)
+    values = weight * keep
+    slab = Slab(6, values)
+    for first in (0, 6):
+        rows = slice(first, first + 6)
+        slab.begin(values[rows], weight[rows], gram, keep[rows])
+        slab.descend(2)
+        slab.descend(3)
+        torch.testing.assert_close(slab.gradient, (weight[rows] - values[rows]) @ gram, rtol=1e-4, atol=1e-4)
+    error, before = values - weight, weight * keep - weight
+    assert (((error @ gram) * error).sum(1) < ((before @ gram) * before).sum(1)).all()
+    assert (values[~keep] == 0).all()
 
 
 def test_full_empty_and_solved_rows_stand_still() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from gossamer.pruning.pattern import NM, Unstructured
 from gossamer.pruning.support import solve_on_support
-from gossamer.pruning.swap import refine
+from gossamer.pruning.swap import refine, refine_slab
 
 
 def problem(rows: int, cols: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,6 +93,25 @@ def test_every_row_gains_and_counts_stay(group: int | None, candidates: int) -> 
     assert (values[~keep] == 0).all()
     if group:
         assert (keep.view(37, -1, group).sum(-1) == group // 2).all()
+
+
+@pytest.mark.parametrize("group", [None, 4])
+@pytest.mark.parametrize("candidates", [1, 6, 64])
+def test_the_residual_follows_the_swaps(group: int | None, candidates: int) -> None:
+    """The same swaps as with a residual made anew, and afterwards the residual of the new values."""
+    weight, gram = problem(21, 24, seed=2)
+    keep = (NM(1, group) if group else Unstructured(0.7)).mask(weight.abs())
+    if group is None:
+        keep[3], keep[4], keep[5] = True, False, False
+        keep[5, 7] = True  # fewer entries than candidates: the same columns stand on both sides
+    values = weight * keep
+    expected, mask = values.clone(), keep.clone()
+    count = refine(expected, mask, weight, gram, group=group, candidates=candidates)
+    residual = (weight - values) @ gram
+    assert refine_slab(values, keep, residual, gram, group=group, candidates=candidates) == count > 0
+    assert torch.equal(keep, mask)
+    assert torch.equal(values, expected)
+    torch.testing.assert_close(residual, (weight - values) @ gram, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_without_freedom_are_left_alone() -> None:
