@@ -36,6 +36,7 @@ from ..kernels.modules.sparse_linear import PREFILL, SparseLinear
 from .experts import EXPERTS
 from .format import MatrixRecord, Scales, SourceMask
 from .keymap import Group, KeyMap
+from .memory import release
 from .parametermasks import converted_masks
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
@@ -186,6 +187,8 @@ class Placement:
             self.placed.sparse.append(name)
         if self._experts & self._packed.keys():
             model.set_experts_implementation(EXPERTS)
+        if self._packed:
+            _leave_file(model)
         if self.options.packed:
             adopt_dense(model)
         model.gossamer_runtime = self.placed
@@ -263,6 +266,16 @@ def expand_modules(model: Any) -> None:
             delattr(owner, child)
             owner.register_parameter(child, nn.Parameter(module.dense_weight()))
     model.gossamer_runtime = Placed(RuntimeOptions(packed=False))
+
+
+def _leave_file(model: Any) -> None:
+    """Give the dense tensors memory of their own: as pieces of the mapped file they would keep all of it resident."""
+    packed = {id(module.packed) for module in model.modules() if isinstance(module, SparseLinear)}
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_cpu and tensor.numel() and id(tensor) not in packed:
+                tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
+    release()
 
 
 def _candidates(model: Any) -> Iterator[str]:
