@@ -21,7 +21,7 @@ from ..kernels.bench.shapes import Shape, parse
 from .environment import memory_bytes, usable_cores
 from .progress import Progress
 
-BYTES_PER_WEIGHT = 32  # of all contenders together, with what making and checking them takes for a while
+BYTES_PER_WEIGHT = 40  # of all contenders together, with what making and checking them takes for a while
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..errors import RecipeError
 from ..kernels.bitmask.dispatch import compress
-from ..kernels.modules.sparse_linear import lazy_weights
+from ..kernels.modules.state import lazy_weights
 from ..kernels.modules.weight import PackedWeight, ordinary
 from .attached import Attached, ModelMasks, Outgoing, outgoing
 from .format import (

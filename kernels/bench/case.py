@@ -14,11 +14,11 @@ _CHECKED_ROWS = 1024  # in float64 at a time
 
 @dataclass
 class Case(Contender):
-    """`call()` computes y [1, rows] of x [1, cols] and weight [rows, cols], reading `bytes` of it from memory.
+    """`call()` computes y [1, rows] of x [1, cols] and weight [rows, cols], reading `bytes` from memory.
 
     `dense`: one of the products that speedups refer to. `must`: the speedup over the fastest other dense product that
-    it has to reach; `must_share`: the share of the machine's read bandwidth. `moved`, of the shape of x: by how much
-    the operation may change each number of x before it multiplies.
+    it has to reach, or over as many of those as `products` says; `must_share`: the share of the machine's read
+    bandwidth. `moved`, of the shape of x: by how much the operation may change each number of x before it multiplies.
     """
 
     bytes: int
@@ -28,6 +28,7 @@ class Case(Contender):
     must: float | None = None
     must_share: float | None = None
     moved: Tensor | None = None
+    products: int = 1
 
     def fault(self) -> str:
         """What is wrong with the result, or an empty text. Sums of `cols` products in float32, one rounding."""
@@ -37,7 +38,7 @@ class Case(Contender):
             return f"shape {list(y.shape)}"
         parts = zip(y.double().split(_CHECKED_ROWS, 1), self.weight.split(_CHECKED_ROWS), strict=True)
         moved = torch.zeros_like(self.x, dtype=torch.float64) if self.moved is None else self.moved
-        worst = max(_excess(part, self.x.double(), weight.double(), self.x.dtype, moved) for part, weight in parts)
+        worst = max(_excess(part, self.x.double(), weight.double(), y.dtype, moved) for part, weight in parts)
         return "" if worst <= 1.0 else f"{worst:.1f} times the allowed error"
 
 

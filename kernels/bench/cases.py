@@ -10,7 +10,9 @@ from .case import Case
 from .cases_bitmask import bitmask_cases
 from .cases_channel import channel_cases
 from .cases_dense import dense_cases
+from .cases_dual import dual_cases
 from .cases_int8 import int8_cases
+from .cases_mlp import mlp_cases
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,6 +27,8 @@ def cases(rows: int, cols: int, dtype: torch.dtype) -> list[Case]:
         *bitmask_cases(x, weight, generator),
         *int8_cases(x, weight, generator),
         *channel_cases(x, weight),
+        *dual_cases(x, weight, generator),
+        *mlp_cases(x, weight, generator),
     ]
 
 

@@ -18,11 +18,16 @@ def channel_cases(x: Tensor, weight: Tensor) -> list[Case]:
 
 
 def _case(x: Tensor, weight: Tensor, weight_t: Tensor, share: float, must: float) -> Case:
+    threshold, seen, active = skipping(x, share)
+    read = int(active.sum()) * weight.shape[0] * weight.element_size()
+    call = lambda: channel_gemv(x, weight_t, threshold)
+    return Case(f"activation-sparse {share:.0%}", call, read, seen, weight, must=must)
+
+
+def skipping(x: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Thresholds that skip this share of x [1, cols], x without what they skip, and which inputs are active."""
     size = x.float().abs().flatten()
     skipped = round(share * len(size))
     limit = size.sort().values[skipped - 1].item() if skipped else -1.0
-    threshold = torch.full_like(size, limit)
-    kept = torch.where(size > limit, x, torch.zeros_like(x))
-    read = int((size > limit).sum()) * weight.shape[0] * weight.element_size()
-    call = lambda: channel_gemv(x, weight_t, threshold)
-    return Case(f"activation-sparse {share:.0%}", call, read, kept, weight, must=must)
+    active = size > limit
+    return torch.full_like(size, limit), torch.where(active, x, torch.zeros_like(x)), active

@@ -4,33 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ...errors import KernelError
 from ..arguments import check_weight
+from ..bitmask import dispatch as bitmask
 from ..channel_gemv.dispatch import channel_gemv, transpose
-from .linear import SparseLinear, ThresholdMixin
-from .weight import PackedWeight
+from .sparse_linear import SparseLinear
+from .thresholds import ThresholdLinear
 
 
-class ChannelSparseLinear(ThresholdMixin, SparseLinear):
-    """y = x W^T + b, where for 1 to 8 rows inputs with |x_i| <= threshold_i count as zero and are not read.
+class ChannelSparseLinear(ThresholdLinear):
+    """y = x W^T + b for a dense W [out, in] that is read for large inputs only: float32, bfloat16 or float16.
 
-    Holds W^T [in, out], float32, bfloat16 or float16, and thresholds, float32 [in]. More rows, and rows with a
-    gradient, are the dense layer: no input is skipped. `state_dict()` has the dense `weight` and no thresholds: they
-    belong to the module.
+    What it holds as `packed` is W^T [in, out], so its dense view costs nothing. `state_dict()` has the dense `weight`
+    and no thresholds: they belong to the module.
     """
 
-    weight_t: Tensor
-
-    def __init__(self, weight_t: Tensor, threshold: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, weight_t: Tensor, threshold: Tensor, bias: Tensor | None = None, *, transposed: bool = False
+    ) -> None:
         """weight_t: [in, out], contiguous, from `channel_gemv.dispatch.transpose`. bias: [out] or None."""
         weight_t = weight_t.detach()
         check_weight(weight_t, "weight_t")
-        super().__init__(weight_t.shape[1], weight_t.shape[0], weight_t.dtype, bias)
-        self.register_buffer("weight_t", weight_t, persistent=False)
-        self.hold_threshold(threshold, self.in_features)
+        shape = (weight_t.shape[1], weight_t.shape[0])
+        super().__init__(weight_t, shape, weight_t.dtype, bias, transposed=transposed)
+        self.hold_threshold(threshold)
 
     @classmethod
     def from_dense(cls, weight: Tensor, threshold: Tensor, bias: Tensor | None = None) -> ChannelSparseLinear:
@@ -40,28 +40,22 @@ class ChannelSparseLinear(ThresholdMixin, SparseLinear):
         weight_t = transpose(weight.detach().cpu()).to(weight.device)
         return cls(weight_t, threshold.to(weight.device).expand(weight.shape[1]), bias)
 
-    @property
-    def weight(self) -> PackedWeight:
-        weight_t = self.weight_t
-        shape = (self.out_features, self.in_features)
-        return PackedWeight(shape, (shape[1], 1), self.dtype, weight_t.device, lambda: weight_t.t().contiguous())
+    def gemv(self, x: Tensor) -> Tensor:
+        return channel_gemv(x, self.packed, self.threshold)
 
-    def dense_weight(self) -> Tensor:
-        return self.weight_t.t().contiguous()
+    def expand(self, packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+        return packed.t()
+
+    def bits(self) -> Tensor:
+        return bitmask.pack_bits(torch.ones(self.out_features, self.in_features, dtype=torch.bool))
 
     def take(self, weight: Tensor) -> str | None:
-        fault = self._misshapen(weight)
-        if fault is None:
-            self.weight_t = transpose(weight.detach().to("cpu", self.dtype)).to(self.weight_t.device)
-        return fault
+        weight = weight.detach().to("cpu", self.dtype)
+        weight_t = weight.clone(memory_format=torch.contiguous_format) if self.transposed else transpose(weight)
+        self.packed, self._view = weight_t.to(self.packed.device), None
+        return None
 
-    def _few(self, x: Tensor) -> Tensor:
-        return channel_gemv(x, self.weight_t, self.threshold)
-
-    def _many(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight_t.t())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ChannelSparseLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         super()._apply(fn, recurse)
-        self.dtype = self.weight_t.dtype
+        self.dtype = self.packed.dtype
         return self

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+import torch
 from torch import Tensor
 
-from ..dual_gemv import dispatch as dual
-from .linear import PackedLinear, ThresholdMixin
+from ..dual_gemv import dispatch as layout
+from .kept_linear import KeptLinear
+from .thresholds import ThresholdLinear
 
 
-class DualSparseLinear(ThresholdMixin, PackedLinear):
-    """y = x W^T + b for a W [out, in] of which only mask and kept values are held.
+class DualSparseLinear(ThresholdLinear, KeptLinear):
+    """y = x W^T + b for a W [out, in] of which only mask and kept values are held, and read for large inputs only.
 
-    x [..., in] in the dtype of W, bfloat16 or float16. 1 to 8 rows without gradient go through `dual_gemv`: inputs with
-    |x_i| <= threshold_i (float32 [in]) count as zero and are not read. Others go through the dense view of W, which is
-    freed after the product, and no input is skipped. `state_dict()` has the dense `weight`; mask and thresholds belong
-    to the module.
+    `state_dict()` has the dense `weight`; mask and thresholds belong to the module.
     """
 
-    describe = staticmethod(dual.describe)
-    pack = staticmethod(dual.pack)
-    unpack = staticmethod(dual.unpack)
-    dense_view = staticmethod(dual.dual_dense)
+    describe = staticmethod(layout.describe)
+    pack = staticmethod(layout.pack)
+    unpack = staticmethod(layout.unpack)
 
-    def __init__(self, packed: Tensor, threshold: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        packed: Tensor,
+        threshold: Tensor,
+        bias: Tensor | None = None,
+        *,
+        transposed: bool = False,
+        prefill: str = "streamed",
+    ) -> None:
         """packed: from `dual_gemv.dispatch.pack`. bias: [out] or None; a Parameter stays the same object."""
-        super().__init__(packed, bias)
-        self.hold_threshold(threshold, self.in_features)
+        super().__init__(packed, bias, transposed=transposed, prefill=prefill)
+        self.hold_threshold(threshold)
 
     @classmethod
     def from_dense(
@@ -37,9 +41,8 @@ class DualSparseLinear(ThresholdMixin, PackedLinear):
         packed = cls.packed_from(weight, mask)
         return cls(packed, threshold.to(weight.device).expand(weight.shape[1]), bias)
 
-    def _few(self, x: Tensor) -> Tensor:
-        return dual.dual_gemv(x, self.packed, self.threshold, self.out_features)
+    def gemv(self, x: Tensor) -> Tensor:
+        return layout.dual_gemv(x, self.packed, self.threshold, self.out_features)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DualSparseLinear:
-        super()._apply(fn, recurse)
-        return self
+    def expand(self, packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+        return layout.dual_dense(packed, rows, cols, dtype)

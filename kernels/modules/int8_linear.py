@@ -10,6 +10,7 @@ from torch import Tensor
 from ...errors import KernelError
 from ..arguments import CODES, MAX_ROWS, name
 from ..int8_gemv.dispatch import dense, describe, int8_dense, int8_gemv, unpack
+from .siblings import product
 from .sparse_linear import SparseLinear
 
 
@@ -37,12 +38,11 @@ class Int8BitmaskLinear(SparseLinear):
         shape = (record.rows, record.cols)
         super().__init__(packed, shape, _compute(dtype), bias, transposed=transposed, prefill=prefill)
 
-    @staticmethod
-    def run(x: Tensor, matrices: list[Tensor]) -> list[Tensor]:
-        return [int8_gemv(x, packed, describe(packed).rows) for packed in matrices]
-
     def gemv(self, x: Tensor) -> Tensor:
         return int8_gemv(x, self.packed, self.out_features)
+
+    def few_product(self, x: Tensor) -> Tensor:
+        return product(self, x, _each)
 
     def expand(self, packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
         return int8_dense(packed, rows, cols, dtype)
@@ -65,6 +65,10 @@ class Int8BitmaskLinear(SparseLinear):
             "other weights than the int8 ones of the sparse module; quantising them here would change them unseen, so "
             "load them into a dense model and compress it anew"
         )
+
+
+def _each(x: Tensor, matrices: list[Tensor]) -> list[Tensor]:
+    return [int8_gemv(x, packed, describe(packed).rows) for packed in matrices]
 
 
 def _compute(dtype: torch.dtype) -> torch.dtype:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import KernelError
-from ..arguments import check_weight, name
+from ..arguments import MAX_ROWS, check_weight, name
 from ..channel_gemv.dispatch import transpose
 from ..neuron_mlp.dispatch import ACTIVATIONS, neuron_mlp
-from .linear import checked, few, take_state
+from .siblings import wants_gradient
+from .sparse_linear import checked
+from .state import take_state
 
 
 class NeuronSubsetMLP(nn.Module):
@@ -70,7 +72,7 @@ class NeuronSubsetMLP(nn.Module):
         """active: int32, rising, for this call alone, instead of the set of the module."""
         x = checked(x, self.gate.shape[1], self.gate.dtype)
         chosen = self.active if active is None else active
-        if chosen is None or not few(x):
+        if chosen is None or not 1 <= x.shape[:-1].numel() <= MAX_ROWS or wants_gradient(x):
             inner = ACTIVATIONS[self.activation](functional.linear(x, self.gate)) * functional.linear(x, self.up)
             return functional.linear(inner, self.down_t.t())
         return neuron_mlp(x.contiguous(), self.gate, self.up, self.down_t, chosen, self.activation)
@@ -99,14 +101,12 @@ class NeuronSubsetMLP(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         for layer, own in (("gate_proj", "gate"), ("up_proj", "up"), ("down_proj", "down_t")):
-            key, take = f"{prefix}{layer}.weight", partial(self._take, own)
-            take_state(key, take, state_dict, strict, missing_keys, unexpected_keys, error_msgs)
+            key, held = f"{prefix}{layer}.weight", getattr(self, own)
+            wanted = held.t().shape if own == "down_t" else held.shape
+            take = partial(self._take, own)
+            take_state(key, wanted, take, state_dict, strict, missing_keys, unexpected_keys, error_msgs)
 
-    def _take(self, own: str, weight: Tensor) -> str | None:
+    def _take(self, own: str, weight: Tensor) -> None:
         held: Tensor = getattr(self, own)
-        shape = held.t().shape if own == "down_t" else held.shape
-        if weight.shape != shape:
-            return f"shape {list(weight.shape)}, the sparse module has {list(shape)}"
         weight = weight.detach().to(held.device, held.dtype)
         setattr(self, own, transpose(weight.cpu()).to(held.device) if own == "down_t" else weight.clone())
-        return None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import KernelError
 from .bitmask_linear import BitmaskLinear
-from .sparse_linear import lazy_state
+from .state import lazy_state
 from .weight import PackedWeight
 
 

@@ -1,4 +1,4 @@
-"""What linear layers with packed weights share: when the kernel runs, when the dense view, how they look from outside.
+"""What linear layers with sparse products share: when the kernel runs, when the dense view, how they look from outside.
 
 A subclass says how its matrix is multiplied and expanded.
 """
@@ -17,22 +17,22 @@ from torch.nn import functional
 
 from ...errors import KernelError
 from ..arguments import MAX_ROWS, name
-from .siblings import Siblings, product, wants_gradient
+from .siblings import Siblings, wants_gradient
+from .state import lazy_state, take_state
 from .weight import PackedWeight
 
 PREFILL = ("streamed", "cached")
 
-_lazy: ContextVar[bool] = ContextVar("lazy_weights", default=False)
 _dense: ContextVar[bool] = ContextVar("dense_products", default=False)
 
 
 class SparseLinear(nn.Module):
     """y = x W^T + b for a W [out, in] of which only mask and kept values are held.
 
-    x [..., in] and y [..., out] in `dtype`. 1 to 8 rows without gradient go through the kernel, together with the
-    layers that get the same x (siblings.py); up to `few_rows` in groups of eight; others through the dense view of W,
-    which is freed after the product (prefill "streamed") or kept ("cached"), and made again by the backward pass. W
-    takes no gradient; x and the bias do. The bias is added after rounding, in the dtype of y.
+    x [..., in] and y [..., out] in `dtype`. 1 to 8 rows without gradient go through the kernel; up to `few_rows` in
+    groups of eight; others through the dense view of W, which is freed after the product (prefill "streamed") or kept
+    ("cached"), and made again by the backward pass. W takes no gradient; x and the bias do. The bias is added after
+    rounding, in the dtype of y.
 
     `weight` is a PackedWeight. `state_dict()` has the dense `weight`, as of nn.Linear. With `transposed`, both are
     [in, out], as in transformers' Conv1D.
@@ -66,11 +66,6 @@ class SparseLinear(nn.Module):
         own = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", own)
 
-    @staticmethod
-    @abstractmethod
-    def run(x: Tensor, matrices: list[Tensor]) -> list[Tensor]:
-        """x of 1 to 8 rows times each of several packed matrices."""
-
     @abstractmethod
     def gemv(self, x: Tensor) -> Tensor:
         """x of 1 to 8 rows times W^T, as an operator of torch."""
@@ -87,6 +82,14 @@ class SparseLinear(nn.Module):
     def take(self, weight: Tensor) -> str | None:
         """Takes over a dense `weight`, or says what is wrong with it."""
 
+    def few_product(self, x: Tensor) -> Tensor:
+        """`gemv` where nothing is compiled; layers that can be computed in one call with others do that here."""
+        return self.gemv(x)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """The x whose dense product is what the kernel computes."""
+        return x
+
     @property
     def weight(self) -> PackedWeight:
         """W, or its transpose if `transposed`: shape, dtype and device at once, numbers when they are read."""
@@ -100,7 +103,7 @@ class SparseLinear(nn.Module):
     def dense_weight(self) -> Tensor:
         """`weight` as an ordinary tensor."""
         weight = self._expanded()
-        return weight.t().contiguous() if self.transposed else weight
+        return (weight.t() if self.transposed else weight).contiguous()
 
     def expanded(self, transposed_class: type[nn.Module]) -> nn.Module:
         """The ordinary layer with the same dense weight and bias: nn.Linear or, if transposed, the given class.
@@ -117,7 +120,7 @@ class SparseLinear(nn.Module):
         return layer.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._product(self._checked(x))
+        y = self._product(checked(x, self.in_features, self.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
@@ -127,11 +130,11 @@ class SparseLinear(nn.Module):
         if torch.compiler.is_compiling():
             return self.gemv(x.contiguous()) if rows <= MAX_ROWS else self._dense_product(x)
         if _dense.get() or self.reference:
-            return self._dense_product(x)
+            return self._dense_product(self.seen(x))
         x = x.contiguous()
         if rows <= MAX_ROWS:
-            return product(self, x, self.run)
-        parts = [self.run(part, [self.packed])[0] for part in x.view(rows, -1).split(MAX_ROWS)]
+            return self.few_product(x)
+        parts = [self.gemv(part) for part in x.view(rows, -1).split(MAX_ROWS)]
         return torch.cat(parts).view(*x.shape[:-1], self.out_features)
 
     def _dense_product(self, x: Tensor) -> Tensor:
@@ -145,15 +148,6 @@ class SparseLinear(nn.Module):
 
     def _expanded(self) -> Tensor:
         return self.expand(self.packed, self.out_features, self.in_features, self.dtype)
-
-    def _checked(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-            x = x.to(self.dtype)
-        if x.dtype is not self.dtype:
-            raise KernelError(f"x is {name(x.dtype)}, the weight {name(self.dtype)}; they must be equal")
-        if not x.dim() or x.shape[-1] != self.in_features:
-            raise KernelError(f"x has shape {list(x.shape)}, its last length must be {self.in_features}")
-        return x
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -180,20 +174,19 @@ class SparseLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        key = prefix + "weight"
-        if key not in state_dict:
-            if strict:
-                missing_keys.append(key)
-            return
-        if key in unexpected_keys:
-            unexpected_keys.remove(key)
-        given, wanted = state_dict[key], self.weight.shape
-        if given.shape != wanted:
-            error_msgs.append(f"{key}: shape {list(given.shape)}, the sparse module has {list(wanted)}")
-            return
-        fault = self.take(given)
-        if fault is not None:
-            error_msgs.append(f"{key}: {fault}")
+        key, wanted = prefix + "weight", self.weight.shape
+        take_state(key, wanted, self.take, state_dict, strict, missing_keys, unexpected_keys, error_msgs)
+
+
+def checked(x: Tensor, features: int, dtype: torch.dtype) -> Tensor:
+    """x [..., features] in `dtype`, cast under autocast only; KernelError for anything else."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+        x = x.to(dtype)
+    if x.dtype is not dtype:
+        raise KernelError(f"x is {name(x.dtype)}, the weight {name(dtype)}; they must be equal")
+    if not x.dim() or x.shape[-1] != features:
+        raise KernelError(f"x has shape {list(x.shape)}, its last length must be {features}")
+    return x
 
 
 class _DenseProduct(torch.autograd.Function):
@@ -212,16 +205,6 @@ class _DenseProduct(torch.autograd.Function):
 
 
 @contextmanager
-def lazy_weights() -> Iterator[None]:
-    """Inside the block, `state_dict()` of this thread has each `weight` as a PackedWeight, expanded when it is read."""
-    token = _lazy.set(True)
-    try:
-        yield
-    finally:
-        _lazy.reset(token)
-
-
-@contextmanager
 def dense_products() -> Iterator[None]:
     """Inside the block, every product of this thread goes through the dense view: what the kernels are checked with."""
     token = _dense.set(True)
@@ -229,8 +212,3 @@ def dense_products() -> Iterator[None]:
         yield
     finally:
         _dense.reset(token)
-
-
-def lazy_state() -> bool:
-    """Whether `lazy_weights` is in force."""
-    return _lazy.get()

@@ -22,7 +22,7 @@ needs_module = pytest.mark.skipif(extension.compiled() is None, reason="no compi
 NAMES = [
     "torch bfloat16", "torch bfloat16, no oneDNN", "torch float16", "dense bfloat16",
     "bitmask 50%", "bitmask 70%", "bitmask 80%", "bitmask 2:4", "int8 bitmask 50%",
-    "activation-sparse 50%", "activation-sparse 65%", "activation-sparse 80%",
+    "activation-sparse 50%", "activation-sparse 65%", "activation-sparse 80%", "dual 50% x 50%",
 ]  # fmt: skip
 
 
@@ -40,23 +40,24 @@ def run(*words: str):
 def test_tables_json_and_markdown(tmp_path):
     before = torch.get_num_threads(), tier.current()
     files = ["--json", str(tmp_path / "k.json"), "--markdown", str(tmp_path / "k.md")]
-    result = run("--shapes", "20x64,1x63", *files)
+    result = run("--shapes", "20x64,1x63,80x20", *files)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "k.json").read_text())
-    assert [(shape["rows"], shape["cols"]) for shape in report["shapes"]] == [(20, 64), (1, 63)]
+    assert [(shape["rows"], shape["cols"]) for shape in report["shapes"]] == [(20, 64), (1, 63), (80, 20)]
     assert report["machine"].items() >= {
         "threads": 1, "rounds": 2, "dtype": "bfloat16", "tier": tier.current().name, "torch": torch.__version__,
     }.items()  # fmt: skip
-    first, second = report["shapes"]
+    first, second, third = report["shapes"]
     assert [case["name"] for case in first["cases"]] == NAMES
     assert [case["name"] for case in second["cases"]] == [name for name in NAMES if "2:4" not in name]
-    for case in first["cases"]:
+    assert [case["name"] for case in third["cases"]] == [*NAMES, "MLP, 40% of neurons"]
+    for case in first["cases"] + second["cases"] + third["cases"]:
         assert not case["error"]
         assert case["us"]["best"] <= case["us"]["decile"] <= case["us"]["median"]
     lines = (tmp_path / "k.md").read_text().splitlines()
     assert (lines[0], lines[-1]) == (table.BEGIN, table.END)
     assert result.stdout.splitlines() == lines[1:-1]
-    assert sum(line.startswith("| bitmask 50% |") for line in lines) == 2
+    assert sum(line.startswith("| bitmask 50% |") for line in lines) == 3
     assert "20 x 64 2/2 rounds" in result.stderr
     assert (torch.get_num_threads(), tier.current()) == before
 
@@ -97,7 +98,9 @@ def test_a_wrong_result_has_no_speed(tmp_path, monkeypatch):
     "spoil", [lambda y: y * float("nan"), lambda y: y + 0.5, lambda y: y[:, :-1], torch.zeros_like]
 )
 def test_faults_are_found(spoil):
-    for case in cases(20, 64, torch.bfloat16):
+    found = [*cases(20, 64, torch.bfloat16), *cases(80, 20, torch.bfloat16), *cases(80, 20, torch.float16)]
+    assert sum(case.products == 3 for case in found) == 2
+    for case in found:
         assert case.fault() == "", case.name
         case.call = lambda right=case.call: spoil(right())
         assert case.fault(), case.name
@@ -159,15 +162,15 @@ def test_dense_products_are_compared_with_the_others():
         Case("mine", lambda: torch.zeros(1), 1000, torch.zeros(1), torch.zeros(1), dense=True, must=1.0),
         Case("theirs", lambda: torch.zeros(1), 1000, torch.zeros(1), torch.zeros(1), dense=True),
         Case("sparse", lambda: torch.zeros(1), 500, torch.zeros(1), torch.zeros(1), must=3.0),
+        Case("three", lambda: torch.zeros(1), 1000, torch.zeros(1), torch.zeros(1), must=2.4, products=3),
     ]
-    timings = {
-        name: rounds.Timing(time, time, time) for name, time in [("mine", 10.0), ("theirs", 20.0), ("sparse", 4.0)]
-    }
+    times = {"mine": 10.0, "theirs": 20.0, "sparse": 4.0, "three": 10.0}
+    timings = {name: rounds.Timing(time, time, time) for name, time in times.items()}
     dense = {"mine": 10.0, "theirs": 20.0}
     entries = [measure._entry(case, timings[case.name], "", dense, 0.2) for case in found]
-    assert [entry["speedup"] for entry in entries] == [2.0, 0.5, 2.5]
-    assert [entry["share_of_read"] for entry in entries] == [0.5, 0.25, 0.625]
-    assert [table._verdict(entry) for entry in entries] == ["1.0 met", "", "3.0 MISSED"]
+    assert [entry["speedup"] for entry in entries] == [2.0, 0.5, 2.5, 3.0]
+    assert [entry["share_of_read"] for entry in entries] == [0.5, 0.25, 0.625, 0.5]
+    assert [table._verdict(entry) for entry in entries] == ["1.0 met", "", "3.0 MISSED", "2.4 met"]
 
 
 def test_shapes():

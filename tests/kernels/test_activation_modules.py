@@ -14,8 +14,8 @@ from gossamer.kernels.bitmask import dispatch as bitmask
 from gossamer.kernels.dual_gemv.dispatch import unpack
 from gossamer.kernels.modules.channel_linear import ChannelSparseLinear
 from gossamer.kernels.modules.dual_linear import DualSparseLinear
-from gossamer.kernels.modules.linear import SparseLinear
 from gossamer.kernels.modules.neuron_mlp import NeuronSubsetMLP
+from gossamer.kernels.modules.sparse_linear import SparseLinear, dense_products
 from gossamer.kernels.neuron_mlp.dispatch import neuron_mlp
 
 OUT, IN = 137, 70
@@ -99,11 +99,10 @@ def test_what_does_not_fit_is_refused(kind, rows):
     for shape, dtype in (((IN,), torch.float64), ((IN - 1,), torch.bfloat16)):
         with pytest.raises(KernelError, match="x "):
             sparse(torch.zeros(rows, *shape, dtype=dtype))
-    held = sparse.weight_t if kind == "channel" else sparse.packed
     with pytest.raises(KernelError, match="bias"):
-        type(sparse)(held, THRESHOLD, torch.zeros(OUT + 1))
+        type(sparse)(sparse.packed, THRESHOLD, torch.zeros(OUT + 1))
     with pytest.raises(KernelError, match=r"threshold has shape \[69\], the matrix has 70 columns"):
-        type(sparse)(held, THRESHOLD[1:])
+        type(sparse)(sparse.packed, THRESHOLD[1:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -181,6 +180,38 @@ def test_the_weight_can_be_asked_and_read_but_not_written(kind):
         with pytest.raises(KernelError, match="in place"):
             write(sparse.weight)
     assert torch.equal(sparse.weight + 0, plain.weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_check_without_kernels_skips_the_same_inputs(kind):
+    sparse, plain = layers(kind, bias=False)
+    x = x_of(4, IN)
+    with dense_products():
+        assert torch.equal(sparse(x), exact(skipped(x), plain.weight))
+    sparse.reference = True
+    assert torch.equal(sparse(x), exact(skipped(x), plain.weight))
+
+
+def test_layers_with_one_input_keep_their_own_thresholds():
+    for kind in KINDS:
+        first, plain = layers(kind, bias=False)
+        second = copy.deepcopy(first)
+        second.threshold.zero_()
+        x = x_of(1, IN)
+        for _ in range(3):
+            assert torch.equal(first(x), exact(skipped(x), plain.weight))
+            assert torch.equal(second(x), exact(x, plain.weight))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transposed_looks_like_a_conv1d(kind):
+    sparse, plain = layers(kind, bias=False)
+    turned = type(sparse)(sparse.packed, THRESHOLD, transposed=True)
+    x = x_of(2, IN)
+    assert torch.equal(turned.state_dict()["weight"], plain.weight.t())
+    turned.load_state_dict({"weight": plain.weight.t() * 2})
+    assert torch.equal(turned(x), exact(skipped(x), plain.weight * 2))
+    assert torch.equal(sparse(x), exact(skipped(x), plain.weight))
 
 
 @pytest.mark.parametrize("rows", [2, 20])

@@ -164,7 +164,7 @@ def test_the_weight_answers_without_its_values(monkeypatch):
     def expanded(packed: torch.Tensor) -> torch.Tensor:
         raise AssertionError("the matrix was expanded")
 
-    monkeypatch.setattr(bitmask_linear, "bitmask_dense", expanded)
+    monkeypatch.setattr(bitmask_linear.layout, "bitmask_dense", expanded)
     asked = sparse.weight
     for part in (asked, asked.detach(), asked.data):
         assert part.shape == plain.weight.shape
