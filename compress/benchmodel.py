@@ -18,12 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ..kernels.modules.dense_linear import DenseLinear
 from ..kernels.modules.sparse_linear import dense_products
 from .environment import processor_name
 from .generate import Timing, generate
 from .load import load
-from .placement import adopt_dense
 from .progress import Progress
 from .report import human_bytes
 
@@ -99,14 +97,14 @@ def _contenders(folder: str, progress: Progress) -> Iterator[Contender]:
     if model.gossamer_masks:
         yield Contender("ours, sparse", folder, model, sparse=True)
         return
-    del model
+    ours = model if model.dtype is torch.bfloat16 else load(folder, dtype=torch.bfloat16)
     read: Any = AutoModelForCausalLM.from_pretrained
     plain = read(folder, dtype=torch.bfloat16).eval()
     half = read(folder, dtype=torch.float16).eval()
     yield Contender("transformers bfloat16", folder, plain)
     yield Contender("transformers bfloat16, no oneDNN", folder, plain, _no_onednn)
     yield Contender("transformers float16", folder, half)
-    yield Contender("ours, dense", folder, plain, lambda: _our_layers(plain))
+    yield Contender("ours, dense", folder, ours)
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -140,18 +138,6 @@ def _line(row: dict[str, Any]) -> str:
         *ratios,
     ]
     return "| " + " | ".join(cells) + " |"
-
-
-@contextmanager
-def _our_layers(model: Any) -> Iterator[None]:
-    """Our dense layers in place of torch's, for as long as the block lasts: the same weights."""
-    adopt_dense(model)
-    try:
-        yield
-    finally:
-        for module in model.modules():
-            if isinstance(module, DenseLinear):
-                module.release()
 
 
 @contextmanager

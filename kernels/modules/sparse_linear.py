@@ -212,3 +212,8 @@ def dense_products() -> Iterator[None]:
         yield
     finally:
         _dense.reset(token)
+
+
+def dense_only() -> bool:
+    """Whether `dense_products` is in force."""
+    return _dense.get()
