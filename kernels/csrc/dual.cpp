@@ -79,8 +79,10 @@ void for_squares(const Shape& shape, Visit visit) {
     }
 }
 
-// Where the values of each row begin, from row bits; at the end their number.
+// Where the values of each row begin, from row bits; at the end their number. Any number of rows without columns is a
+// sound matrix of a few bytes, which must not ask for memory: nothing looks at its rows.
 std::vector<std::int64_t> row_begins(const std::uint8_t* bits, const Shape& shape) {
+    if (shape.cols == 0) return {};
     std::vector<std::int64_t> begins(static_cast<std::size_t>(shape.rows) + 1, 0);
     bitmask::row_counts(bits, shape.rows, row_bytes(shape.cols), begins.data() + 1);
     for (std::int64_t r = 0; r < shape.rows; ++r) begins[r + 1] += begins[r];
@@ -100,8 +102,9 @@ const char* fault_of_header(const Header& header, std::int64_t size) {
     if (header.dtype != 1 && header.dtype != 2) return "the values are neither bfloat16 nor float16";
     const Shape shape(header.rows, header.cols);
     if (header.panel != kPanel || header.stream != shape.stream()) return "the layout is another one";
+    if (header.nnz < 0 || header.nnz > header.rows * header.cols) return "the number of values is out of range";
     const bool reached = kMaskWords * shape.blocks * shape.cols + header.nnz < kMaxLength;  // by offsets of 32 bits
-    if (header.nnz < 0 || header.nnz > header.rows * header.cols || !reached) return "the number of values is out of range";
+    if (!reached) return "the number of values is out of range";
     if (header.size != size || shape.size(header.nnz) != size) return "its length does not fit its shape";
     return nullptr;
 }

@@ -89,7 +89,7 @@ bool strays(const std::uint8_t* mask, std::int64_t columns) {
 
 // Between plain int8 and the stored form; 2-byte values are the same in both.
 void copy_values(std::uint8_t* to, const std::uint8_t* from, std::int64_t count, const Shape& shape) {
-    std::memcpy(to, from, static_cast<std::size_t>(count * shape.value));
+    copy(to, from, count * shape.value);
     if (!shape.scaled()) return;
     for (std::int64_t i = 0; i < count; ++i) to[i] ^= kBias;
 }

@@ -16,19 +16,6 @@ Format format_of(int dtype) {
     return dtype == kFloat32 ? Format{8, 23} : dtype == kBfloat16 ? Format{8, 7} : Format{5, 10};
 }
 
-// The nearest number of the format, ties to even, infinite beyond the largest.
-double rounded(int dtype, double value) {
-    if (!std::isfinite(value) || value == 0) return value;
-    const Format format = format_of(dtype);
-    const int bias = (1 << (format.exponent_bits - 1)) - 1;
-    int exponent;
-    std::frexp(value, &exponent);  // value = m 2^exponent, 0.5 <= |m| < 1
-    const int unit = std::max(exponent - 1, 1 - bias) - format.fraction_bits;
-    const double result = std::ldexp(std::nearbyint(std::ldexp(value, -unit)), unit);
-    const double largest = std::ldexp(2.0 - std::ldexp(1.0, -format.fraction_bits), bias);
-    return std::fabs(result) > largest ? std::copysign(std::numeric_limits<double>::infinity(), value) : result;
-}
-
 std::uint32_t raw(int dtype, const void* at, std::int64_t index) {
     std::uint32_t bits = 0;
     const auto size = static_cast<std::size_t>(element_size(dtype));
@@ -56,6 +43,18 @@ std::vector<double> all_halves(int dtype) {
 }
 
 }  // namespace
+
+double rounded(int dtype, double value) {
+    if (!std::isfinite(value) || value == 0) return value;
+    const Format format = format_of(dtype);
+    const int bias = (1 << (format.exponent_bits - 1)) - 1;
+    int exponent;
+    std::frexp(value, &exponent);  // value = m 2^exponent, 0.5 <= |m| < 1
+    const int unit = std::max(exponent - 1, 1 - bias) - format.fraction_bits;
+    const double result = std::ldexp(std::nearbyint(std::ldexp(value, -unit)), unit);
+    const double largest = std::ldexp(2.0 - std::ldexp(1.0, -format.fraction_bits), bias);
+    return std::fabs(result) > largest ? std::copysign(std::numeric_limits<double>::infinity(), value) : result;
+}
 
 double number(int dtype, const void* at, std::int64_t index) {
     static const std::vector<double> kBrain = all_halves(kBfloat16), kHalf = all_halves(kFloat16);

@@ -15,6 +15,9 @@ inline std::int64_t element_size(int dtype) { return dtype == kFloat32 ? 4 : 2; 
 // Element `index` of `at` as a double, exactly.
 double number(int dtype, const void* at, std::int64_t index);
 
+// The nearest number of the dtype, ties to even, infinite beyond the largest.
+double rounded(int dtype, double value);
+
 // Rows of x, [batch, cols]: numbers of moderate size and both zeros; sometimes infinities, NaN, subnormals, the largest.
 Exact random_numbers(Random& random, int dtype, std::int64_t count, bool wild);
 

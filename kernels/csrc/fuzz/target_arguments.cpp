@@ -3,14 +3,12 @@
 #include <algorithm>
 
 #include "../bitmask.h"
+#include "../dual.h"
 #include "../gemv.h"
-#include "../tiles.h"
-#include "fuzz.h"
+#include "tile_bytes.h"
 
 namespace gossamer::fuzz {
 namespace {
-
-std::int64_t width_of(std::int64_t cols) { return (cols + 7) / 8; }
 
 // Bits anywhere, also beyond the last column, from none to all.
 Exact random_bits(Random& random, std::int64_t size) {
@@ -73,15 +71,31 @@ void values_of(Random& random, const Exact& bits, std::int64_t rows, std::int64_
     }
 }
 
+// 16-bit values, or int8 with scales.
 void tiles_of(Random& random, const Exact& bits, std::int64_t rows, std::int64_t cols, std::int64_t set, bool strays) {
-    const std::int64_t nnz = wrong(random, set, 8 * bits.size());
-    Exact values(2 * nnz, 0x55), packed(tiles::Shape(rows, cols).size(nnz), 0xFF);
-    const int dtype = random.once_in(2) ? kBfloat16 : kFloat16;
-    const bool done = tiles::pack(bits.as(), values.as<std::uint16_t>(), nnz, rows, cols, dtype, packed.as());
+    static constexpr std::int64_t kValues[] = {kBfloat16, kFloat16, tiles::kInt8};
+    const std::int64_t nnz = wrong(random, set, 8 * bits.size()), dtype = random.pick(kValues);
+    const tiles::Shape shape(rows, cols, dtype);
+    const std::int64_t scaled = dtype == tiles::kInt8 ? rows * ((cols + tiles::kCols - 1) / tiles::kCols) : 0;
+    Exact values(shape.value * nnz, 0x55), scales(2 * scaled, 0x55), packed(shape.size(nnz), 0xFF);
+    const bool done = tiles::pack(bits.as(), values.as(), scales.as<std::uint16_t>(), nnz, rows, cols, dtype, packed.as());
     expect(done == (nnz == set), "pack says " + std::to_string(done) + " to " + std::to_string(nnz) + " values for " +
                                      std::to_string(set) + " bits");
     const char* fault = done ? tiles::find_fault(packed.as(), packed.size()) : nullptr;
     expect(!done || (fault != nullptr) == strays, "after packing: " + std::string(fault == nullptr ? "no fault" : fault));
+}
+
+// Bits outside the matrix are not packed, and never counted as values.
+void dual_of(Random& random, const Exact& bits, std::int64_t rows, std::int64_t cols, std::int64_t inside, bool strays) {
+    const std::int64_t nnz = wrong(random, inside, 8 * bits.size());
+    const std::int64_t dtype = random.once_in(2) ? kBfloat16 : kFloat16;
+    Exact values(2 * nnz, 0x55), packed(dual::Shape(rows, cols).size(nnz), 0xFF);
+    const bool done = dual::pack(bits.as(), values.as<std::uint16_t>(), nnz, rows, cols, dtype, packed.as());
+    expect(done ? nnz == inside : nnz != inside || strays, "dual pack says " + std::to_string(done) + " to " +
+                                                               std::to_string(nnz) + " values for " +
+                                                               std::to_string(inside) + " bits");
+    const char* fault = done ? dual::find_fault(packed.as(), packed.size()) : nullptr;
+    expect(fault == nullptr, "after dual packing: " + std::string(fault == nullptr ? "" : fault));
 }
 
 Outcome run(Random& random, const Bytes&) {
@@ -99,6 +113,7 @@ Outcome run(Random& random, const Bytes&) {
     masks(bits, rows, cols);
     values_of(random, bits, rows, cols, inside);
     tiles_of(random, bits, rows, cols, inside + beyond, beyond > 0);
+    dual_of(random, bits, rows, cols, inside, beyond > 0);
     return Outcome::kRan;
 }
 
