@@ -15,6 +15,8 @@ from gossamer.errors import KernelError
 from gossamer.kernels import extension
 from gossamer.kernels.bitmask_gemv import layout
 from gossamer.kernels.bitmask_gemv.dispatch import describe
+from gossamer.kernels.dual_gemv import layout as dual_layout
+from gossamer.kernels.dual_gemv.dispatch import describe as describe_dual
 
 needs_module = pytest.mark.skipif(extension.compiled() is None, reason="no compiled module")
 LARGEST = (1 << 31) - 1
@@ -38,14 +40,36 @@ def test_a_length_beyond_64_bits_is_refused(written, monkeypatch):
         describe(header(LARGEST, LARGEST, LARGEST * LARGEST, 4096))
 
 
+@pytest.mark.parametrize("nnz", [LARGEST * LARGEST, (1 << 63) - 1])
+@pytest.mark.parametrize("written", ["compiled", "torch"])
+def test_a_number_of_dual_values_beyond_64_bits_is_refused(written, nnz, monkeypatch):
+    """Masks and values together overflowed before the values alone were found too many."""
+    if written == "torch":
+        monkeypatch.setattr("gossamer.kernels.dual_gemv.record.compiled", lambda: None)
+    packed = torch.zeros(4096, dtype=torch.uint8)
+    stream = dual_layout.Shape(LARGEST, LARGEST).stream
+    words = [dual_layout.MAGIC, LARGEST, LARGEST, 1, nnz, dual_layout.PANEL, stream, 4096]
+    packed[:64].view(torch.int64)[:] = torch.tensor(words)
+    with pytest.raises(KernelError, match="number of values is out of range"):
+        describe_dual(packed)
+
+
 @needs_module
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
-def test_rows_without_columns_ask_for_no_memory():
-    """192 bytes that claim two billion empty rows are a sound matrix, and unpacking it took 16 GB."""
+@pytest.mark.parametrize(
+    ("operation", "header"),
+    [
+        ("bitmask_gemv", [layout.MAGIC, LARGEST, 0, 1, 0, 128, 128, 192]),
+        ("bitmask_gemv", [layout.MAGIC, LARGEST, 0, 2, 0, 128, 128, 192]),
+        ("dual_gemv", [dual_layout.MAGIC, LARGEST, 0, 1, 0, 256, 64, 128]),
+    ],
+)
+def test_rows_without_columns_ask_for_no_memory(operation, header):
+    """A few bytes that claim two billion empty rows are a sound matrix, and unpacking it took 16 GB."""
     code = (
-        "import resource, torch\nfrom gossamer.kernels.bitmask_gemv.dispatch import unpack\n"
-        f"words = [{layout.MAGIC}, {LARGEST}, 0, 1, 0, 128, 128, 192]\n"
-        "packed = torch.tensor(words + [0] * 16).view(torch.uint8)\n"
+        f"import resource, torch\nfrom gossamer.kernels.{operation}.dispatch import unpack\n"
+        f"words = {header} + [0] * {header[-1] // 8 - 8}\n"
+        "packed = torch.tensor(words).view(torch.uint8)\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)\n"
         "bits, values, cols = unpack(packed)\nprint(list(bits.shape), len(values), cols)"
@@ -55,13 +79,16 @@ def test_rows_without_columns_ask_for_no_memory():
 
 
 @needs_module
-def test_nothing_to_copy_has_no_address():
+@pytest.mark.parametrize("dtype", [1, 3], ids=["bfloat16", "int8"])
+def test_nothing_to_copy_has_no_address(dtype):
     """Empty tensors have address 0, which memcpy must not get even for no bytes; only UBSan sees it."""
-    bits = torch.zeros(3, 2, dtype=torch.uint8)
-    packed = torch.full((extension.compiled().tiles_size(3, 10, 0, 1),), 255, dtype=torch.uint8)
+    bits, scales = torch.zeros(3, 2, dtype=torch.uint8), torch.zeros(3, 1, dtype=torch.float16)
+    packed = torch.full((extension.compiled().tiles_size(3, 10, 0, dtype),), 255, dtype=torch.uint8)
     assert torch.empty(0).data_ptr() == 0
-    assert extension.compiled().tiles_pack(bits.data_ptr(), 0, 0, 0, 3, 10, 1, packed.data_ptr())
-    assert (describe(packed).rows, describe(packed).nnz) == (3, 0)
+    pack = extension.compiled().tiles_pack
+    assert pack(bits.data_ptr(), 0, scales.data_ptr(), 0, 3, 10, dtype, packed.data_ptr())
+    assert extension.compiled().tiles_fault(packed.data_ptr(), packed.numel()) is None
+    assert packed[: 5 * 8].view(torch.int64).tolist() == [layout.MAGIC, 3, 10, dtype, 0]
 
 
 def make(target: str, repository: Path, **variables: str) -> str:
@@ -81,8 +108,9 @@ def programs(*names: str) -> None:
 def test_two_thousand_mutated_inputs(repository):
     programs("make", "cmake", "c++")
     told = make("fuzz", repository, FUZZ_COUNT="2000")
-    assert told.count("no finding") == 3
-    assert "tiles: 2000 inputs" in told
+    assert told.count("no finding") == 6
+    for target in ("tiles", "int8", "dual", "arguments", "neuron", "plain"):
+        assert f"\n{target}: 2000 inputs" in told
 
 
 @pytest.mark.slow
@@ -91,4 +119,4 @@ def test_neon_under_emulation(repository):
     programs("make", "cmake", "aarch64-linux-gnu-g++", "qemu-aarch64")
     told = make("cross-neon", repository)
     assert "tiers: neon scalar" in told
-    assert told.count("no finding") == 3
+    assert told.count("no finding") == 6
