@@ -94,7 +94,6 @@ const Tier* tier_avx512();
 const Tier* tier_avx512bf16();
 const Tier* tier_neon();
 
-// Rows of the padded batch: 1, 2, 4 or 8.
 // Asks for `lines` cache lines, into the second-level cache: the first can wait for fewer at a time.
 static inline void ask_for(const void* at, int lines) {
 #if defined(__GNUC__) || defined(__clang__)
@@ -105,18 +104,6 @@ static inline void ask_for(const void* at, int lines) {
 }
 
 // Rows of the padded batch: 1, 2, 4 or 8.
-// Asks for `lines` cache lines some way ahead of a sequential stream. The processor's own prefetchers stop at the end of
-// every page of 4 KiB; this reaches into the next one.
-template <int kAhead, int kLocality = 3>
-static inline void prefetch_ahead(const void* at, int lines) {
-#if defined(__GNUC__) || defined(__clang__)
-    const char* line = static_cast<const char*>(at) + kAhead;
-    for (int i = 0; i < lines; ++i) __builtin_prefetch(line + 64 * i, 0, kLocality);
-#else
-    (void)at, (void)lines;
-#endif
-}
-
 // Static: an inline function compiled for a newer processor must never be the copy that the linker keeps.
 static inline int padded_batch(int batch) { return batch <= 2 ? batch : batch <= 4 ? 4 : 8; }
 
