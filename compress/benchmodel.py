@@ -54,7 +54,7 @@ def bench_models(
     rounds: int = 3,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Milliseconds per token of every model in every way, as plain data; keys as in docs/report.md.
+    """Milliseconds per token of every model in every way, as plain data: one row per contender.
 
     A folder with sparse weights runs in our runtime; any other one in transformers (bfloat16, bfloat16 without oneDNN,
     float16) and in our runtime. Ratios are to the fastest and to the first dense contender.

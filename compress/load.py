@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from ..errors import CheckpointError, GossamerError, ModelError
 from .attached import ModelMasks
 from .keymap import KeyMap
+from .memory import release
 from .modelfolder import SPARSE, SPARSE_INDEX, find_weights, read_config, resolve_folder
 from .placement import Placed, RuntimeOptions, adopt_dense, check_backend, runtime
 from .quantizer import METHOD, GossamerConfig, source_masks
@@ -67,6 +68,7 @@ def load(
         if packed:
             adopt_dense(model)
     check_backend(model, backend)
+    release()  # what loading needed: masks, staging, pieces of the file
     return model.eval()
 
 

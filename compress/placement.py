@@ -36,7 +36,6 @@ from ..kernels.modules.sparse_linear import PREFILL, SparseLinear
 from .experts import EXPERTS
 from .format import MatrixRecord, Scales, SourceMask
 from .keymap import Group, KeyMap
-from .memory import release
 from .parametermasks import converted_masks
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
@@ -275,7 +274,6 @@ def _leave_file(model: Any) -> None:
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_cpu and tensor.numel() and id(tensor) not in packed:
                 tensor.data = tensor.data.clone(memory_format=torch.preserve_format)
-    release()
 
 
 def _candidates(model: Any) -> Iterator[str]:
