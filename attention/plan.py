@@ -8,10 +8,10 @@ from 1) sees
 keys: the first `sink` tokens of the sequence and the last kept(n) - sink ones, itself included; all n of them where
 kept(n) = n. The sinks are inside the span, so a rule's bytes do not depend on how it is divided.
 
-kept depends on the query's own position alone: prefill in one piece, prefill in chunks, several turns and decoding token
-by token are the same computation. With beta <= 1, kept(n + 1) <= kept(n) + 1: a key that has left the window never
-returns, so that a ring buffer that drops it loses nothing. For this to hold exactly, alpha is an integer and beta a
-multiple of 1/1024, and all arithmetic is that of integers.
+kept depends on the query's own position alone: prefill in one piece, prefill in chunks, several turns and decoding one
+token at a time are the same computation. With beta <= 1, kept(n + 1) <= kept(n) + 1: a key that has left the window
+never returns, so that a ring buffer that drops it loses nothing. For this to hold exactly, alpha is an integer and beta
+a multiple of 1/1024, and all arithmetic is that of integers.
 """
 
 from __future__ import annotations
