@@ -253,12 +253,11 @@ def _whole(values: Mapping[str, Any], name: str) -> int:
 
 def _matrix(values: Mapping[str, Any], name: str, shape: tuple[int, int]) -> Sequence[Sequence[Any]]:
     rows = values.get(name)
-    fits = (
-        isinstance(rows, list)
-        and len(rows) == shape[0]
-        and all(isinstance(row, list) and len(row) == shape[1] for row in rows)
-    )
-    if not fits:
+    if (
+        not isinstance(rows, list)
+        or len(rows) != shape[0]
+        or not all(isinstance(row, list) and len(row) == shape[1] for row in rows)
+    ):
         raise CheckpointError(f"field {name} of the head plan must be {shape[0]} lists of {shape[1]} numbers")
     kinds = (int, float) if name == "beta" else (int,)
     if not all(type(value) in kinds for row in rows for value in row):
