@@ -43,19 +43,19 @@ class Texts:
 
     def calibration(self, data: str, nsamples: int, seqlen: int) -> tuple[Tensor, TextSource]:
         """Windows [nsamples, seqlen], and what is known of the text that they are from."""
-        text = self._text(data, "calibration")
+        text = self.text(data, "calibration")
         windows = calibration_tokens(self.tokenizer, text, nsamples, seqlen, self.recipe.seed)
-        self._check_vocabulary(windows)
+        self.check_vocabulary(windows)
         self._calibration.append((text, windows))
         return windows, TextSource(text.name, text.protocol, text.digest)
 
     def evaluation(self, data: str, seqlen: int, limit: int | None, dtype: torch.dtype) -> tuple[Tensor, Protocol, str]:
         """(windows [n, seqlen], protocol, digest)."""
-        text = self._text(data, "evaluation")
+        text = self.text(data, "evaluation")
         ids = token_ids(self.tokenizer, text)
         limits = [count for count in (limit, text.window_limit) if count is not None]
         windows = evaluation_windows(ids, seqlen, min(limits, default=None), text.name)
-        self._check_vocabulary(windows)
+        self.check_vocabulary(windows)
         self._evaluation.append((text, windows))
         bos = self._bos(ids)
         protocol = Protocol(
@@ -79,12 +79,18 @@ class Texts:
         ]
         return max(shares, default=None)
 
-    def _text(self, data: str, role: Role) -> TextData:
+    def calibrated(self, text: TextData, ids: Tensor) -> None:
+        """Remember that a stage read ids [n] of `text` by itself, so that evaluation text is compared with them, too."""
+        self._calibration.append((text, ids))
+
+    def text(self, data: str, role: Role) -> TextData:
+        """The text that `data` names, read once."""
         if (data, role) not in self._read:
             self._read[data, role] = load_text(data, role)
         return self._read[data, role]
 
-    def _check_vocabulary(self, windows: Tensor) -> None:
+    def check_vocabulary(self, windows: Tensor) -> None:
+        """DataError for token ids that the model has no embedding of."""
         if int(windows.max()) >= self.vocabulary:
             raise DataError(
                 f"the tokenizer gives token {int(windows.max())}, the model has {self.vocabulary} embeddings",

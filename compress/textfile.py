@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import DataError
 from .textdata import SEPARATOR, TextData, join_documents, record_text
@@ -23,6 +25,18 @@ def read_path(path: Path) -> TextData:
         return TextData(text, name=path.name or str(path), protocol=f"{len(files)} files joined by an empty line")
     protocol = "the file as it is" if _kind(path) == "text" else "records joined by an empty line"
     return TextData(_read_file(path), name=path.name, protocol=protocol)
+
+
+def read_records(path: Path) -> tuple[str, list[Any], str] | None:
+    """(name, rows as they are, sha256 of the file) of a JSONL, JSON or Parquet file; None for plain text.
+
+    DataError for anything that cannot be read.
+    """
+    kind = _kind(path)
+    if kind == "text":
+        return None
+    rows = _parquet_records(path) if kind == "parquet" else _json_records(_decode(path), path)
+    return path.name, [record for record, _ in rows], hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def looks_like_path(spec: str) -> bool:
@@ -86,6 +100,12 @@ def _decode(path: Path) -> str:
 
 
 def _json_rows(text: str, path: Path) -> Iterator[str]:
+    for record, where in _json_records(text, path):
+        yield _row(record, where)
+
+
+def _json_records(text: str, path: Path) -> Iterator[tuple[object, str]]:
+    """Every record, and where it is."""
     if text.lstrip().startswith("["):
         yield from _json_array(text, path)
         return
@@ -96,16 +116,16 @@ def _json_rows(text: str, path: Path) -> Iterator[str]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{path} line {number} is not JSON: {error.msg}") from error
-        yield _row(record, f"{path} line {number}")
+        yield record, f"{path} line {number}"
 
 
-def _json_array(text: str, path: Path) -> Iterator[str]:
+def _json_array(text: str, path: Path) -> Iterator[tuple[object, str]]:
     try:
         records = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not JSON: {error.msg} (line {error.lineno})") from error
     for number, record in enumerate(records, start=1):
-        yield _row(record, f"{path} entry {number}")
+        yield record, f"{path} entry {number}"
 
 
 def _row(record: object, where: str) -> str:
@@ -117,6 +137,11 @@ def _row(record: object, where: str) -> str:
 
 
 def _parquet_rows(path: Path) -> Iterator[str]:
+    for record, where in _parquet_records(path):
+        yield record_text(record, where)
+
+
+def _parquet_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -126,6 +151,6 @@ def _parquet_rows(path: Path) -> Iterator[str]:
         file = parquet.ParquetFile(path)
         for batch in file.iter_batches():
             for number, record in enumerate(batch.to_pylist(), start=1):
-                yield record_text(record, f"{path} row {number}")
+                yield record, f"{path} row {number}"
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,122 @@
+"""The texts of a head plan: what influence is measured on at every length, and what is held out to choose by."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import DataError
+from ..data import calibration_windows, evaluation_windows, token_ids
+from ..hubdata import hub_records, looks_like_dataset
+from ..text import Texts, TextSource
+from ..textfile import read_records
+from .items import Item, conversation_item, items_of_length, messages_of, text_item
+
+HELD_OUT = 0.1  # of the calibration text, where no other validation text is given
+MOST_DOCUMENTS = 2000
+
+
+@dataclass(frozen=True)
+class HeadTexts:
+    """`items`: by length. `validation`: longer sequences that no item shares a token's place with."""
+
+    items: Mapping[int, Sequence[Item]] = field(repr=False)
+    validation: Sequence[Item] = field(repr=False)
+    calibration: TextSource
+    validated: TextSource
+    answers: str
+
+
+def head_texts(
+    texts: Texts,
+    data: str,
+    validation: str | None,
+    lengths: Sequence[int],
+    beyond: int,
+    nsamples: int,
+    held: int,
+    seed: int,
+) -> HeadTexts:
+    """Sequences of every length from `data`, and `held` of `beyond` tokens from `validation` or from the end of `data`.
+
+    DataError for what cannot be read or is too short.
+    """
+    mine, source, said = _all_items(texts, data, "calibration")
+    if validation is not None:
+        others, validated, _ = _all_items(texts, validation, "evaluation")
+    if isinstance(mine, list):
+        random.Random(seed).shuffle(mine)
+        cut = len(mine) if validation is not None else max(len(mine) - max(round(HELD_OUT * len(mine)), 1), 1)
+        items = {n: items_of_length(mine[:cut], n, nsamples, source.dataset) for n in lengths}
+    else:
+        keep = len(mine) if validation is not None else len(mine) - _held_tokens(len(mine), beyond, held)
+        items = {
+            n: [text_item(w) for w in calibration_windows(mine[:keep], nsamples, n, seed, source.dataset)]
+            for n in lengths
+        }
+        cut = keep
+    if validation is None:
+        others, validated = mine[cut:], source
+    if isinstance(others, list):
+        chosen = items_of_length(others, beyond, held, validated.dataset)
+    else:
+        chosen = [text_item(w) for w in evaluation_windows(others, beyond, held, validated.dataset)]
+    every = [item.ids for many in (*items.values(), chosen) for item in many]
+    texts.check_vocabulary(torch.cat(every))
+    texts.calibrated(texts.text(data, "calibration"), torch.cat(every))
+    return HeadTexts(items, chosen, source, validated, said)
+
+
+def _held_tokens(tokens: int, beyond: int, held: int) -> int:
+    """Tokens at the end that are not calibrated on: a tenth, at least one sequence, at most what all of them need."""
+    return min(max(int(tokens * HELD_OUT), beyond), beyond * held)
+
+
+def _all_items(texts: Texts, data: str, role: Any) -> tuple[Any, TextSource, str]:
+    """(conversations as items, or the ids [n] of a plain text; what is known of the text; what counts)."""
+    records = _records(data, role)
+    if records is None:
+        text = texts.text(data, role)
+        if text.documents is not None:
+            text = _joined(text)
+        return token_ids(texts.tokenizer, text), TextSource(text.name, text.protocol, text.digest), "every token"
+    name, messages, digest = records
+    found = [item for item in (conversation_item(texts.tokenizer, m) for m in messages) if item is not None]
+    if not found:
+        raise DataError(f"{name} holds no conversation in which the assistant says something")
+    return found, TextSource(name, f"{len(found)} conversations", digest), "the assistant's tokens"
+
+
+def _records(data: str, role: Any) -> tuple[str, list[Any], str] | None:
+    """Conversations of a file or dataset; None where it holds plain text."""
+    path = Path(data).expanduser()
+    if path.is_file():
+        found = read_records(path)
+    elif looks_like_dataset(data):
+        found = hub_records(data, role)
+    else:
+        return None
+    if found is None:
+        return None
+    name, records, digest = found
+    messages = [messages_of(record) if isinstance(record, Mapping) else None for record in records]
+    if not messages or messages[0] is None:
+        return None
+    missing = next((i for i, m in enumerate(messages) if m is None), None)
+    if missing is not None:
+        raise DataError(f"{name}: entry {missing + 1} is no conversation, those before it are")
+    return name, messages, digest
+
+
+def _joined(text: Any) -> Any:
+    from ..textdata import SEPARATOR, TextData, join_documents
+
+    documents = [text.documents[i] for i in range(min(len(text.documents), MOST_DOCUMENTS))]
+    return TextData(
+        join_documents(documents, SEPARATOR), text.name, f"first {len(documents)} documents joined by an empty line"
+    )
