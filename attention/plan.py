@@ -82,7 +82,7 @@ class HeadPlan:
     Attributes:
         model_type: `config.model_type` of the model.
         query_heads, head_dim: of one layer; query head h belongs to KV head h // (query_heads / kv_heads).
-        block: width in tokens of the tiles it was profiled with, and the least that a head keeps beside its sinks.
+        block: the least that a head keeps beside its sinks.
         lengths: the lengths the budget was stated at, ascending.
         positions: `max_position_embeddings`; None where the model states none.
         heads: [layer][KV head]; every layer has as many.

@@ -67,7 +67,7 @@ def relax(
 
 
 def integer(
-    c: Array, coupling: Array, upper: Array, keep: NDArray[np.bool_], time_limit: float
+    c: Array, coupling: Array, upper: Array, keep: NDArray[np.bool_], time_limit: float, gap: float
 ) -> tuple[NDArray[np.int64] | None, bool]:
     """(best choice found, whether it is proved optimal) of the integer program over these heads."""
     heads, rules, cost, rows, ones = _matrices(c, coupling, keep)
@@ -77,7 +77,7 @@ def integer(
         integrality=np.ones(len(cost)),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(rows, -np.inf, upper), LinearConstraint(ones, 1, 1)],
-        options={"time_limit": time_limit, "mip_rel_gap": GAP / 10},
+        options={"time_limit": time_limit, "mip_rel_gap": gap / 10},
     )
     if result.x is None:
         return None, False

@@ -51,15 +51,15 @@ def masformer(tied: Problem, rules: Sequence[HeadRule], kv_heads: int) -> Rules:
 
 
 def duo(
-    scores: Array, density: float, lengths: Sequence[int], block: int, streaming: HeadRule, name: str = "the scores"
+    scores: Array, density: float, lengths: Sequence[int], least: int, streaming: HeadRule, name: str = "the scores"
 ) -> Rules:
-    """The heads with the highest scores [layers, KV heads] are full, the others streaming; as many as fit at every length.
+    """The heads with the highest scores [layers, KV heads] are full, the others streaming: as many as fit everywhere.
 
     RecipeError when streaming everywhere is already too much.
     """
     allowed = scores.size
     for length in lengths:
-        small = streaming.kept(length, block)
+        small = streaming.kept(length, least)
         room = density * length * scores.size - small * scores.size
         if room < 0:
             raise RecipeError(

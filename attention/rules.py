@@ -59,15 +59,20 @@ def spans(lengths: Sequence[int], block: int, beyond: int | None = None) -> list
     return found
 
 
-def search_space(lengths: Sequence[int], block: int, sinks: Sequence[int], beyond: int | None = None) -> list[HeadRule]:
-    """Every span with every number of sinks, once each: rules that differ at no length up to `beyond` are one."""
+def search_space(
+    lengths: Sequence[int], block: int, sinks: Sequence[int], least: int, beyond: int | None = None
+) -> list[HeadRule]:
+    """Every span with every number of sinks, once each: rules that differ at no length up to `beyond` are one.
+
+    `least`: what a head keeps beside its sinks at any rate (`HeadPlan.block`).
+    """
     known: dict[tuple[int, ...], HeadRule] = {}
     last = beyond or lengths[-1]
     at = sorted({*lengths, last, *range(block, last + 1, block)})
     for span in [FULL, *spans(lengths, block, beyond)]:
         for sink in sinks:
             rule = HeadRule(sink, span.alpha, span.beta)
-            kept = tuple(rule.kept(length, block) for length in at)
+            kept = tuple(rule.kept(length, least) for length in at)
             everything = kept == tuple(at)
             known.setdefault((0 if everything else sink, *kept), FULL if everything else rule)
     return list(known.values())

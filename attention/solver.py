@@ -26,6 +26,7 @@ from .programs import GAP, Array, integer, relax, scaled, undominated
 TIME_LIMIT_S = 60.0
 FIRST_REPAIR = 40  # heads that the repair may change beside the fractional ones; doubled until it is good enough
 BANDS = 4
+PARETO_GAP = 1e-4
 _SLACK = 1e-9
 
 
@@ -38,7 +39,7 @@ class Solution:
         objective: its value of what was minimised.
         bound: of the LP relaxation; no choice is below it.
         losses: predicted loss of every objective, [M].
-        status: "optimal" (gap below 1e-5 of the bound), "feasible" (not proved), or "time limit".
+        status: "optimal" (proved, or as near to the bound as was asked), "feasible", or "time limit".
         seconds: of the solver.
     """
 
@@ -94,6 +95,7 @@ def solve(
     *,
     full: bool = False,
     time_limit: float = TIME_LIMIT_S,
+    gap: float = GAP,
 ) -> Solution | None:
     """The choice with the least weighted loss; None when the limits leave none.
 
@@ -101,6 +103,7 @@ def solve(
         weights: [M] of the objectives; all 1 where not given.
         limits: [M], upper bound of each objective's loss; inf = none.
         full: the whole integer program instead of LP and repair.
+        gap: relative to the LP bound, that is good enough.
         time_limit: seconds for everything; what was found until then is returned with the status "time limit".
     """
     started = time.monotonic()
@@ -119,11 +122,12 @@ def solve(
     x, bound = relaxed
     left = lambda: max(time_limit - (time.monotonic() - started), 0.1)
     late = lambda: time.monotonic() - started >= time_limit
-    choice, proved = _repair(c, coupling, upper, keep, x, bound, left, late)
+    choice, proved = _repair(c, coupling, upper, keep, x, bound, left, late, gap)
     if full:
-        better, proved = integer(c, coupling, upper, keep, left())
+        better, whole = integer(c, coupling, upper, keep, left(), gap)
         if better is not None and (choice is None or _value(c, better) < _value(c, choice)):
             choice = better
+        proved = proved or whole
     if choice is None:
         if late():
             choice = _cheapest(coupling, upper)
@@ -131,13 +135,13 @@ def solve(
             return None
     objective = _value(c, choice)
     heads = np.arange(len(choice))
-    good = objective - bound <= GAP * abs(bound) + 1e-12
+    good = objective - bound <= gap * abs(bound) + 1e-12
     return Solution(
         choice=choice,
         objective=objective,
         bound=bound,
         losses=problem.losses[:, heads, choice].sum(1),
-        status="optimal" if good or (full and proved) else "time limit" if late() else "feasible",
+        status="optimal" if good or proved else "time limit" if late() else "feasible",
         seconds=time.monotonic() - started,
     )
 
@@ -151,7 +155,7 @@ def pareto(problem: Problem, *, full: bool = False, time_limit: float = TIME_LIM
     started = time.monotonic()
     left = lambda: time_limit - (time.monotonic() - started)
     m = len(problem.losses)
-    alone = [solve(problem, np.eye(m)[k], full=full, time_limit=time_limit) for k in range(m)]
+    alone = [solve(problem, np.eye(m)[k], full=full, time_limit=time_limit, gap=PARETO_GAP) for k in range(m)]
     found = [solution for solution in alone if solution is not None]
     if not found or m == 1:
         return found
@@ -169,7 +173,7 @@ def pareto(problem: Problem, *, full: bool = False, time_limit: float = TIME_LIM
     for weights, limits in tasks:
         if left() <= 0:
             break
-        solution = solve(problem, weights, limits, full=full, time_limit=left())
+        solution = solve(problem, weights, limits, full=full, time_limit=left(), gap=PARETO_GAP)
         if solution is not None:
             found.append(solution)
     unique = list({tuple(solution.choice.tolist()): solution for solution in found}.values())
@@ -194,6 +198,7 @@ def _repair(
     bound: float,
     left: Callable[[], float],
     late: Callable[[], bool],
+    gap: float,
 ) -> tuple[NDArray[np.int64] | None, bool]:
     """(choice, whether optimal): heads that the LP leaves fractional and the least certain others, solved exactly."""
     settled = x.max(1) > 1 - 1e-6
@@ -209,13 +214,13 @@ def _repair(
         free = np.sort(order[:wide])
         fixed = np.setdiff1d(np.arange(len(choice)), free)
         rest = upper - coupling[:, fixed, choice[fixed]].sum(1)
-        part, proved = integer(c[free], coupling[:, free], rest, keep[free], left())
+        part, proved = integer(c[free], coupling[:, free], rest, keep[free], left(), gap)
         if part is not None:
             candidate = choice.copy()
             candidate[free] = part
             if best is None or _value(c, candidate) < _value(c, best):
                 best = candidate
-            if _value(c, best) - bound <= GAP * abs(bound) + 1e-12:
+            if _value(c, best) - bound <= gap * abs(bound) + 1e-12:
                 return best, True
         whole = wide >= len(choice)
         if whole or late() or (best is not None and wide >= 4 * FIRST_REPAIR + int((~settled).sum())):

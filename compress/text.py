@@ -80,7 +80,7 @@ class Texts:
         return max(shares, default=None)
 
     def calibrated(self, text: TextData, ids: Tensor) -> None:
-        """Remember that a stage read ids [n] of `text` by itself, so that evaluation text is compared with them, too."""
+        """Remember that a stage read ids [n] of `text` by itself: evaluation text is compared with them, too."""
         self._calibration.append((text, ids))
 
     def text(self, data: str, role: Role) -> TextData:

@@ -39,6 +39,8 @@ def head_facts(config: Any, supported: bool = True) -> HeadFacts:
     ModelError for an architecture without ordinary attention in every layer.
     """
     text = config.get_text_config(decoder=True)
+    layers: int | None
+    heads: int | None
     layers, heads = getattr(text, "num_hidden_layers", None), getattr(text, "num_attention_heads", None)
     reason = None
     if not supported:
@@ -53,7 +55,7 @@ def head_facts(config: Any, supported: bool = True) -> HeadFacts:
         kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         if kinds:
             reason = f"it has layers of another kind ({', '.join(sorted(kinds))})"
-    if reason is not None:
+    if reason is not None or layers is None or heads is None:
         raise ModelError(
             f"no head plan can be made for {text.model_type}: {reason}",
             hint="Llama, Qwen, Mistral and their relatives work",

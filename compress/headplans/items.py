@@ -1,8 +1,9 @@
 """Calibration sequences: token ids, and which of them the loss counts.
 
-Plain text gives windows in which every token counts. Conversations (records with `messages`, or `prompt` and `response`)
-go through the tokenizer's chat template, and only what the assistant says counts: what matters is which keys the answer
-needs (MoA's ablation: retrieval 0.25 with the loss on all tokens, 0.87 on answers, 0.95 on the model's own answers).
+Plain text gives windows in which every token counts. Conversations (records with `messages`, or with `prompt` and
+`response`) go through the tokenizer's chat template, and only what the assistant says counts: what matters is which
+keys the answer needs (MoA's ablation: retrieval 0.25 with the loss on all tokens, 0.87 on answers, 0.95 on the model's
+own answers).
 """
 
 from __future__ import annotations

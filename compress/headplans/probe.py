@@ -1,8 +1,8 @@
 """A retrieval probe that needs no download: lines of numbered values, and a question about one of them.
 
-Perplexity hides what a plan forgets (MoA's uniform plan: perplexity 4.89 against 3.96, retrieval 0.25 against 0.98), so
-plans are compared on this as well, at depths spread evenly over the context. It counts towards the choice only where the
-dense model can do it.
+Perplexity hides what a plan forgets (MoA's uniform plan: perplexity 4.89 against 3.96, retrieval 0.25 against 0.98):
+plans are compared on this as well, at depths spread evenly over the context. It counts towards the choice only where
+the dense model can do it.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _TABLE = {
     "prune": "prune_kind:Prune",
+    "heads": "heads:Heads",
     "evaluate": "evaluate:Evaluate",
 }
 

@@ -18,14 +18,14 @@ def test_the_published_space_has_48_spans():
 
 def test_every_rule_is_another_and_everything_is_kept_once():
     lengths, block, sinks = (64, 128, 192), 16, (0, 1, 4, 8)
-    rules = search_space(lengths, block, sinks, 256)
-    curves = {(rule.sink, *(rule.kept(n, block) for n in range(16, 257, 16))) for rule in rules}
+    rules = search_space(lengths, block, sinks, 4, 256)
+    curves = {(rule.sink, *(rule.kept(n, 4) for n in range(16, 257, 16))) for rule in rules}
     assert len(curves) == len(rules)
-    assert [rule for rule in rules if rule.kept(256, block) == 256] == [FULL]
+    assert [rule for rule in rules if rule.kept(256, 4) == 256] == [FULL]
     assert {rule.sink for rule in rules} == set(sinks)
     at = torch.arange(0, 300)
-    expected = [[rule.kept(int(n), block) for n in at] for rule in rules]
-    assert kept_by(rules, at, block).tolist() == expected
+    expected = [[rule.kept(int(n), 4) for n in at] for rule in rules]
+    assert kept_by(rules, at, 4).tolist() == expected
 
 
 def test_lengths_of_small_and_large_models():
