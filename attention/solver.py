@@ -170,10 +170,10 @@ def pareto(problem: Problem, *, full: bool = False, time_limit: float = TIME_LIM
             limits = np.full(m, np.inf)
             limits[others] = combination
             tasks.append((np.eye(m)[k], limits))
-    for weights, limits in tasks:
+    for weights, upper in tasks:
         if left() <= 0:
             break
-        solution = solve(problem, weights, limits, full=full, time_limit=left(), gap=PARETO_GAP)
+        solution = solve(problem, weights, upper, full=full, time_limit=left(), gap=PARETO_GAP)
         if solution is not None:
             found.append(solution)
     unique = list({tuple(solution.choice.tolist()): solution for solution in found}.values())

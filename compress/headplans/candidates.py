@@ -34,7 +34,7 @@ class Candidate:
             return None
         return {
             "status": s.status, "gap": s.gap, "bound": s.bound, "objective": s.objective,
-            "losses": s.losses.tolist(), "seconds": round(s.seconds, 3),
+            "losses": s.losses.tolist(),
         }  # fmt: skip
 
 

@@ -60,28 +60,37 @@ def conversation_item(tokenizer: Any, messages: Messages) -> Item | None:
     """A conversation as the model sees it; None where the assistant says nothing.
 
     The assistant's tokens are found by rendering the conversation up to each of its turns, which needs no mark in the
-    template. A template that renders an earlier turn differently afterwards counts the last turn's tokens only.
+    template. A template that renders an earlier turn differently later on counts the last turn only; so does a
+    tokenizer that does not say where its tokens lie, by their number.
     """
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     messages = list(messages[: last + 1])
     if not getattr(tokenizer, "chat_template", None):
         return _plain_item(tokenizer, messages)
-    render = lambda part, prompt: list(
-        tokenizer.apply_chat_template(part, add_generation_prompt=prompt, tokenize=True, return_dict=False)
-    )
-    ids = render(messages, False)
-    counted = torch.zeros(len(ids), dtype=torch.bool)
+    render = lambda part, prompt: tokenizer.apply_chat_template(part, add_generation_prompt=prompt, tokenize=False)
+    whole = render(messages, False)
+    turns = []
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, after = render(messages[:i], True), render(messages[: i + 1], False)
-        if ids[: len(before)] == before and ids[: len(after)] == after:
-            counted[len(before) : len(after)] = True
-    if not counted.any():
+        if message["role"] == "assistant":
+            before, after = render(messages[:i], True), render(messages[: i + 1], False)
+            if whole.startswith(before) and whole.startswith(after):
+                turns.append((len(before), len(after)))
+    ids, counted = _tokens_in(tokenizer, whole, turns)
+    if not any(counted):
         said = len(tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"])
-        counted[max(len(ids) - said, 1) :] = True
-    counted[:1] = False
-    return Item(torch.tensor(ids), counted) if counted.any() else None
+        counted = [place >= len(ids) - said for place in range(len(ids))]
+    counted[0] = False
+    return Item(torch.tensor(ids), torch.tensor(counted)) if any(counted) else None
+
+
+def _tokens_in(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+    """Token ids of a rendered conversation, and which of them reach into one of the spans of characters."""
+    if not getattr(tokenizer, "is_fast", False):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids, [False] * len(ids)
+    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    inside = [any(a < end and b > start for start, end in spans) for a, b in coded["offset_mapping"]]
+    return coded["input_ids"], inside
 
 
 def _plain_item(tokenizer: Any, messages: Messages) -> Item | None:
