@@ -103,3 +103,24 @@ def loss_sum(config: LossConfig, model: Any, teacher: Any | None, inputs: dict[s
     if config.hidden > 0:
         total = total + config.hidden * hidden_loss(out.hidden_states, dense.hidden_states, labels)
     return total
+
+
+@torch.no_grad()
+def row_losses(model: Any, rows: Any, batch: int = 8) -> Tensor:
+    """Mean cross-entropy per predicted token of every row of a `tokens.TokenRows`, float32 [rows]; model in eval mode.
+
+    Paired over two models it gives the standard error of their difference.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    found = []
+    for start in range(0, len(rows), batch):
+        items = [rows.row(index) for index in range(start, min(start + batch, len(rows)))]
+        inputs = {key: torch.stack([item[key] for item in items]).to(device) for key in items[0]}
+        labels = inputs.pop("labels")
+        logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+        losses = functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
+        found.append((losses.sum(1) / (labels[:, 1:] != IGNORED).sum(1).clamp_min(1)).cpu())
+    model.train(was_training)
+    return torch.cat(found)
