@@ -23,6 +23,8 @@ from .mask import Mask
 from .pattern import NM, Block, Pattern, Unstructured
 from .selection import keep_all_but
 
+MIXED = "mixed"  # the pattern of a mask that has none
+
 M = TypeVar("M")
 Score = Callable[[str, Tensor], Tensor]
 
@@ -112,7 +114,7 @@ def tighten(
     for name, weight in weights.items():
         scores = _scores(score, name, weight)
         kept = _kept(masks, name, weight)
-        found[name] = Mask.from_bool(pattern.mask(_below(scores, kept, pattern)) & kept, str(pattern))
+        found[name] = _promising(pattern.mask(_below(scores, kept, pattern)) & kept, pattern)
     return found
 
 
@@ -131,9 +133,18 @@ def _over_the_model(
     for (name, weight), count in zip(weights.items(), counts, strict=True):
         kept = _kept(masks, name, weight)
         scores = _scores(score, name, weight).masked_fill(~kept, -1.0)
-        keep = keep_all_but(scores, gone[name] + count) & kept
-        found[name] = Mask.from_bool(keep, str(Unstructured.for_count(gone[name] + count, *weight.shape)))
+        found[name] = _promising(keep_all_but(scores, gone[name] + count) & kept, pattern)
     return found
+
+
+def _promising(keep: Tensor, pattern: Pattern) -> Mask:
+    """The mask under the pattern that it really has: earlier masks may have pruned more than `pattern` asks for."""
+    rows, cols = keep.shape
+    zeros = rows * cols - int(keep.sum())
+    if isinstance(pattern, Unstructured) and (pattern.scope == "model" or zeros != pattern.zeros(rows, cols)):
+        return Mask.from_bool(keep, str(Unstructured.for_count(zeros, rows, cols)))
+    shrunk = isinstance(pattern, Block) and zeros != pattern.zeros(rows, cols)
+    return Mask.from_bool(keep, MIXED if shrunk else str(pattern))
 
 
 def _below(scores: Tensor, kept: Tensor, pattern: Pattern) -> Tensor:
