@@ -121,6 +121,7 @@ class Flow:
         schedules = {name: options.schedule(matrix) for name, matrix in self.matrices.items()}
         self.left_out = [(name, frame) for name, schedule in schedules.items() for frame in schedule.left_out]
         self.weights: dict[str, FlowWeight] = {}
+        self._watched: set[int] = set()
         for name, matrix in self.matrices.items():
             weight = FlowWeight(
                 matrix.weight, schedules[name],
@@ -134,9 +135,16 @@ class Flow:
         for weight in self.weights.values():
             weight.at(step)
 
+    def reread(self) -> None:
+        """Take step and masks from the buffers, after somebody wrote a saved state into them."""
+        for weight in self.weights.values():
+            weight.read_clock()
+
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Have lambda act before every step of `optimizer`. A step that a gradient scaler skips is skipped here too."""
-        if self.options.rate:
+        """Have lambda act before every step of `optimizer`. A step that a gradient scaler skips is skipped here too; a second
+        call changes nothing."""
+        if self.options.rate and id(optimizer) not in self._watched:
+            self._watched.add(id(optimizer))
             optimizer.register_step_pre_hook(self._before_step)
 
     def flip_rate(self) -> float:
@@ -148,6 +156,18 @@ class Flow:
         for weight in self.weights.values():
             weight.flips.clear()
         return sum(float(flips) for flips, _ in chosen) / sum(size for _, size in chosen) if chosen else 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros that the patterns of the present step ask for."""
+        weights = self.weights.values()
+        zeros = sum(weight.schedule.phase(weight.step).pattern.sparsity * weight.entries for weight in weights)
+        return zeros / sum(weight.entries for weight in weights)
+
+    @property
+    def beta(self) -> float:
+        """Share of the forward value that is left outside the masks at the present step; the same for all."""
+        return max(weight.schedule.phase(weight.step).beta for weight in self.weights.values())
 
     @torch.no_grad()
     def finish(self) -> dict[str, Mask]:

@@ -52,7 +52,7 @@ class FlowWeight(nn.Module):
         self.register_buffer("bits", bits)
         self.register_buffer("allowed", None if allowed is None else allowed.bits.to(weight.device, copy=True))
         self.register_buffer("clock", torch.tensor([0, NEVER, schedule.steps], device=weight.device))
-        self._read_clock()
+        self.read_clock()
         self.flips: list[Tensor] = []  # entries that changed, 0-dim, one per choice since somebody looked
 
     def at(self, step: int) -> None:
@@ -119,7 +119,8 @@ class FlowWeight(nn.Module):
         self.chosen = step
         self.clock[CHOSEN] = step
 
-    def _read_clock(self) -> None:
+    def read_clock(self) -> None:
+        """Follow the buffers, after somebody wrote a saved state into them. TrainingError for another schedule."""
         self.step, self.chosen, steps = self.clock.tolist()
         if steps != self.schedule.steps:
             raise TrainingError(
@@ -129,7 +130,7 @@ class FlowWeight(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._read_clock()
+        self.read_clock()
 
 
 class _Flow(torch.autograd.Function):
