@@ -141,8 +141,10 @@ class Flow:
             weight.read_clock()
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Have lambda act before every step of `optimizer`. A step that a gradient scaler skips is skipped here too; a second
-        call changes nothing."""
+        """Have lambda act before every step of `optimizer`; a second call changes nothing.
+
+        A step that a gradient scaler skips is skipped here too.
+        """
         if self.options.rate and id(optimizer) not in self._watched:
             self._watched.add(id(optimizer))
             optimizer.register_step_pre_hook(self._before_step)
@@ -173,7 +175,8 @@ class Flow:
     def finish(self) -> dict[str, Mask]:
         """Remove the parametrizations. Weights are left masked, +0.0 outside the masks that are returned, by name.
 
-        A mask that was not frozen is chosen now, from the weights as they are. Parameters stay the same objects.
+        A mask that was not frozen is chosen now, from the weights as they are. Parameters stay the same objects. A
+        model under FSDP2 is good for reading its weights afterwards, no longer for training.
         """
         masks = {}
         for name, matrix in self.matrices.items():
@@ -182,7 +185,7 @@ class Flow:
             flow.choose(_whole(original))
             _local(original).masked_fill_(~_local_like(flow.shaped(flow.bits), original), 0.0)
             masks[name] = flow.mask()
-            parametrize.remove_parametrizations(matrix.module, matrix.parameter, leave_parametrized=False)
+            _remove(matrix.module, matrix.parameter)
         return masks
 
     @torch.no_grad()
@@ -203,6 +206,12 @@ class Flow:
         """w itself; looked up every time, as FSDP replaces parameters."""
         matrix = self.matrices[name]
         return matrix.module.parametrizations[matrix.parameter].original  # type: ignore[union-attr,index]
+
+
+def _remove(module: nn.Module, parameter: str) -> None:
+    kinds = [kind for kind in type(module).__mro__ if parameter in kind.__dict__]
+    module.__class__ = kinds[0]  # FSDP2 derives a class of its own from the parametrized one
+    parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
 
 
 def _whole(tensor: Tensor) -> Tensor:
