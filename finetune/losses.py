@@ -7,13 +7,16 @@ accumulation and data parallelism change nothing but rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..errors import RecipeError, TrainingError
+
+if TYPE_CHECKING:
+    from .tokens import TokenRows
 
 IGNORED = -100  # label of a token that nothing is to be learned from
 KINDS = ("lm", "distill", "mix")
@@ -24,12 +27,12 @@ class LossConfig:
     """Which loss, and its numbers.
 
     Attributes:
-        kind: "lm": cross-entropy to the text. "distill": KL(dense || sparse). "mix": share * distill + (1 - share) * lm.
+            (||h - h_dense||^2 / ||h_dense||^2 per token, after Kurtic et al., arXiv 2310.06927); 0: left out.
         temperature: both distributions of "distill" are softened by it; the loss is multiplied by its square, so that
             gradients keep their size (Hinton et al., arXiv 1503.02531).
         share: of "distill" in "mix".
         hidden: weight of the relative squared distance of hidden states to the dense model's, averaged over layers
-            (||h - h_dense||^2 / ||h_dense||^2 per token; Kurtic et al., arXiv 2310.06927); 0 leaves them out.
+            (||h - dense||^2 / ||dense||^2 per token, after Kurtic et al., arXiv 2310.06927); 0 leaves them out.
     """
 
     kind: str = "lm"
@@ -73,7 +76,7 @@ def hidden_loss(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], labels: Te
     """
     chosen = labels[:, 1:] != IGNORED
     terms = []
-    for a, b in zip(ours[1:], theirs[1:]):
+    for a, b in zip(ours[1:], theirs[1:], strict=True):
         a, b = a[:, :-1][chosen].float(), b[:, :-1][chosen].float()
         terms.append(((a - b).square().sum(-1) / b.square().sum(-1).clamp_min(1e-12)).sum())
     return torch.stack(terms).mean()
@@ -106,8 +109,8 @@ def loss_sum(config: LossConfig, model: Any, teacher: Any | None, inputs: dict[s
 
 
 @torch.no_grad()
-def row_losses(model: Any, rows: Any, batch: int = 8) -> Tensor:
-    """Mean cross-entropy per predicted token of every row of a `tokens.TokenRows`, float32 [rows]; model in eval mode.
+def row_losses(model: Any, rows: TokenRows, batch: int = 8) -> Tensor:
+    """Mean cross-entropy per predicted token of every row, float32 [rows], with the model in eval mode.
 
     Paired over two models it gives the standard error of their difference.
     """
@@ -118,9 +121,9 @@ def row_losses(model: Any, rows: Any, batch: int = 8) -> Tensor:
     for start in range(0, len(rows), batch):
         items = [rows.row(index) for index in range(start, min(start + batch, len(rows)))]
         inputs = {key: torch.stack([item[key] for item in items]).to(device) for key in items[0]}
-        labels = inputs.pop("labels")
+        labels = inputs.pop("labels")[:, 1:]
         logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-        losses = functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
-        found.append((losses.sum(1) / (labels[:, 1:] != IGNORED).sum(1).clamp_min(1)).cpu())
+        losses = functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+        found.append((losses.sum(1) / (labels != IGNORED).sum(1).clamp_min(1)).cpu())
     model.train(was_training)
     return torch.cat(found)

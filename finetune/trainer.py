@@ -1,4 +1,4 @@
-"""transformers' Trainer with masks: our losses, our schedules, our order of rows, and checkpoints that are proved first.
+"""transformers' Trainer with masks: our losses, schedules and order of rows; what is saved was proved first.
 
 The Trainer and accelerate do what they do everywhere: mixed precision, accumulation, clipping, DDP, FSDP2, resuming.
 """
@@ -299,7 +299,7 @@ def _arguments(model: Any, config: TrainingConfig, total: int) -> TrainingArgume
     share, rest = divmod(config.batch, world * config.accumulation)
     if rest or not share:
         raise TrainingError(
-            f"a batch of {config.batch} rows cannot be split over {world} processes x {config.accumulation} micro-batches",
+            f"a batch of {config.batch} rows is no multiple of {world} processes x {config.accumulation} micro-batches",
             hint="make the batch a multiple of processes x accumulation",
         )
     return TrainingArguments(

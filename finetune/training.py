@@ -50,7 +50,7 @@ class TrainingConfig:
         gradient_checkpointing: activations of a block are computed again in the backward pass.
         seed: order of the rows, dropout.
         loss: see `losses.LossConfig`.
-        save_every: steps between checkpoints, 0 for none but at an interruption and at the end of a run with `keep_last`.
+        save_every: steps between checkpoints; 0: only when the run is interrupted.
         log_every: steps between two lines of metrics.jsonl.
         resume: go on after the newest complete checkpoint in `folder`; afresh when there is none.
         progress: told about every line of metrics.jsonl.
@@ -105,7 +105,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a run came to. `loss`: mean training loss of the last logged steps; `history`: the lines of metrics.jsonl."""
+    """What a run came to. `loss`: mean of the last logged steps; `history`: the lines of metrics.jsonl."""
 
     steps: int
     tokens: int
@@ -131,7 +131,7 @@ def train(
     data: TokenRows,
     teacher: Any | None = None,
 ) -> Metrics:
-    """Train `model` in place on `data` under masks; every pruned entry is proved to be zero at every save and at the end.
+    """Train `model` in place on `data` under masks; every pruned entry is proved zero at every save and at the end.
 
     Args:
         model: a transformers causal language model, dense in memory. Parameters that do not require a gradient stay.

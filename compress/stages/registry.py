@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 _TABLE = {
     "prune": "prune_kind:Prune",
     "evaluate": "evaluate:Evaluate",
+    "finetune": "finetune:Finetune",
 }
 
 
