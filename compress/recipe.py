@@ -21,6 +21,7 @@ from .stage_recipes.base import BaseStage, Frozen
 from .stage_recipes.evaluate import EvaluateStage
 from .stage_recipes.export import ExportStage
 from .stage_recipes.finetune import FinetuneStage
+from .stage_recipes.nm_flow import NmFlowStage
 from .stage_recipes.prune import PruneStage
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ExportStage",
     "FinetuneStage",
     "Machine",
+    "NmFlowStage",
     "PruneStage",
     "Recipe",
     "build",
@@ -38,9 +40,12 @@ __all__ = [
 DEFAULT_CALIBRATION = "c4"
 
 # A new kind of stage: its class here twice, and its work in stages/registry.py.
-Stage = Annotated[Union[PruneStage, FinetuneStage, EvaluateStage, ExportStage], Field(discriminator="stage")]
+Stage = Annotated[
+    Union[PruneStage, FinetuneStage, NmFlowStage, EvaluateStage, ExportStage], Field(discriminator="stage")
+]
 STAGES: dict[str, type[BaseStage]] = {
-    kind.model_fields["stage"].default: kind for kind in (PruneStage, FinetuneStage, EvaluateStage, ExportStage)
+    kind.model_fields["stage"].default: kind
+    for kind in (PruneStage, FinetuneStage, NmFlowStage, EvaluateStage, ExportStage)
 }
 
 

@@ -14,6 +14,7 @@ _TABLE = {
     "prune": "prune_kind:Prune",
     "evaluate": "evaluate:Evaluate",
     "finetune": "finetune:Finetune",
+    "nm-flow": "nm_flow:NmFlow",
 }
 
 
