@@ -18,6 +18,7 @@ _TABLE = {
     "soup": "soup:SoupKind",
     "gradual": "gradual:Gradual",
     "random": "random_search:RandomSearch",
+    "nm-flow": "nm_flow:NmFlow",
 }
 
 
