@@ -22,8 +22,9 @@ from torch import Tensor
 from .base import LinearPolicy
 from .curve import GRID, Curve, equal_error, least_total, rising
 from .lowrank import with_residual
-from .method import BlockData, Extent, Fitted, Method, Site, column_norms
-from .quantiles import Quantiles
+from .method import BlockData, Evaluate, Extent, Fitted, Log, Method, Site, column_norms
+from .quantiles import quantile
+from .refine import grouped, refine
 
 EXPONENTS = (0.0, 0.5, 1.0)
 ROUNDS = 3  # of centres and masks in turns
@@ -38,7 +39,9 @@ class Options:
     centers: bool = True
     exponents: tuple[float, ...] = EXPONENTS
     gradient: bool = True
-    allocation: str = "total"
+    allocation: str = "search"
+    groups: int = 40
+    rounds: int = 3
     residual: bool = True
     follows: bool = True
 
@@ -51,6 +54,7 @@ class Auto(Method):
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options or Options()
+        self._tables: dict[str, list[Mapping[str, LinearPolicy]]] = {}  # by site, for every share of the grid
         self.follows = self.options.follows
         self.needs = frozenset({"inputs", "gradient"} if self.options.gradient else {"inputs"})
 
@@ -60,20 +64,39 @@ class Auto(Method):
 
     def _curve(self, site: Site) -> Curve:
         probe = _probe(site)
-        errors = []
-        for share in GRID:
-            found = self._entries(site, probe, share) if share > 0 else None
-            errors.append(0.0 if found is None else self._error(probe, found))
-        return Curve(GRID, rising(errors), site.size)
+        found = [self._entries(probe, probe, share) for share in GRID[1:]]
+        self._tables[site.leader] = [{}, *(choice.entries for choice in found)]
+        return Curve(GRID, rising([0.0, *(self._error(probe, choice) for choice in found)]), site.size)
 
-    def share(self, curves: Mapping[str, Curve], target: float, extent: Extent) -> dict[str, float]:
-        """See `Method.share`."""
+    def share(
+        self, curves: Mapping[str, Curve], target: float, extent: Extent, evaluate: Evaluate, log: Log
+    ) -> dict[str, float]:
+        """The best of a few starts, refined by the loss of the whole model. See `Method.share`."""
         weights = target * extent.whole
-        if self.options.allocation == "uniform":
-            return dict.fromkeys(curves, weights / extent.sites)
-        if self.options.allocation == "equal":
-            return equal_error(curves, weights)[0]
-        return least_total(curves, weights)
+        sizes = {name: curve.size for name, curve in curves.items()}
+        even = dict.fromkeys(curves, weights / extent.sites)
+        starts = {"even": even, "equal": equal_error(curves, weights)[0], "total": least_total(curves, weights)}
+        if self.options.allocation in starts:
+            return starts[self.options.allocation]
+        order = sorted(curves, key=_natural)
+        starts["between"] = {name: (even[name] + starts["total"][name]) / 2 for name in curves}
+
+        def loss(shares: Mapping[str, float]) -> float:
+            return evaluate([Fitted(self._nearest(shares))])
+
+        best = min(starts.values(), key=loss)
+        try:
+            return refine(best, sizes, grouped(order, self.options.groups), loss, self.options.rounds, log)
+        finally:
+            self._tables.clear()
+
+    def _nearest(self, shares: Mapping[str, float]) -> dict[str, LinearPolicy]:
+        """Entries of the survey, for the nearest share of its grid."""
+        found: dict[str, LinearPolicy] = {}
+        for name, share in shares.items():
+            k = min(range(len(GRID)), key=lambda k: abs(GRID[k] - share))
+            found |= self._tables[name][k]
+        return found
 
     def fit(self, block: BlockData, budgets: Mapping[str, float], target: float, extent: Extent) -> Fitted:
         """See `Method.fit`."""
@@ -147,14 +170,14 @@ def split(x: Tensor, scale: Tensor, share: float, center: Tensor | None = None) 
     """
     middle = x.median(0).values if center is None else center
     for _ in range(ROUNDS if center is None else 1):
-        value = Quantiles((x - middle).abs() * scale).at(share)
+        value = quantile((x - middle).abs() * scale, share)
         threshold = value / scale.clamp_min(torch.finfo(torch.float32).tiny)
         if center is not None:
             break
         drop = (x - middle).abs() <= threshold
         count = drop.sum(0)
         middle = torch.where(count > 0, (x * drop).sum(0) / count.clamp_min(1), middle)
-    value = Quantiles((x - middle).abs() * scale).at(share)
+    value = quantile((x - middle).abs() * scale, share)
     return value / scale.clamp_min(torch.finfo(torch.float32).tiny), middle
 
 
@@ -175,3 +198,7 @@ def _without_sinks(site: Site) -> Site:
     if bool(keep.all()):
         return site
     return replace(site, x=site.x[keep], gradient=None if site.gradient is None else site.gradient[keep])
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

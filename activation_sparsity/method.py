@@ -125,8 +125,10 @@ class Method:
         """Error curves of the block's sites in the dense model, by leader."""
         return {}
 
-    def share(self, curves: Mapping[str, Curve], target: float, extent: Extent) -> dict[str, float]:
-        """Sparsity of every site, so that all linear maps together have `target`."""
+    def share(
+        self, curves: Mapping[str, Curve], target: float, extent: Extent, evaluate: Evaluate, log: Log
+    ) -> dict[str, float]:
+        """Sparsity of every site, so that all linear maps together have `target`; right after the survey."""
         return {}
 
     def fit(self, block: BlockData, budgets: Mapping[str, float], target: float, extent: Extent) -> Fitted:

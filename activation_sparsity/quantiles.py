@@ -9,6 +9,15 @@ POINTS = 1000  # shares that are kept, besides 0
 LARGEST = 1 << 22  # entries that are sorted; of more, every so many rows are taken
 
 
+def quantile(scores: Tensor, share: float) -> float:
+    """The value that a share in [0, 1] of the scores [tokens, in] >= 0 does not exceed; -1 for none of them."""
+    if share <= 0:
+        return -1.0
+    rows = max(1, -(-scores.numel() // LARGEST))
+    values = scores[::rows].flatten()
+    return float(values.kthvalue(min(max(1, round(share * values.numel())), values.numel())).values)
+
+
 class Quantiles:
     """Of scores [tokens, in] >= 0, all entries together: `at(p)` is the value that a share p of them does not exceed.
 

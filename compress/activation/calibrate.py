@@ -2,8 +2,8 @@
 
     survey   (methods that share over the whole model) error curves of every site in the dense model
     fit      every block in order; on the dense model's activations, or on those of the sparse blocks below
-    correct  what the policy really skips is counted on the calibration windows; the fit is repeated with the goal moved
-             by the difference until it is below TOLERANCE
+    correct  what the policy really skips is counted on windows that nothing was fitted on, the last HELD of them; the
+             fit is repeated with the goal moved by the difference until it is below TOLERANCE
 
 A finished block's entries are durable before the next begins, so a killed run goes on from there.
 """
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ...activation_sparsity.base import Policy
-from ...activation_sparsity.curve import Curve
 from ...activation_sparsity.method import Extent, Fitted, Linears, Method, MLPs
+from ...activation_sparsity.refine import balanced
 from ...errors import RecipeError
 from .. import distributed
 from ..blocks import StreamedModel
@@ -34,6 +34,7 @@ from .walk import PROMPT, Walk
 
 TOLERANCE = 0.002  # of the realised sparsity on calibration text
 FITS = 4  # at most
+HELD = 0.125  # of the calibration windows
 PROBES = 4  # windows on which a block's error is measured, and on which searches run
 SEARCH = 16
 
@@ -41,11 +42,11 @@ SEARCH = 16
 class Parts(Protocol):
     """Where finished work is kept: in memory, or in the folder of a run with its journal."""
 
-    def curves(self) -> dict[str, Curve] | None:
+    def budgets(self) -> dict[str, float] | None:
         """Of a finished survey."""
         ...
 
-    def keep_curves(self, curves: Mapping[str, Curve]) -> None:
+    def keep_budgets(self, budgets: Mapping[str, float]) -> None:
         """The survey is finished."""
         ...
 
@@ -61,14 +62,11 @@ class Parts(Protocol):
 class InMemory:
     """Parts that are gone with the process."""
 
-    def __init__(self) -> None:
-        self._curves: dict[str, Curve] | None = None
+    def budgets(self) -> dict[str, float] | None:
+        return None
 
-    def curves(self) -> dict[str, Curve] | None:
-        return self._curves
-
-    def keep_curves(self, curves: Mapping[str, Curve]) -> None:
-        self._curves = dict(curves)
+    def keep_budgets(self, budgets: Mapping[str, float]) -> None:
+        pass
 
     def block(self, round_: int, index: int) -> tuple[Fitted, dict[str, int], dict[str, int]] | None:
         return None
@@ -101,8 +99,12 @@ class Calibration:
         self.parts = parts or InMemory()
         self.usable = torch.ones_like(windows, dtype=torch.bool) if usable is None else usable
         self.walk = walk or Walk(
-            model, windows, memory_bytes=memory_bytes, scratch=scratch, prompt=prompt, resident=resident
-        )
+            model, windows, memory_bytes=memory_bytes, scratch=scratch, prompt=prompt, resident=resident,
+            counted=held_windows(len(windows)),
+        )  # fmt: skip
+        if len(windows) > 1:
+            self.usable = self.usable.clone()
+            self.usable[-held_windows(len(windows)) :] = False
         check_usable(self.usable, self.walk.start, name)
         self.scratch, self.memory_bytes = scratch, memory_bytes
         self.found: dict[int, BlockSites] = {}
@@ -139,11 +141,13 @@ class Calibration:
                 "for",
                 hint=f"ask for at most {int(highest * 1000) / 1000}, or use --activation auto",
             )
-        curves = self._curves()
+        shares = self._shares(target, extent)
+        sizes = {site[0].name: sum(p.size for p in site) for found in self.found.values() for site in found.sites}
         goal = target
         best: tuple[float, Policy] | None = None
         for round_ in range(FITS):
-            policy, realised = self._fit(round_, goal, target, curves, extent)
+            budgets = balanced(shares, sizes, goal * extent.whole) if shares and round_ else shares
+            policy, realised = self._fit(round_, goal, target, budgets, extent)
             if best is None or abs(realised - target) < abs(best[0] - target):
                 best = realised, policy
             if abs(realised - target) <= TOLERANCE:
@@ -152,19 +156,18 @@ class Calibration:
         assert best is not None
         return best[1]
 
-    def _curves(self) -> dict[str, Curve]:
-        if not self.method.surveys:
+    def _shares(self, target: float, extent: Extent) -> dict[str, float]:
+        if not self.method.surveys or target <= 0:
             return {}
-        known = self.parts.curves()
+        known = self.parts.budgets()
         if known is None:
-            known = survey(self)
-            self.parts.keep_curves(known)
+            known = self.method.share(survey(self), target, extent, self._evaluate, self.progress.note)
+            self.parts.keep_budgets(known)
         return known
 
     def _fit(
-        self, round_: int, goal: float, target: float, curves: Mapping[str, Curve], extent: Extent
+        self, round_: int, goal: float, target: float, budgets: Mapping[str, float], extent: Extent
     ) -> tuple[Policy, float]:
-        budgets = self.method.share(curves, goal, extent)
         blocks: list[Fitted] = []
         reads = Reads()
         hidden = self.walk.embedded()
@@ -273,6 +276,11 @@ class Calibration:
         from safetensors.torch import load_file
 
         return load_file(self.scratch / f"gradient-{index:05d}.safetensors")
+
+
+def held_windows(windows: int) -> int:
+    """Windows that are kept for counting."""
+    return max(1, int(windows * HELD))
 
 
 def _with_error(data: Any, error: Any) -> Any:
