@@ -52,8 +52,9 @@ class Auto(Method):
     name = "auto"
     surveys = True
 
-    def __init__(self, options: Options | None = None) -> None:
-        self.options = options or Options()
+    def __init__(self, options: Options | None = None, *, search: bool = True) -> None:
+        """`search` False: no refinement by the loss of the whole model."""
+        self.options = options or Options(allocation="search" if search else "even")
         self._tables: dict[str, list[Mapping[str, LinearPolicy]]] = {}  # by site, for every share of the grid
         self.follows = self.options.follows
         self.needs = frozenset({"inputs", "gradient"} if self.options.gradient else {"inputs"})

@@ -93,7 +93,9 @@ class Calibration:
         resident: bool = False,
         name: str = "the calibration text",
         walk: Walk | None = None,
+        keep: Path | None = None,
     ) -> None:
+        """`scratch`: for files that a restart does not need; `keep`: for those that it does (gradients)."""
         self.model, self.method = model, method
         self.progress = progress or Progress()
         self.parts = parts or InMemory()
@@ -106,7 +108,7 @@ class Calibration:
             self.usable = self.usable.clone()
             self.usable[-held_windows(len(windows)) :] = False
         check_usable(self.usable, self.walk.start, name)
-        self.scratch, self.memory_bytes = scratch, memory_bytes
+        self.scratch, self.keep, self.memory_bytes = scratch, keep or scratch, memory_bytes
         self.found: dict[int, BlockSites] = {}
         self._structure()
 
@@ -130,6 +132,11 @@ class Calibration:
                 others += down + (up // 2 if parts.fused else up)
         sites = sum(p.size for found in self.found.values() for p in found.maps)
         return Extent(sum(sizes.values()), gates, others, sites)
+
+    @property
+    def reachable(self) -> float:
+        """The highest sparsity that the method can have on this model."""
+        return self.method.reachable(self.extent)
 
     def run(self, target: float) -> Policy:
         """The policy that skips `target` of all linear maps' weights. RecipeError when the method cannot reach it."""
@@ -275,7 +282,7 @@ class Calibration:
             return None
         from safetensors.torch import load_file
 
-        return load_file(self.scratch / f"gradient-{index:05d}.safetensors")
+        return load_file(self.keep / f"gradient-{index:05d}.safetensors")
 
 
 def held_windows(windows: int) -> int:

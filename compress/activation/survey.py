@@ -87,7 +87,7 @@ def _with_gradients(run: Calibration) -> dict[str, Curve]:
             distributed.on_main(
                 lambda found=found, index=index: save_file(
                     {name: value.to(torch.bfloat16) for name, value in found.items()},
-                    run.scratch / f"gradient-{index:05d}.safetensors",
+                    run.keep / f"gradient-{index:05d}.safetensors",
                 )
             )
             sites = [
