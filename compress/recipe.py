@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ..errors import RecipeError
 from .mistakes import Mistake, checked, explain
 from .sizes import parse_bytes
+from .stage_recipes.activation import ActivationStage
 from .stage_recipes.base import BaseStage, Frozen
 from .stage_recipes.evaluate import EvaluateStage
 from .stage_recipes.export import ExportStage
@@ -28,6 +29,7 @@ from .stage_recipes.prune import PruneStage
 
 __all__ = [
     "STAGES",
+    "ActivationStage",
     "EvaluateStage",
     "ExportStage",
     "FinetuneStage",
@@ -54,6 +56,7 @@ _Kinds = Union[
     RandomStage,
     NmFlowStage,
     FinetuneStage,
+    ActivationStage,
     EvaluateStage,
     ExportStage,
 ]

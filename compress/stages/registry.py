@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .base import Context, StageReport
 
 _TABLE = {
+    "activation": "activation:Activation",
     "prune": "prune_kind:Prune",
     "evaluate": "evaluate:Evaluate",
     "finetune": "finetune:Finetune",
