@@ -103,7 +103,9 @@ def test_several_turns(model):
     def talk(m, cache):
         ids = torch.empty(2, 0, dtype=torch.long)
         for turn in turns:
-            ids = m.generate(torch.cat([ids, turn], 1), past_key_values=cache, max_new_tokens=11, do_sample=False)
+            ids = torch.cat([ids, turn], 1)
+            mask = torch.ones_like(ids)  # transformers would take tokens equal to pad_token_id for padding
+            ids = m.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=11, do_sample=False)
         return ids
 
     from transformers import DynamicCache
