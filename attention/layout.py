@@ -127,7 +127,8 @@ class Step:
         wrapped = (start + newest - ring).clamp_(min=0)
         seen = torch.minimum(n, sink)
         joined = seen - hidden + wrapped
-        ranges = torch.stack([base + hidden, joined, base + sink + start, newest - wrapped], -1)
+        second = base + torch.where(n > sink, sink + start, 0)
+        ranges = torch.stack([base + hidden, joined, second, newest - wrapped], -1)
         return cls(slots.unbind(0), ranges.unbind(0))
 
 
