@@ -44,9 +44,16 @@ def both(model, plan, run):
 def test_greedy_with_left_padding(model, seed):
     plan = plan_for(model, seed)
     dense = model.generate(**padded(3, 37), max_new_tokens=60, do_sample=False)
-    wanted, found = both(model, plan, lambda m: m.generate(**padded(3, 37), max_new_tokens=60, do_sample=False))
-    assert torch.equal(found, wanted)
-    assert not torch.equal(dense, wanted)  # the plan does something
+    wanted, found = both(
+        model, plan, lambda m: m.generate(
+            **padded(3, 37), max_new_tokens=60, do_sample=False, return_dict_in_generate=True, output_scores=True
+        )
+    )  # fmt: skip
+    best = torch.stack(wanted.scores, 1).topk(2, -1).values
+    clear = ((best[..., 0] - best[..., 1]) > 1e-4).cumprod(1).bool()  # until two tokens are as good as equal
+    assert clear.float().mean() > 0.6
+    assert torch.equal(found.sequences[:, 37:][clear], wanted.sequences[:, 37:][clear])
+    assert not torch.equal(dense, wanted.sequences)  # the plan does something
 
 
 @torch.no_grad()
