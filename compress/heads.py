@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from ..attention.function import NAME, HeadsOfLayer, register
 from ..attention.plan import HeadPlan
 from ..attention.ragged import RaggedCache
-from ..errors import ModelError, RecipeError
+from ..errors import CheckpointError, ModelError, RecipeError
 
 CacheKind = Literal["ragged", "masked"]
 
@@ -112,3 +113,21 @@ def _cache_in_generate(model: Any) -> None:
         return usual(self, generation_config, model_kwargs, mode, *rest)
 
     model._prepare_cache_for_generation = MethodType(prepare, model)
+
+
+class HeadsAttachment:
+    """The head plan of a checkpoint (attachments.py): all of it is in config.json."""
+
+    def apply(self, model: Any, folder: Path, entry: dict[str, Any]) -> None:
+        """Run `model` by the plan in `entry`. CheckpointError when it is malformed or of another model."""
+        plan = HeadPlan.from_json(entry)
+        try:
+            apply(model, plan)
+        except ModelError as error:
+            raise CheckpointError(
+                f"{folder}: {error.message}", hint=f"{error.hint}; attachments=False loads the model without it"
+            ) from error
+
+    def save(self, model: Any, folder: Path) -> dict[str, Any]:
+        """The plan that `model` runs by."""
+        return model.gossamer_heads.plan.to_json()
