@@ -1,4 +1,4 @@
-"""Registers the sparse format with transformers and sparse deltas with peft, whoever is imported first; imports neither.
+"""Registers the sparse format with transformers and sparse deltas with peft, in any order, and imports neither.
 
 Both look names up in a table and find no plugins by themselves. So `import gossamer` either registers at once, when
 that table has been imported already, or waits: a finder at the head of `sys.meta_path` lets the ordinary machinery

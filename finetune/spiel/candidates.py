@@ -82,9 +82,8 @@ class Candidates:
 
     def _enter(self, position: Tensor, value: Tensor) -> None:
         """New positions with their gradient in this pass; the weakest of all are let go."""
-        fresh = {name: torch.zeros(len(position), device=position.device) for name in _FLOATS} | {
-            "now": value, "position": position, "age": torch.zeros(len(position), dtype=torch.int32, device=position.device),
-        }  # fmt: skip
+        fresh = {name: torch.zeros_like(value) for name in _FLOATS}
+        fresh |= {"now": value, "position": position, "age": torch.zeros_like(position, dtype=torch.int32)}
         self._replace({name: torch.cat([old, fresh[name]]) for name, old in self.tensors.items()})
 
     def _replace(self, tensors: dict[str, Tensor]) -> None:

@@ -91,7 +91,7 @@ class Linear(nn.Module, SpielLayer):
         """Ascending positions and their values; in place, so that optimizers go on, where their number is the same."""
         device = self._device()
         rowptr, columns = to_csr(flat.to(device), self.out_features, self.in_features)
-        old = self.spiel_values[adapter_name] if adapter_name in self.spiel_values else None
+        old = self.spiel_values.get(adapter_name)
         if old is not None and len(old) == len(values) and old.device == device:
             with torch.no_grad():
                 old.copy_(values)
@@ -188,7 +188,7 @@ class Linear(nn.Module, SpielLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the base layer's device, but not to its dtype: deltas are float32 on every base."""
         target = device or self._device()
-        values = self.spiel_values[adapter_name] if adapter_name in self.spiel_values else None
+        values = self.spiel_values.get(adapter_name)
         if values is None or values.device.type == "meta":
             return
         if values.device != target or values.dtype != torch.float32:

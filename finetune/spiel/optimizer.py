@@ -102,9 +102,11 @@ class SpielOptimizer(torch.optim.Optimizer):
         for group in self.param_groups[1:]:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    state = self.state[parameter] or self.state[parameter].update(start_adam(parameter, done - 1))
-                    step_adam(parameter, parameter.grad, self.state[parameter], done, group)
-        for slot, tracker in self._watched():
+                    state = self.state[parameter]
+                    if not state:
+                        state.update(start_adam(parameter, done - 1))
+                    step_adam(parameter, parameter.grad, state, done, group)
+        for _, tracker in self._watched():
             tracker.fold(scale, main["betas"])
             tracker.projection = 0.0
         if self._policy.moves and self.schedule.is_due(done):

@@ -15,8 +15,8 @@ from torch import Tensor
 from ...pruning.mask import Mask
 from .candidates import Candidates, Grown
 from .layer import Linear
-from .product import Watch
 from .positions import contains, is_kept
+from .product import Watch
 from .ranks import average
 from .top import TopPool
 
@@ -89,9 +89,7 @@ class MomentApproximation:
     def tracker(self, layer: Linear, adapter: str, count: int, slots: int) -> RowsAndColumns:
         return RowsAndColumns(layer.out_features, layer.in_features, layer.spiel_values[adapter].device)
 
-    def grow(
-        self, layer: Linear, adapter: str, tracker: RowsAndColumns, state: dict[str, Tensor], count: int
-    ) -> Grown:
+    def grow(self, layer: Linear, adapter: str, tracker: RowsAndColumns, state: dict[str, Tensor], count: int) -> Grown:
         rows = filled(state["row"], average(tracker.tensors["rows"]))
         cols = filled(state["col"], average(tracker.tensors["cols"]))
         flat = top_product(rows, cols, count, layer.flat(adapter), layer.allowed(adapter))

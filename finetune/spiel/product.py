@@ -78,7 +78,9 @@ def delta_product(
     if (backend == "weight") != (weight is not None):
         raise ValueError("a weight goes with back end 'weight', and only with it")
     flat = x.reshape(-1, x.shape[-1])
-    return _DeltaProduct.apply(flat, values, rowptr, columns, weight, bias, rows, backend, watch).view(*x.shape[:-1], rows)
+    return _DeltaProduct.apply(flat, values, rowptr, columns, weight, bias, rows, backend, watch).view(
+        *x.shape[:-1], rows
+    )
 
 
 class _DeltaProduct(torch.autograd.Function):
