@@ -10,7 +10,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ...errors import RecipeError
+from ...errors import CheckpointError, RecipeError
 from ...pruning.mask import Mask
 from .base import describe, has_hooks, writable_weight
 from .config import SpielConfig
@@ -54,6 +54,7 @@ class Linear(nn.Module, SpielLayer):
         self.reports: dict[str, MergeReport] = {}
         self.merged_mask: Mask | None = None
         self.calls = 0
+        self.waiting: set[str] = set()  # adapters from a file whose tensors have not come yet
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._overwritten: list[list[Overwritten]] = []
@@ -68,6 +69,8 @@ class Linear(nn.Module, SpielLayer):
             )
         self.places[adapter_name], self.backends[adapter_name] = place, config.backend
         self.set_delta(adapter_name, torch.empty(0, dtype=torch.int64), torch.empty(0))
+        if config.is_loaded:
+            self.waiting.add(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def allowed(self, adapter_name: str) -> Mask | None:
@@ -114,6 +117,7 @@ class Linear(nn.Module, SpielLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
+        self._check_arrived()
         active = [name for name in self.active_adapters if name in self.spiel_values and len(self.spiel_values[name])]
         if len(active) == 1 and not args and not kwargs and self._backend(active[0]) == "weight":
             layer = self.get_base_layer()
@@ -136,6 +140,13 @@ class Linear(nn.Module, SpielLayer):
             backend, weight=weight, bias=bias, watch=self.watches.get(name),
         )  # fmt: skip
 
+    def _check_arrived(self) -> None:
+        if not self.waiting.isdisjoint(self.active_adapters):
+            raise CheckpointError(
+                f"{self.name}: the tensors of a saved adapter were never put in",
+                hint="load it by peft.PeftModel.from_pretrained(model, folder) after import gossamer",
+            )
+
     def _backend(self, name: str) -> str:
         """The back end of an adapter. A weight is only copied where the base is a plain layer of delta's precision."""
         layer, values = self.get_base_layer(), self.spiel_values[name]
@@ -152,6 +163,7 @@ class Linear(nn.Module, SpielLayer):
             ModelError: the base is quantised or packed, the sum is not finite, or a pruned weight would come back.
         """
         names = check_adapters_to_merge(self, adapter_names)
+        self._check_arrived()
         for name in [name for name in names if name in self.spiel_values]:
             weight, flat = writable_weight(self.get_base_layer(), self.base, self.name), self.flat(name)
             if self.places[name] == "kept":

@@ -136,6 +136,7 @@ class SpielModel(BaseTuner):
                 for stem in (short, PREFIX + short):
                     if f"{stem}.{key}" in state_dict:
                         stored[key] = state_dict.pop(f"{stem}.{key}")
+            layer.waiting.discard(adapter_name)
             values, rowptr, columns = decode(stored, layer.out_features, layer.in_features, short)
             if len(values) != len(layer.spiel_values[adapter_name]):
                 old = layer.spiel_values[adapter_name]

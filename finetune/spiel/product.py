@@ -78,9 +78,8 @@ def delta_product(
     if (backend == "weight") != (weight is not None):
         raise ValueError("a weight goes with back end 'weight', and only with it")
     flat = x.reshape(-1, x.shape[-1])
-    return _DeltaProduct.apply(flat, values, rowptr, columns, weight, bias, rows, backend, watch).view(
-        *x.shape[:-1], rows
-    )
+    y: Tensor = _DeltaProduct.apply(flat, values, rowptr, columns, weight, bias, rows, backend, watch)
+    return y.view(*x.shape[:-1], rows)
 
 
 class _DeltaProduct(torch.autograd.Function):
@@ -97,7 +96,7 @@ class _DeltaProduct(torch.autograd.Function):
         backend: str,
         watch: Watch | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, values, rowptr, columns, weight)
+        ctx.save_for_backward(x, values, rowptr, columns, weight if x.requires_grad else None)
         ctx.rows, ctx.backend, ctx.watch = rows, backend, watch
         with torch.autocast(x.device.type, enabled=False):
             if backend == "csr":
