@@ -30,7 +30,7 @@ def refine(
     for number in range(rounds):
         prices = {}
         for k, group in enumerate(groups):
-            trial = _moved(best, {name: step for name in group})
+            trial = _moved(best, dict.fromkeys(group, step))
             gained = _weights(trial, sizes) - _weights(best, sizes)
             prices[k] = (loss(trial) - lowest) / gained if gained > 0 else float("inf")
         order = sorted(prices, key=lambda k: prices[k])

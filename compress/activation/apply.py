@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ...activation_sparsity.base import CoreGuide, CoreNeurons, GateThreshold, LinearPolicy, Policy
 from ...activation_sparsity.cores import nearest_cluster, stable_core
-from ...activation_sparsity.reference import centered, gate_active, mixed_linear, neurons_only
 from ...activation_sparsity.reference import active as counts_of
+from ...activation_sparsity.reference import centered, gate_active, mixed_linear, neurons_only
 from ..blocks import Prunable, StreamedModel
 from ..prunable import matrix_view, owner_of
 
