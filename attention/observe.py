@@ -1,7 +1,7 @@
-"""A model's attention, observed or under a plan, in plain torch: what planning looks through.
+"""A model's attention, observed: what planning looks through.
 
-One attention function is registered with transformers. Inside `observing`, it computes what the model's own does, hands
-every layer's tensors to a callback, and, where a plan is given, hides what the plan drops. Sequences have no padding.
+One attention function is registered with transformers. Inside `observing`, it computes what the model's own does and
+hands every layer's tensors to a callback. Sequences have no padding.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ..errors import ModelError
-from .plan import HeadPlan
 
 NAME = "gossamer_observed"
-ROWS = 1024  # of queries whose mask exists at once
 
 # layer, query [batch, query heads, N, D], key and value [batch, KV heads, N, D], output [batch, query heads, N, D],
 # the model's mask: bool [batch, 1, N, N]; scale of q k^T
@@ -31,8 +29,7 @@ Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor, Tensor, float], None]
 
 @dataclass
 class _State:
-    plan: HeadPlan | None
-    observer: Observer | None
+    observer: Observer
     layers: set[int]
 
 
@@ -40,7 +37,7 @@ _STATE: ContextVar[_State | None] = ContextVar("observed attention", default=Non
 
 
 @contextmanager
-def observing(model: Any, *, plan: HeadPlan | None = None, observer: Observer | None = None) -> Iterator[set[int]]:
+def observing(model: Any, observer: Observer) -> Iterator[set[int]]:
     """Inside, forward passes of `model` (use_cache=False, no padding) run as described above.
 
     Gives the set of layers seen so far. ModelError for a model whose attention cannot be replaced.
@@ -49,7 +46,7 @@ def observing(model: Any, *, plan: HeadPlan | None = None, observer: Observer | 
     AttentionMaskInterface.register(NAME, _mask)
     config = model.config.get_text_config(decoder=True)
     before = config._attn_implementation
-    state = _State(plan, observer, set())
+    state = _State(observer, set())
     token = _STATE.set(state)
     try:
         model.set_attn_implementation(NAME)
@@ -84,28 +81,6 @@ def _attention(
         raise ModelError(f"the attention of {type(module).__name__} cannot be observed, so no head plan can be made")
     state.layers.add(layer)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if state.plan is None:
-        out = scaled_dot_product_attention(query, key, value, attention_mask, scale=scale, enable_gqa=True)
-    else:
-        out = _planned(state.plan, layer, query, key, value, attention_mask, scale)
-    if state.observer is not None:
-        state.observer(layer, query, key, value, out, attention_mask, scale)
+    out = scaled_dot_product_attention(query, key, value, attention_mask, scale=scale, enable_gqa=True)
+    state.observer(layer, query, key, value, out, attention_mask, scale)
     return out.transpose(1, 2).contiguous(), None
-
-
-def _planned(
-    plan: HeadPlan, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
-) -> Tensor:
-    """Attention [batch, query heads, q, D] over the keys that both the model's mask and the plan show."""
-    if key.shape[1] != plan.kv_heads or query.shape[1] != plan.query_heads:
-        raise ModelError(f"layer {layer} has {key.shape[1]} KV heads, the head plan {plan.kv_heads}")
-    positions = torch.arange(query.shape[2], device=query.device)
-    parts = []
-    for first in range(0, query.shape[2], ROWS):
-        rows = slice(first, first + ROWS)
-        seen = plan.visible(layer, positions[rows], positions).repeat_interleave(plan.group, 0)
-        part = scaled_dot_product_attention(
-            query[:, :, rows], key, value, seen & mask[:, :, rows], scale=scale, enable_gqa=True
-        )
-        parts.append(part)
-    return torch.cat(parts, 2)

@@ -7,9 +7,7 @@ than a window; evaluation: the first 1100 validation documents joined by a space
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import os
 import re
 import ssl
@@ -21,12 +19,10 @@ from typing import Any
 
 from ..errors import DataError
 from .textdata import SEPARATOR, Role, TextData, join_documents, record_text
-from .textfile import looks_like_path
 
 C4_EVALUATION_DOCUMENTS = 1100
 C4_EVALUATION_WINDOWS = 256
 MAX_CHARACTERS = 100_000_000
-MAX_RECORDS = 10_000
 
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _C4_SHARDS = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
@@ -61,42 +57,30 @@ def load_hub_text(spec: str, role: Role) -> TextData:
     """Load a short name or a dataset id. DataError when `datasets`, the hub or the dataset is not there."""
     short = _SHORT.get(spec)
     parsed = None if short else DatasetSpec.parse(spec)
-    if importlib.util.find_spec("datasets") is None:
-        raise DataError(
-            f"{spec} is not a file here, and reading it as a dataset needs the package `datasets`",
-            hint=f"pip install 'gossamer[train]', or give a text, JSONL or Parquet file with {_option(role)}",
-        )
-    _require_hub(spec, role)
+    _require(spec, role)
     if short:
         return short(role)
     assert parsed is not None
     return _any_dataset(parsed, role)
 
 
-def looks_like_dataset(spec: str) -> bool:
-    """Whether it is an id of a dataset rather than a short name or a path; nothing is asked for."""
-    return spec not in _SHORT and _ID.fullmatch(spec.partition(":")[0]) is not None and not looks_like_path(spec)
-
-
-def hub_records(spec: str, role: Role, limit: int = MAX_RECORDS) -> tuple[str, list[dict[str, Any]], str] | None:
-    """(name, the first `limit` rows as they are, their sha256) of a dataset; None where it has no conversations or a
-    column was named. DataError when it cannot be read."""
+def hub_records(spec: str) -> tuple[str, Iterator[tuple[object, str]]]:
+    """(name, (row, where it is)) of the training rows of a dataset id, streamed. DataError as `load_hub_text`."""
     parsed = DatasetSpec.parse(spec)
-    if parsed.column is not None or importlib.util.find_spec("datasets") is None:
-        return None
+    _require(spec, "calibration")
+    name, rows = _stream(parsed, "calibration")
+    column = parsed.column
+    chosen = (row if column is None else {"text": record_text(row, name, column)} for row in rows)
+    return name, ((row, f"{name} row {number}") for number, row in enumerate(chosen, start=1))
+
+
+def _require(spec: str, role: Role) -> None:
+    if importlib.util.find_spec("datasets") is None:
+        raise DataError(
+            f"{spec} is not a file here, and reading it as a dataset needs the package `datasets`",
+            hint=f"pip install 'gossamer[train]', or give a text, JSONL or Parquet file with {_option(role)}",
+        )
     _require_hub(spec, role)
-    split = parsed.split or _default_split(parsed, role)
-    rows = _load(parsed.id, role, parsed.id, parsed.config, split=split, streaming=True)
-    found: list[dict[str, Any]] = []
-    for row in rows:
-        if not found and not ({"messages"} <= row.keys() or {"prompt", "response"} <= row.keys()):
-            return None
-        found.append(row)
-        if len(found) == limit:
-            break
-    name = f"{parsed.id} ({', '.join(part for part in (parsed.config, split) if part)})"
-    digest = hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
-    return name, found, digest.hexdigest()
 
 
 def _require_hub(spec: str, role: Role) -> None:
@@ -191,9 +175,7 @@ class _Column(Sequence[str]):
 
 
 def _any_dataset(spec: DatasetSpec, role: Role) -> TextData:
-    split = spec.split or _default_split(spec, role)
-    rows = _load(spec.id, role, spec.id, spec.config, split=split, streaming=True)
-    name = f"{spec.id} ({', '.join(part for part in (spec.config, split, spec.column) if part)})"
+    name, rows = _stream(spec, role)
     parts: list[str] = []
     size = 0
     for number, row in enumerate(rows, start=1):
@@ -205,6 +187,12 @@ def _any_dataset(spec: DatasetSpec, role: Role) -> TextData:
     else:
         said = "rows joined by an empty line"
     return TextData(join_documents(parts, SEPARATOR), name, said)
+
+
+def _stream(spec: DatasetSpec, role: Role) -> tuple[str, Any]:
+    split = spec.split or _default_split(spec, role)
+    rows = _load(spec.id, role, spec.id, spec.config, split=split, streaming=True)
+    return f"{spec.id} ({', '.join(part for part in (spec.config, split, spec.column) if part)})", rows
 
 
 def _default_split(spec: DatasetSpec, role: Role) -> str:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ..errors import DataError
 from .textdata import SEPARATOR, TextData, join_documents, record_text
@@ -27,16 +25,12 @@ def read_path(path: Path) -> TextData:
     return TextData(_read_file(path), name=path.name, protocol=protocol)
 
 
-def read_records(path: Path) -> tuple[str, list[Any], str] | None:
-    """(name, rows as they are, sha256 of the file) of a JSONL, JSON or Parquet file; None for plain text.
-
-    DataError for anything that cannot be read.
-    """
-    kind = _kind(path)
+def read_records(path: Path) -> Iterator[tuple[object, str]] | None:
+    """(record, where it is) of a JSONL or Parquet file; None for a folder or running text. DataError as `read_path`."""
+    kind = "text" if path.is_dir() else _kind(path)
     if kind == "text":
         return None
-    rows = _parquet_records(path) if kind == "parquet" else _json_records(_decode(path), path)
-    return path.name, [record for record, _ in rows], hashlib.sha256(path.read_bytes()).hexdigest()
+    return _parquet_records(path) if kind == "parquet" else _json_records(_decode(path), path)
 
 
 def looks_like_path(spec: str) -> bool:
@@ -62,10 +56,10 @@ def _files_below(folder: Path) -> list[Path]:
 def _read_file(path: Path) -> str:
     kind = _kind(path)
     if kind == "parquet":
-        return join_documents(_parquet_rows(path), SEPARATOR)
+        return join_documents((_row(*found) for found in _parquet_records(path)), SEPARATOR)
     text = _decode(path)
     if kind == "jsonl":
-        return join_documents(_json_rows(text, path), SEPARATOR)
+        return join_documents((_row(*found) for found in _json_records(text, path)), SEPARATOR)
     return text
 
 
@@ -99,13 +93,7 @@ def _decode(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")  # what Python's own text mode does
 
 
-def _json_rows(text: str, path: Path) -> Iterator[str]:
-    for record, where in _json_records(text, path):
-        yield _row(record, where)
-
-
 def _json_records(text: str, path: Path) -> Iterator[tuple[object, str]]:
-    """Every record, and where it is."""
     if text.lstrip().startswith("["):
         yield from _json_array(text, path)
         return
@@ -136,12 +124,7 @@ def _row(record: object, where: str) -> str:
     return record_text(record, where)
 
 
-def _parquet_rows(path: Path) -> Iterator[str]:
-    for record, where in _parquet_records(path):
-        yield record_text(record, where)
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+def _parquet_records(path: Path) -> Iterator[tuple[object, str]]:
     try:
         import pyarrow
         from pyarrow import parquet

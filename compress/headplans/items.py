@@ -1,23 +1,23 @@
 """Calibration sequences: token ids, and which of them the loss counts.
 
 Plain text gives windows in which every token counts. Conversations (records with `messages`, or with `prompt` and
-`response`) go through the tokenizer's chat template, and only what the assistant says counts: what matters is which
+`response`; instructions.py) go through the chat template, and only the responses count: what matters is which
 keys the answer needs (MoA's ablation: retrieval 0.25 with the loss on all tokens, 0.87 on answers, 0.95 on the model's
 own answers).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import DataError
+from ...finetune.losses import IGNORED
+from ..instructions import Example
 
-Messages = Sequence[Mapping[str, str]]
 LONG_ENOUGH = 0.75  # of the length: a shorter conversation is joined with others
 
 
@@ -44,66 +44,11 @@ def text_item(ids: Tensor) -> Item:
     return Item(ids, counted)
 
 
-def messages_of(record: Mapping[str, Any]) -> Messages | None:
-    """The conversation that a JSONL, Parquet or dataset row holds; None for one of another kind."""
-    messages = record.get("messages")
-    if isinstance(messages, Sequence) and not isinstance(messages, str) and messages:
-        whole = all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages)
-        return messages if whole and any(m["role"] == "assistant" for m in messages) else None
-    if isinstance(record.get("prompt"), str) and isinstance(record.get("response"), str):
-        user, assistant = record["prompt"], record["response"]
-        return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    return None
-
-
-def conversation_item(tokenizer: Any, messages: Messages) -> Item | None:
-    """A conversation as the model sees it; None where the assistant says nothing.
-
-    The assistant's tokens are found by rendering the conversation up to each of its turns, which needs no mark in the
-    template. A template that renders an earlier turn differently later on counts the last turn only; so does a
-    tokenizer that does not say where its tokens lie, by their number.
-    """
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    messages = list(messages[: last + 1])
-    if not getattr(tokenizer, "chat_template", None):
-        return _plain_item(tokenizer, messages)
-    render = lambda part, prompt: tokenizer.apply_chat_template(part, add_generation_prompt=prompt, tokenize=False)
-    whole = render(messages, False)
-    turns = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before, after = render(messages[:i], True), render(messages[: i + 1], False)
-            if whole.startswith(before) and whole.startswith(after):
-                turns.append((len(before), len(after)))
-    ids, counted = _tokens_in(tokenizer, whole, turns)
-    if not any(counted):
-        said = len(tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"])
-        counted = [place >= len(ids) - said for place in range(len(ids))]
-    counted[0] = False
-    return Item(torch.tensor(ids), torch.tensor(counted)) if any(counted) else None
-
-
-def _tokens_in(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
-    """Token ids of a rendered conversation, and which of them reach into one of the spans of characters."""
-    if not getattr(tokenizer, "is_fast", False):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids, [False] * len(ids)
-    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    inside = [any(a < end and b > start for start, end in spans) for a, b in coded["offset_mapping"]]
-    return coded["input_ids"], inside
-
-
-def _plain_item(tokenizer: Any, messages: Messages) -> Item | None:
-    """Without a template: contents one below the other."""
-    ids: list[int] = []
-    counted: list[bool] = []
-    for i, message in enumerate(messages):
-        text = message["content"] + ("\n" if i + 1 < len(messages) else "")
-        part = tokenizer(text, add_special_tokens=i == 0)["input_ids"]
-        ids += part
-        counted += [message["role"] == "assistant" and bool(i)] * len(part)
-    item = Item(torch.tensor(ids, dtype=torch.int64), torch.tensor(counted, dtype=torch.bool))
-    return item if any(counted) else None
+def example_item(example: Example) -> Item | None:
+    """A conversation as the chat template writes it; None where nothing would count."""
+    counted = torch.tensor(example.labels) != IGNORED
+    counted[:1] = False
+    return Item(torch.tensor(example.ids), counted) if counted.any() else None
 
 
 def trim(item: Item, length: int) -> Item:

@@ -62,7 +62,7 @@ def profile(
     clock = Clock(len(items))
     try:
         model.requires_grad_(False)
-        with observing(model, observer=observe), torch.enable_grad():
+        with observing(model, observe), torch.enable_grad():
             for done, item in enumerate(items, 1):
                 loss = mean_loss(model(item.ids[None].to(device), use_cache=False).logits[0], item)
                 if not bool(torch.isfinite(loss)):

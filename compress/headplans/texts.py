@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...errors import DataError
 from ..data import calibration_windows, evaluation_windows, token_ids
-from ..hubdata import hub_records, looks_like_dataset
+from ..instructions import example_of, is_instruction
 from ..text import Texts, TextSource
-from ..textfile import read_records
-from .items import Item, conversation_item, items_of_length, messages_of, text_item
+from ..textdata import SEPARATOR, Role, TextData, join_documents
+from ..traindata import records_of
+from .items import Item, example_item, items_of_length, text_item
 
 HELD_OUT = 0.1  # of the calibration text, where no other validation text is given
 MOST_DOCUMENTS = 2000
+MOST_RECORDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def head_texts(
         chosen = [text_item(w) for w in evaluation_windows(others, beyond, held, validated.dataset)]
     every = [item.ids for many in (*items.values(), chosen) for item in many]
     texts.check_vocabulary(torch.cat(every))
-    texts.calibrated(texts.text(data, "calibration"), torch.cat(every))
+    texts.calibrated(source, torch.cat(every))
     return HeadTexts(items, chosen, source, validated, said)
 
 
@@ -77,45 +80,43 @@ def _held_tokens(tokens: int, beyond: int, held: int) -> int:
     return min(max(int(tokens * HELD_OUT), beyond), beyond * held)
 
 
-def _all_items(texts: Texts, data: str, role: Any) -> tuple[Any, TextSource, str]:
-    """(conversations as items, or the ids [n] of a plain text; what is known of the text; what counts)."""
-    records = _records(data, role)
+def _all_items(texts: Texts, data: str, role: Role) -> tuple[Any, TextSource, str]:
+    """(conversations as items, or the ids [n] of running text; what is known of the text; what counts)."""
+    name, records = _conversations(data)
     if records is None:
         text = texts.text(data, role)
         if text.documents is not None:
             text = _joined(text)
         return token_ids(texts.tokenizer, text), TextSource(text.name, text.protocol, text.digest), "every token"
-    name, messages, digest = records
-    found = [item for item in (conversation_item(texts.tokenizer, m) for m in messages) if item is not None]
+    found: list[Item] = []
+    digest = hashlib.sha256()
+    for record, where in records:
+        if not is_instruction(record):
+            raise DataError(f"{where} is no conversation, those before it are", hint="give a file of one kind")
+        item = example_item(example_of(record, where, texts.tokenizer))
+        if item is not None:
+            found.append(item)
+            digest.update(item.ids.numpy().tobytes())
     if not found:
         raise DataError(f"{name} holds no conversation in which the assistant says something")
-    return found, TextSource(name, f"{len(found)} conversations", digest), "the assistant's tokens"
+    return found, TextSource(name, f"{len(found)} conversations", digest.hexdigest()), "the assistant's tokens"
 
 
-def _records(data: str, role: Any) -> tuple[str, list[Any], str] | None:
-    """Conversations of a file or dataset; None where it holds plain text."""
-    path = Path(data).expanduser()
-    if path.is_file():
-        found = read_records(path)
-    elif looks_like_dataset(data):
-        found = hub_records(data, role)
-    else:
-        return None
+def _conversations(data: str) -> tuple[str, Iterable[tuple[Any, str]] | None]:
+    """(name, the first records and where they are) of a file or dataset of conversations; None for running text."""
+    found = records_of(data)
     if found is None:
-        return None
-    name, records, digest = found
-    messages = [messages_of(record) if isinstance(record, Mapping) else None for record in records]
-    if not messages or messages[0] is None:
-        return None
-    missing = next((i for i, m in enumerate(messages) if m is None), None)
-    if missing is not None:
-        raise DataError(f"{name}: entry {missing + 1} is no conversation, those before it are")
-    return name, messages, digest
+        return data, None
+    name, records = found
+    chosen = itertools.islice(records, MOST_RECORDS)
+    first = next(chosen, None)
+    if first is None or not is_instruction(first[0]):
+        return name, None
+    return name, itertools.chain([first], chosen)
 
 
-def _joined(text: Any) -> Any:
-    from ..textdata import SEPARATOR, TextData, join_documents
-
+def _joined(text: TextData) -> TextData:
+    assert text.documents is not None
     documents = [text.documents[i] for i in range(min(len(text.documents), MOST_DOCUMENTS))]
     return TextData(
         join_documents(documents, SEPARATOR), text.name, f"first {len(documents)} documents joined by an empty line"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...attention.observe import observing
 from ...attention.plan import HeadPlan
+from ..heads import applied
 from .items import Item
 
 RELIABLE = 0.5  # accuracy of the dense model from which on the probe counts
@@ -82,7 +83,7 @@ class Validator:
     def _scores(self, item: Item, plan: HeadPlan | None) -> Tensor:
         """Log probabilities [counted, vocabulary] of one sequence, on the CPU."""
         device = next(self._model.parameters()).device
-        with observing(self._model, plan=plan):
+        with nullcontext() if plan is None else applied(self._model, plan):
             logits = self._model(item.ids[None].to(device), use_cache=False).logits[0]
         return logits[:-1][item.counted[1:].to(device)].float().log_softmax(-1).to("cpu", logits.dtype)
 

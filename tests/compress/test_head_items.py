@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import tiny
 import torch
@@ -11,22 +9,17 @@ from transformers import AutoTokenizer
 
 from gossamer.compress.headplans.items import (
     Item,
-    conversation_item,
+    example_item,
     items_of_length,
-    messages_of,
     text_item,
     trim,
 )
 from gossamer.compress.headplans.probe import probe_items
+from gossamer.compress.instructions import example_of
 from gossamer.errors import DataError
 
-PROMPT = "{% if add_generation_prompt %}[assistant] {% endif %}"
-PLAIN = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}" + PROMPT
-# Templates of reasoning models drop an earlier turn's text when a later one follows.
-FORGETFUL = (
-    "{% for m in messages %}[{{ m.role }}] {% if m.role == 'assistant' and not loop.last %}...{% else %}{{ m.content }}"
-    "{% endif %}\n{% endfor %}"
-) + PROMPT
+PROMPT = "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+PLAIN = "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}\n{% endfor %}" + PROMPT
 TALK = [
     {"role": "user", "content": "kato mito"},
     {"role": "assistant", "content": "renka solto"},
@@ -46,10 +39,14 @@ def counted_text(tokenizer, item):
     return tokenizer.decode(item.ids[item.counted])
 
 
+def item_of(tokenizer):
+    return example_item(example_of({"messages": TALK}, "x", tokenizer))
+
+
 @pytest.mark.parametrize("template", [None, PLAIN])
 def test_only_what_the_assistant_says_counts(tokenizer, template):
     tokenizer.chat_template = template
-    item = conversation_item(tokenizer, TALK)
+    item = item_of(tokenizer)
     said = counted_text(tokenizer, item)
     assert "renka solto" in said
     assert "lindor pemi kaka" in said
@@ -57,20 +54,6 @@ def test_only_what_the_assistant_says_counts(tokenizer, template):
     assert "uxba" not in said
     assert "lindor pemi kaka" in tokenizer.decode(item.ids[item.answer :])
     assert "uxba" not in tokenizer.decode(item.ids[item.answer :])
-
-
-def test_a_template_that_rewrites_earlier_turns(tokenizer):
-    tokenizer.chat_template = FORGETFUL
-    said = counted_text(tokenizer, conversation_item(tokenizer, TALK))
-    assert "lindor pemi kaka" in said
-    assert "uxba" not in said
-
-
-def test_records():
-    assert messages_of({"messages": TALK}) == TALK
-    assert messages_of({"prompt": "a", "response": "b"})[1] == {"role": "assistant", "content": "b"}
-    assert messages_of({"messages": TALK[:1]}) is None
-    assert messages_of({"text": "a"}) is None
 
 
 def made(prompt: int, answer: int) -> Item:
@@ -110,16 +93,3 @@ def test_the_probe_asks_for_a_value_that_is_there(tokenizer):
         assert f"The value of {key} is{answer}." in text
     assert [i.ids.tolist() for i in probe_items(tokenizer, 400, 4, 0)] == [i.ids.tolist() for i in items]
     assert probe_items(tokenizer, 20, 4, 0) == []
-
-
-def test_json(tmp_path):
-    from gossamer.compress.textfile import read_records
-
-    path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(json.dumps({"messages": TALK}) for _ in range(3)))
-    name, records, digest = read_records(path)
-    assert name == "a.jsonl"
-    assert len(records) == 3
-    assert len(digest) == 64
-    (tmp_path / "a.txt").write_text("x")
-    assert read_records(tmp_path / "a.txt") is None

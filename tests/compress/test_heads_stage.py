@@ -127,8 +127,10 @@ def test_a_plan_that_keeps_everything_changes_nothing(folder):
     assert judge(narrow).kl > 1e-5
     assert model.config._attn_implementation == before
     ids = torch.arange(40)[None]
-    with observing(model):
+    seen = []
+    with observing(model, lambda layer, *tensors: seen.append(layer)):
         observed = model(ids, use_cache=False).logits
+    assert seen == [0, 1, 2]
     assert torch.allclose(observed, model(ids).logits, atol=1e-5)
 
 
