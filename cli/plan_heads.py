@@ -115,6 +115,15 @@ def plan_heads(
             show_default=False,
         ),
     ] = None,
+    prefill: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="plan|minference",
+            help="minference: also search a sparse prefill pattern for every query head. \\[default: plan]",
+            rich_help_panel=o.HEADS,
+            show_default=False,
+        ),
+    ] = None,
     plan_file: Annotated[
         Optional[str],
         typer.Option(
@@ -211,7 +220,7 @@ def plan_heads(
     fields = {
         "method": method, "density": density, "lengths": _numbers(lengths, "--lengths"), "loss": loss,
         "sinks": _numbers(sinks, "--sinks"), "block": block, "solver": solver, "time_limit": time_limit,
-        "candidates": candidates, "plan_file": plan_file, "calibration": calibration, "nsamples": nsamples,
+        "candidates": candidates, "prefill": prefill, "plan_file": plan_file, "calibration": calibration, "nsamples": nsamples,
         "answers": answers, "validation": validation, "validation_samples": validation_samples, "probe": probe,
     }  # fmt: skip
     job: dict[str, Any] = {

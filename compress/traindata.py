@@ -66,7 +66,7 @@ def records_of(spec: str) -> tuple[str, Iterable[tuple[object, str]]] | None:
     if spec and path.exists():
         found = read_records(path)
         return None if found is None else (path.name, found)
-    from .hubdata import SHORT_NAMES
+    from .hubdata import SHORT_NAMES, hub_records
     from .textfile import looks_like_path
 
     if not spec or looks_like_path(spec) or spec in SHORT_NAMES:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ...attention.cost import decode_cost
+from ...attention.minference import MInference
 from ...attention.plan import HeadPlan
 from ..progress import Progress
 from .answers import own_answers
 from .candidates import Candidate, candidates, needs_profile, streaming_rule
+from .prefill import search_prefill
 from .probe import probe_items
 from .profile import Profile, profile
 from .settings import Settings
@@ -51,6 +53,9 @@ def make_plan(
         {"name": c.name, "density": _densities(settings, p), **v.as_dict()}
         for c, p, v in zip(found, plans, verdicts, strict=True)
     ]
+    if settings.stage.prefill == "minference":
+        progress.working("search prefill patterns")
+        made["prefill"] = search_prefill(model, settings.facts, validation[0], MInference())
     made |= {"candidates": len(found), "cost": _costs(model, settings, plans[best])}
     return Made(settings.facts.plan(found[best].rules, settings.least, settings.lengths, made), judged, best)
 

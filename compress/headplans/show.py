@@ -68,4 +68,10 @@ def plan_lines(stage: dict[str, Any]) -> list[str]:
     if probe is not None:
         said = "counts" if validation["probe_counts"] else "does not count: the dense model cannot do it"
         lines.append(f"retrieval probe: dense {100 * probe['accuracy']:.0f} %; it {said}")
+    if "prefill" in made:
+        found = made["prefill"]
+        lines.append(
+            f"prefill {found['method']}: {100 * found['recall']:.1f} % of the attention mass with "
+            f"{100 * found['density']:.1f} % of the pairs, at {found['length']} tokens"
+        )
     return lines

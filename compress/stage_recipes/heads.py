@@ -35,6 +35,9 @@ class HeadsStage(BaseStage):
     time_limit: float = Field(60.0, gt=0)
     candidates: int = Field(6, ge=1)
     probe: int = Field(8, ge=0, description="sequences of the retrieval probe; 0: none")
+    prefill: Literal["plan", "minference"] = Field(
+        "plan", description="minference: also search a sparse prefill pattern for every query head"
+    )
     plan_file: str | None = Field(None, description="a DuoAttention pattern (duo) or a MoA plan (moa)")
 
     @field_validator("density")

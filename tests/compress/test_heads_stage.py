@@ -165,3 +165,14 @@ def test_an_architecture_without_ordinary_attention(tmp_path):
     tiny.save_texts(tmp_path)
     with pytest.raises(ModelError, match="no head plan can be made for mamba"):
         plan(str(tmp_path), tmp_path / "out", Recipe(stages=(stage(tmp_path),)))
+
+
+def test_prefill_patterns_are_saved_per_query_head(folder, tmp_path):
+    run(folder, tmp_path / "out", method="uniform", prefill="minference")
+    found = HeadPlan.from_json(entry(tmp_path / "out")).made["prefill"]
+    assert found["method"] == "minference"
+    assert [len(layer) for layer in found["heads"]] == [4, 4, 4]
+    kinds = {head["kind"] for layer in found["heads"] for head in layer}
+    assert kinds <= {"a-shape", "vertical-slash"}
+    assert 0 < found["density"] < 1
+    assert 0 < found["recall"] < 1
