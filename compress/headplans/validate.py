@@ -64,6 +64,14 @@ class Validator:
         self._dense = [self._scores(item, None) for item in items]
         self._dense_probe = self._answers(None) if probe else None
 
+    @property
+    def dense_loss(self) -> float:
+        """Mean cross-entropy of the dense model per counted token."""
+        scores = [
+            self._dense[i].float().gather(1, item.ids[item.counted].unsqueeze(1)) for i, item in enumerate(self._items)
+        ]
+        return -float(torch.cat(scores).mean())
+
     def __call__(self, plan: HeadPlan) -> Verdict:
         """Forward passes only; the order of sequences never matters."""
         kl = loss = dense = 0.0
