@@ -29,7 +29,8 @@ class Bookkeeping(TrainerCallback):
         """The optimizer is what it will be, and weights are sharded where they will be: now masks fit."""
         trainer = self.trainer
         trainer.guard = MaskGuard(trainer.network, trainer.masks)
-        agree_on_masks(trainer.guard)
+        if args.world_size > 1:  # in a group of processes each may also train a model of its own
+            agree_on_masks(trainer.guard)
         inner: Any = trainer.optimizer
         while hasattr(inner, "optimizer"):  # accelerate's wrapper
             inner = inner.optimizer

@@ -14,6 +14,10 @@ _TABLE = {
     "prune": "prune_kind:Prune",
     "evaluate": "evaluate:Evaluate",
     "finetune": "finetune:Finetune",
+    "imp": "imp:Imp",
+    "soup": "soup:SoupKind",
+    "gradual": "gradual:Gradual",
+    "random": "random_search:RandomSearch",
 }
 
 
