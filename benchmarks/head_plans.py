@@ -162,13 +162,15 @@ def everything(facts: Any) -> Any:
 def plan_of(case: Case, method: str, density: float) -> tuple[Any, str]:
     """(the method's plan, what it is): its own candidates, judged on held-out text where there are several."""
     from gossamer.compress.headplans.candidates import candidates
-    from gossamer.compress.headplans.make import measure
+    from gossamer.compress.headplans.make import measure, refined
     from gossamer.compress.headplans.validate import judge
     from gossamer.compress.progress import Progress
 
     settings = case.settings(method, density)
     profiles = measure(case.model, settings, case.texts, Progress()) if method == "duo" else case.profiles
     found = candidates(settings, profiles)
+    if method == "gossamer":
+        found.insert(0, refined(case.model, settings, profiles, found, case.texts[case.lengths[-1]], 0))
     if method == "moa":
         found = [c for c in found if c.name == "gossamer (moa)"]  # without our further candidates
     plans = [case.facts.plan(c.rules, settings.least, settings.lengths) for c in found]

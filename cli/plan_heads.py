@@ -64,8 +64,8 @@ def plan_heads(
     loss: Annotated[
         Optional[str],
         typer.Option(
-            metavar="group|fisher|moa",
-            help="How a head's loss is predicted; docs/head-plans.md. \\[default: group]",
+            metavar="all|group|fisher|moa",
+            help="How a head's loss is predicted (docs/head-plans.md); all: each, validation chooses. \\[default: all]",
             rich_help_panel=o.HEADS,
             show_default=False,
         ),
@@ -111,6 +111,15 @@ def plan_heads(
         typer.Option(
             metavar="N",
             help="Pareto plans that are judged on held-out text. \\[default: 6]",
+            rich_help_panel=o.HEADS,
+            show_default=False,
+        ),
+    ] = None,
+    refine: Annotated[
+        Optional[int],
+        typer.Option(
+            metavar="N",
+            help="Variants of the best plan that are measured on calibration text. \\[default: 24]",
             rich_help_panel=o.HEADS,
             show_default=False,
         ),
@@ -221,7 +230,7 @@ def plan_heads(
     fields = {
         "method": method, "density": density, "lengths": _numbers(lengths, "--lengths"), "loss": loss,
         "sinks": _numbers(sinks, "--sinks"), "block": block, "solver": solver, "time_limit": time_limit,
-        "candidates": candidates, "prefill": prefill, "plan_file": plan_file, "calibration": calibration,
+        "candidates": candidates, "refine": refine, "prefill": prefill, "plan_file": plan_file, "calibration": calibration,
         "nsamples": nsamples, "answers": answers, "validation": validation, "validation_samples": validation_samples,
         "probe": probe,
     }  # fmt: skip

@@ -16,16 +16,17 @@ from ...errors import RecipeError
 from .profile import Profile
 from .settings import Settings
 
-Spans = tuple[Array, Array, np.ndarray]
+LOSSES = ("group", "fisher", "moa")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Rules, what made them, and what the solver said of them."""
+    """Rules, what made them, what the solver said of them, and which predicted loss it minimised."""
 
     name: str
     rules: Rules
     solution: Solution | None = None
+    loss: str | None = None
 
     @property
     def solver(self) -> dict[str, Any] | None:
@@ -55,30 +56,32 @@ def candidates(settings: Settings, profiles: Mapping[int, Profile]) -> list[Cand
         return [even]
     if method == "duo":
         return [_by_mass(settings, profiles)]
-    problem = problem_of(settings, profiles)
-    problem.check_reachable(settings.budgeted)
+    losses = LOSSES if settings.stage.loss == "all" else (settings.stage.loss,)
+    problem_of(settings, profiles, losses[0]).check_reachable(settings.budgeted)
     if method == "masformer":
-        tied = _scaled(problem.tied(facts.kv_heads))
+        tied = _scaled(problem_of(settings, profiles, losses[0]).tied(facts.kv_heads))
         return [Candidate(method, masformer(tied, settings.rules, facts.kv_heads))]
-    repeat = facts.kv_heads if method == "per-layer" else 1
-    searched = _search(settings, problem, repeat)
     if method == "per-layer":
-        return searched
+        return _search(settings, profiles, losses[0], facts.kv_heads)
+    found = [candidate for loss in losses for candidate in _search(settings, profiles, loss, 1)]
     # A plan that the influence does not lead to may still be the better one: validation decides.
-    return [*searched, *_search(settings, problem, facts.kv_heads, only_one=True), even]
+    return [*found, *_search(settings, profiles, losses[0], facts.kv_heads, only_one=True), even]
 
 
-def problem_of(settings: Settings, profiles: Mapping[int, Profile]) -> Problem:
-    """Losses [lengths, heads, rules] by the stage's choice, costs and budgets at every budgeted length."""
+def problem_of(settings: Settings, profiles: Mapping[int, Profile], loss: str) -> Problem:
+    """Losses [lengths, heads, rules] of one kind, costs and budgets at every budgeted length."""
     rules, heads = settings.rules, settings.facts.heads
-    losses = np.stack([getattr(profiles[n], settings.stage.loss).numpy().reshape(heads, -1) for n in settings.lengths])
+    losses = np.stack([getattr(profiles[n], loss).numpy().reshape(heads, -1) for n in settings.lengths])
     kept = np.array([[rule.kept(n, settings.least) for rule in rules] for n in settings.budgeted], dtype=np.float64)
     costs = np.repeat(kept[:, None], heads, axis=1)
     return Problem(losses, costs, settings.stage.density * np.array(settings.budgeted, dtype=np.float64) * heads)
 
 
-def _search(settings: Settings, problem: Problem, repeat: int, *, only_one: bool = False) -> list[Candidate]:
+def _search(
+    settings: Settings, profiles: Mapping[int, Profile], loss: str, repeat: int, *, only_one: bool = False
+) -> list[Candidate]:
     """Pareto plans where each run of `repeat` heads shares a rule, or the one with the least normalised sum."""
+    problem = problem_of(settings, profiles, loss)
     problem = problem.tied(repeat) if repeat > 1 else problem
     small, pick = best_sinks(problem, settings.rules)
     full, limit = settings.stage.solver == "full", settings.stage.time_limit
@@ -92,8 +95,8 @@ def _search(settings: Settings, problem: Problem, repeat: int, *, only_one: bool
             f"no plan reaches density {settings.stage.density:g} at every length",
             hint="ask for a larger density, or name fewer lengths",
         )
-    name = "per-layer" if repeat > 1 else f"gossamer ({settings.stage.loss})"
-    return [Candidate(name, _rules(settings, pick, solution, repeat), solution) for solution in found]
+    name = "per-layer" if repeat > 1 else f"gossamer ({loss})"
+    return [Candidate(name, rules_of(settings, pick, solution, repeat), solution, loss) for solution in found]
 
 
 def best_sinks(problem: Problem, rules: Sequence[HeadRule]) -> tuple[Problem, np.ndarray]:
@@ -116,7 +119,8 @@ def _least(total: Array, share: Array, members: np.ndarray) -> np.ndarray:
     return members[order[:, 0]]
 
 
-def _rules(settings: Settings, pick: np.ndarray, solution: Solution, repeat: int) -> Rules:
+def rules_of(settings: Settings, pick: np.ndarray, solution: Solution, repeat: int) -> Rules:
+    """The rules of a solution over `best_sinks`, where each run of `repeat` heads shares one."""
     rules, facts = settings.rules, settings.facts
     chosen = [rules[pick[h, s]] for h, s in enumerate(solution.choice)]
     every = [rule for rule in chosen for _ in range(repeat)]

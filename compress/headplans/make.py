@@ -13,13 +13,16 @@ from ...attention.plan import HeadPlan
 from ..progress import Progress
 from .answers import own_answers
 from .candidates import Candidate, candidates, needs_profile, streaming_rule
+from .items import Item
 from .prefill import search_prefill
 from .probe import probe_items
 from .profile import Profile, profile
+from .refine import refine
 from .settings import Settings
 from .texts import HeadTexts
 from .validate import Verdict, judge
 
+REFINED_ON = 4  # calibration sequences of the longest length
 GENERATED = 1024  # tokens of the decode whose cost is predicted, at most an eighth of the prompt
 
 
@@ -42,6 +45,9 @@ def make_plan(
         items, validation = own_answers(model, tokenizer, items, validation, cache, progress)
     profiles = measure(model, settings, items, progress)
     found = candidates(settings, profiles)
+    if settings.stage.method == "gossamer" and settings.stage.refine:
+        progress.working(f"measure up to {settings.stage.refine} variants of the best plan")
+        found.insert(0, refined(model, settings, profiles, found, items[settings.lengths[-1]], seed))
     probe = probe_items(tokenizer, settings.validation, settings.stage.probe, seed) if tokenizer else []
     progress.working(f"judge {len(found)} plans on held-out text")
     plans = [settings.facts.plan(c.rules, settings.least, settings.lengths) for c in found]
@@ -64,6 +70,23 @@ def make_plan(
     return Made(settings.facts.plan(found[best].rules, settings.least, settings.lengths, made), judged, best)
 
 
+def refined(
+    model: Any,
+    settings: Settings,
+    profiles: Mapping[int, Profile],
+    found: Sequence[Candidate],
+    items: Sequence[Item],
+    seed: int,
+) -> Candidate:
+    """The candidate that does best on a few calibration sequences, bettered there."""
+    few = items[:REFINED_ON]
+    run = lambda rules: settings.facts.plan(rules, settings.least, settings.lengths)
+    solved = [c for c in found if c.loss is not None and c.name.startswith("gossamer")]
+    verdicts = judge(model, [run(c.rules) for c in solved], few)
+    start = solved[min(range(len(solved)), key=lambda i: verdicts[i].kl)]
+    return refine(settings, profiles, start, lambda rules: judge(model, [run(rules)], few)[0].kl, seed)
+
+
 def measure(
     model: Any, settings: Settings, items: Mapping[int, Sequence[Any]], progress: Progress
 ) -> dict[int, Profile]:
@@ -82,7 +105,7 @@ def _made(settings: Settings, texts: HeadTexts, chosen: Candidate, verdict: Verd
     return {
         "method": stage.method,
         "name": chosen.name,
-        "loss": stage.loss,
+        "loss": chosen.loss,
         "density_asked": stage.density,
         "solver": chosen.solver,
         "validation": {

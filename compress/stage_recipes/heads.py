@@ -10,7 +10,7 @@ from ..mistakes import Mistake
 from .base import BaseStage
 
 HeadMethod = Literal["gossamer", "uniform", "per-layer", "masformer", "duo", "moa"]
-HeadLoss = Literal["group", "fisher", "moa"]
+HeadLoss = Literal["all", "group", "fisher", "moa"]
 DEFAULT_DENSITY = 0.5
 
 
@@ -28,12 +28,13 @@ class HeadsStage(BaseStage):
     validation: str | None = None
     validation_samples: int = Field(8, ge=1)
     answers: Literal["given", "own"] = Field("given", description="own: the model's own answers to the prompts")
-    loss: HeadLoss = "group"
+    loss: HeadLoss = Field("all", description="predicted loss to minimise; all: each, and validation chooses")
     sinks: tuple[int, ...] | None = None
     block: int | None = Field(None, ge=1)
     solver: Literal["relaxed", "full"] = "relaxed"
     time_limit: float = Field(60.0, gt=0)
     candidates: int = Field(6, ge=1)
+    refine: int = Field(24, ge=0, description="plans that are measured to better the best one; 0: none")
     probe: int = Field(8, ge=0, description="sequences of the retrieval probe; 0: none")
     prefill: Literal["plan", "minference"] = Field(
         "plan", description="minference: also search a sparse prefill pattern for every query head"

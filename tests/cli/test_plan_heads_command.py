@@ -14,7 +14,20 @@ import gossamer
 from gossamer.cli.main import app
 from gossamer.compress.stage_recipes.heads import HeadsStage
 
-SMALL = ["--lengths", "16,32", "--block", "4", "--nsamples", "2", "--validation-samples", "2", "--probe", "0"]
+SMALL = [
+    "--lengths",
+    "16,32",
+    "--block",
+    "4",
+    "--nsamples",
+    "2",
+    "--validation-samples",
+    "2",
+    "--probe",
+    "0",
+    "--refine",
+    "2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -75,5 +88,16 @@ def test_bad_input_ends_in_one_line(folder, tmp_path, words, message):
 def test_the_defaults_on_the_help_page_are_those_of_the_recipe():
     page = (tiny.Path(__file__).parents[2] / "cli" / "plan_heads.py").read_text()
     fields = HeadsStage.model_fields
-    for name in ("method", "density", "loss", "solver", "candidates", "prefill", "nsamples", "answers", "probe"):
+    for name in (
+        "method",
+        "density",
+        "loss",
+        "solver",
+        "candidates",
+        "refine",
+        "prefill",
+        "nsamples",
+        "answers",
+        "probe",
+    ):
         assert re.search(rf"\[default: {re.escape(format(fields[name].default, ''))}\]", page), name

@@ -17,7 +17,15 @@ from gossamer.compress.recipe import EvaluateStage, ExportStage, HeadsStage, Pru
 from gossamer.compress.run import compress, plan
 from gossamer.errors import DataError, ModelError, RecipeError
 
-QUICK = {"nsamples": 2, "validation_samples": 2, "probe": 0, "candidates": 2, "lengths": (16, 32), "block": 4}
+QUICK = {
+    "nsamples": 2,
+    "validation_samples": 2,
+    "probe": 0,
+    "candidates": 2,
+    "refine": 2,
+    "lengths": (16, 32),
+    "block": 4,
+}
 
 
 @pytest.fixture(scope="module")
