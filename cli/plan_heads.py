@@ -230,9 +230,9 @@ def plan_heads(
     fields = {
         "method": method, "density": density, "lengths": _numbers(lengths, "--lengths"), "loss": loss,
         "sinks": _numbers(sinks, "--sinks"), "block": block, "solver": solver, "time_limit": time_limit,
-        "candidates": candidates, "refine": refine, "prefill": prefill, "plan_file": plan_file, "calibration": calibration,
-        "nsamples": nsamples, "answers": answers, "validation": validation, "validation_samples": validation_samples,
-        "probe": probe,
+        "candidates": candidates, "refine": refine, "prefill": prefill, "plan_file": plan_file,
+        "calibration": calibration, "nsamples": nsamples, "answers": answers, "validation": validation,
+        "validation_samples": validation_samples, "probe": probe,
     }  # fmt: skip
     job: dict[str, Any] = {
         "model": model, "out": out, "recipe": _recipe(fields, file_format or _form_of(model), seed),
