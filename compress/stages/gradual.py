@@ -64,7 +64,6 @@ class Gradual:
         after = heldout_loss(masked.model, stage)
         folder = context.part_folder(stage)
         masked.write(folder)
-        context.finished.append(folder)
         result = {
             "begin": steps.begin, "end": steps.end, "every": steps.every,
             "heldout_dense": mean(before), "heldout": mean(after),

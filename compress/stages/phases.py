@@ -207,7 +207,6 @@ class PhasedRun:
             entries.append(entry)
         folder = self.context.part_folder(self.plan)
         masked.write(folder)
-        self.context.finished.append(folder)
         result = {
             "phases": [{k: v for k, v in entry.items() if k not in ("training", "patterns")} for entry in entries],
             "layers": masked.layers(f"{self.stage.stage} ({self.stage.score})"),
@@ -246,6 +245,7 @@ class PhasedRun:
         stage = PruneStage(method=self.stage.score)
         label = self._label(phase.number)
         PruneRun(inner, ScorePlan(self.plan.index, stage, jobs, (), self.plan.windows, text, label=label)).run()
+        inner.finished.append(inner.work / label)
         model = open_whole(inner)
         kept = kept_of(model, self.plan.jobs)
         found = {

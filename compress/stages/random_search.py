@@ -63,7 +63,6 @@ class RandomSearch:
         masked.patterns = {name: set(texts) for name, texts in entries[chosen]["patterns"].items()}
         parts = context.part_folder(stage)
         masked.write(parts)
-        context.finished.append(parts)
         result = {
             "tries": [{key: entry[key] for key in ("try", "seed", "heldout_loss")} for entry in entries],
             "chosen": chosen + 1,
