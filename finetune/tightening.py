@@ -21,6 +21,7 @@ from ..errors import CheckpointError
 from ..pruning.gradual import Cubic
 from ..pruning.mask import Mask
 from .masked import MaskGuard
+from .resuming import newest_checkpoint
 
 Tighten = Callable[[float], Mapping[str, Tensor]]
 
@@ -97,8 +98,6 @@ class Tightening(TrainerCallback):
         unfinished = path.with_suffix(".unfinished")
         save_file(packed, unfinished)
         unfinished.replace(path)
-        from .trainer import newest_checkpoint
-
         newest = newest_checkpoint(self.folder)
         saved = 0 if newest is None else int(newest.name.rpartition("-")[2])
         before = [number for number in _known(self.folder) if number <= saved]
