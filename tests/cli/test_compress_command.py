@@ -211,3 +211,33 @@ def test_defaults_on_the_help_page_are_the_recipe_s():
     assert {name: shown[name] for name in said} == {name: str(value) for name, value in said.items()}
     evaluate = {param.opts[-1]: param.default for param in typer.main.get_command(app).commands["eval"].params}
     assert evaluate["--data"] == EvaluateStage().data
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--method", "imp", "--sparsity", "0.9", "--steps", "12", "--set", "phases=4"], {"stage": "imp", "phases": 4}),
+        (
+            [
+                "--method",
+                "soup",
+                "--steps",
+                "9",
+                "--set",
+                "factor=learning-rate",
+                "--set",
+                "factor-values=1e-3,2e-3,5e-4",
+            ],
+            {"stage": "soup", "candidates": 3, "factor_values": ["1e-3", "2e-3", "5e-4"]},
+        ),
+        (["--method", "gradual", "--scope", "matrix", "--set", "every=3"], {"stage": "gradual", "every": 3}),
+        (["--method", "random", "--set", "tries=2"], {"stage": "random", "tries": 2}),
+    ],
+)
+def test_methods_that_prune_while_they_train(launcher, tiny, tmp_path, words, expected):
+    texts = ["--data", tiny / "calibration.txt", "--seqlen", "32", "--no-eval", "--dry-run", "--json"]
+    if "--steps" not in words:
+        texts += ["--steps", "6"]
+    done = launcher.run("compress", tiny, "-o", tmp_path / "out", *words, *texts)
+    stage = done.json()["recipe"]["stages"][0]
+    assert {key: stage[key] for key in expected} == expected
