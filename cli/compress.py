@@ -9,6 +9,7 @@ import typer
 
 from ..errors import RecipeError
 from . import options as o
+from . import trained as t
 from .failure import typed_command
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ EXAMPLES = o.examples(
     "gossamer compress MODEL -o OUT --pattern 2:4 --calibration train.txt --eval test.txt",
     "gossamer compress MODEL -o OUT --method magnitude --no-eval --format dense",
     "gossamer compress MODEL -o OUT --values int8",
+    "gossamer compress MODEL -o OUT --method nm-flow --pattern 1:8 --data train.txt --tokens 1000000",
     "gossamer compress MODEL -o OUT --recipe recipe.yaml --dry-run",
     "gossamer compress MODEL -o OUT --resume",
 )
@@ -133,6 +135,12 @@ def compress(
         ),
     ] = None,
     seqlen: o.SequenceLength = None,
+    data: t.Data = None,
+    tokens: t.Tokens = None,
+    steps: t.Steps = None,
+    learning_rate: t.LearningRate = None,
+    pattern_for: t.PatternFor = None,
+    fields: t.Fields = None,
     eval_data: o.Evaluation = None,
     no_eval: Annotated[
         bool, typer.Option("--no-eval", help="Skip the evaluation.", rich_help_panel=o.DATA, show_default=False)
@@ -225,14 +233,18 @@ def compress(
         "reconstruct": reconstruct or None, "include": include or None, "exclude": exclude or None,
         "untie": untie or None, "calibration": calibration, "nsamples": nsamples, "seqlen": seqlen,
     }  # fmt: skip
+    training = {
+        "data": data, "tokens": tokens, "steps": steps, "learning_rate": learning_rate,
+        "pattern_for": pattern_for or None, "set": fields or None,
+    }  # fmt: skip
     evaluation = {"data": eval_data, "seqlen": eval_seqlen, "windows": eval_windows}
     export = {"format": file_format, "values": values, "max_shard_size": max_shard_size}
     general = {"seed": seed, "allow_overlap": allow_overlap or None}
     if recipe is None:
-        built = recipe_from_options(prune, evaluation, export, general, no_eval=no_eval)
+        built = recipe_from_options(prune, training, evaluation, export, general, no_eval=no_eval)
     else:
         built = recipe_from_file(
-            recipe, {**prune, **_as_options(evaluation), "no_eval": no_eval or None, **export, **general}
+            recipe, {**prune, **training, **_as_options(evaluation), "no_eval": no_eval or None, **export, **general}
         )
     job: dict[str, Any] = {
         "model": model, "out": out, "recipe": built, "machine": build_machine(device, dtype, max_memory),
@@ -247,6 +259,7 @@ def compress(
 
 def recipe_from_options(
     prune: dict[str, Any],
+    training: dict[str, Any],
     evaluation: dict[str, Any],
     export: dict[str, Any],
     general: dict[str, Any],
@@ -254,15 +267,30 @@ def recipe_from_options(
     no_eval: bool,
 ) -> Recipe:
     """The recipe of the options, where None means "not given". RecipeError when they contradict each other."""
-    from ..compress.recipe import EvaluateStage, ExportStage, PruneStage, Recipe, build
+    from ..compress.recipe import EvaluateStage, ExportStage, Recipe, build
 
-    stages = [build(PruneStage, **_given(prune))]
+    stages = [_first_stage(_given(prune), _given(training))]
     if not no_eval:
         stages.append(build(EvaluateStage, **_given(evaluation)))
     elif _given(evaluation):
         raise RecipeError(f"--no-eval contradicts {_spelled(_as_options(evaluation))}", hint="give one of them")
     stages.append(build(ExportStage, **_given(export)))
     return build(Recipe, stages=stages, **_given(general))
+
+
+def _first_stage(prune: dict[str, Any], training: dict[str, Any]) -> Any:
+    """What --method names: a one-shot method of the prune stage, or a stage that trains."""
+    from ..compress.recipe import PruneStage, build
+
+    if "method" in prune:
+        t.check_known(prune["method"])
+    if prune.get("method") not in t.TRAINED:
+        t.refuse_training_options(training, _spelled(training))
+        return build(PruneStage, **prune)
+    fields = {
+        name: value for name, value in {**prune, **training}.items() if name not in ("method", "pattern_for", "set")
+    }
+    return t.trained_stage(prune["method"], fields, training.get("pattern_for"), training.get("set"))
 
 
 def recipe_from_file(file: Path, options: dict[str, Any]) -> Recipe:

@@ -17,6 +17,11 @@ _TABLE = {
     "nm-flow": "nm_flow:NmFlow",
 }
 
+# What `compress --method` names beside the one-shot methods, with a line for people.
+TRAINED = {
+    "nm-flow": "trains towards an N:M pattern that is approached step by step (Bambhaniya et al. 2025)",
+}
+
 
 class StageKind(Protocol):
     """One kind of stage."""
