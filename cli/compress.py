@@ -284,7 +284,7 @@ def _first_stage(prune: dict[str, Any], training: dict[str, Any]) -> Any:
 
     if "method" in prune:
         t.check_known(prune["method"])
-    if prune.get("method") not in t.TRAINED:
+    if prune.get("method") not in t.trained_methods():
         t.refuse_training_options(training, _spelled(training))
         return build(PruneStage, **prune)
     fields = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from ..compress.stages.registry import TRAINED
 from . import options as o
+from .trained import trained_methods
 
 EXAMPLES = o.examples("gossamer methods", "gossamer methods --json")
 
@@ -21,7 +21,7 @@ def methods(json: o.Json = False) -> None:
     from .console import show_json, show_table
 
     found = [{"name": name, "summary": summary(name), "trains": False} for name in method_names()]
-    found += [{"name": name, "summary": text, "trains": True} for name, text in TRAINED.items()]
+    found += [{"name": name, "summary": text, "trains": True} for name, text in trained_methods().items()]
     if json:
         show_json([row | {"default": row["name"] == DEFAULT_METHOD} for row in found])
         return

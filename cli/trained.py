@@ -7,7 +7,6 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..compress.stages.registry import TRAINED
 from ..errors import RecipeError
 
 TRAINING = "Training (methods that train)"
@@ -58,6 +57,13 @@ Fields = Annotated[
 ]
 
 
+def trained_methods() -> dict[str, str]:
+    """Name -> one line, of every stage that `--method` can name beside the one-shot methods."""
+    from ..compress.stages.registry import TRAINED
+
+    return TRAINED
+
+
 def trained_stage(method: str, fields: dict[str, Any], patterns: list[str] | None, more: list[str] | None) -> Any:
     """The stage of a method that trains. `fields`: what was given by options of their own; `more`: from --set.
 
@@ -84,7 +90,7 @@ def check_known(method: str) -> None:
     """RecipeError with all names and the nearest spelling, unless `--method` can name it."""
     from ..pruning.registry import method_names
 
-    names = [*method_names(), *TRAINED]
+    names = [*method_names(), *trained_methods()]
     if method not in names:
         near = difflib.get_close_matches(method.lower(), names, n=1)
         raise RecipeError(
@@ -105,6 +111,6 @@ def refuse_training_options(options: dict[str, Any], spelled: str) -> None:
     """RecipeError when a one-shot method is given options of training."""
     if options:
         raise RecipeError(
-            f"{spelled} belongs to methods that train: {', '.join(TRAINED)}",
+            f"{spelled} belongs to methods that train: {', '.join(trained_methods())}",
             hint="choose one of them with --method, or leave the option out",
         )
