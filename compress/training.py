@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..finetune.losses import LossConfig, row_losses
+from ..finetune.tokens import TokenRows
 from ..finetune.training import Metrics, Retrain, StepDone, TrainingConfig, train
 from . import distributed
 from .needs import Needs, whole_needs
@@ -95,16 +96,20 @@ def retrainer(context: Context, plan: TrainingPlan, teacher: Any | None = None) 
     return retrain
 
 
-def heldout_loss(model: Any, plan: TrainingPlan) -> torch.Tensor:
-    """Mean loss of every held-out row, float32 [rows], at most `HELDOUT_ROWS` of them: the same for every model."""
+def heldout_rows(plan: TrainingPlan) -> TokenRows:
+    """The held-out rows that are measured, at most `HELDOUT_ROWS` of them: the same for every model."""
     rows = plan.text.heldout
-    few = replace(
+    return replace(
         rows,
         ids=rows.ids[:HELDOUT_ROWS],
         labels=None if rows.labels is None else rows.labels[:HELDOUT_ROWS],
         positions=None if rows.positions is None else rows.positions[:HELDOUT_ROWS],
     )
-    return row_losses(model, few, plan.stage.batch)
+
+
+def heldout_loss(model: Any, plan: TrainingPlan) -> torch.Tensor:
+    """Mean loss of every measured held-out row, float32 [rows]."""
+    return row_losses(model, heldout_rows(plan), plan.stage.batch)
 
 
 def metrics_entry(metrics: Metrics, name: str = "") -> dict[str, Any]:

@@ -183,7 +183,8 @@ class _Bookkeeping(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         trainer = self.trainer
         trainer.guard = MaskGuard(trainer.model, trainer.masks)
-        agree_on_masks(trainer.guard)
+        if args.world_size > 1:
+            agree_on_masks(trainer.guard)
         inner = trainer.optimizer
         while hasattr(inner, "optimizer"):  # accelerate's wrapper
             inner = inner.optimizer
