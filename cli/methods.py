@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 from . import options as o
@@ -20,7 +22,7 @@ def methods(json: o.Json = False) -> None:
     from ..pruning.registry import DEFAULT_METHOD, method_names, summary
     from .console import show_json, show_table
 
-    found = [{"name": name, "summary": summary(name), "trains": False} for name in method_names()]
+    found: list[dict[str, Any]] = [{"name": name, "summary": summary(name), "trains": False} for name in method_names()]
     found += [{"name": name, "summary": text, "trains": True} for name, text in trained_methods().items()]
     if json:
         show_json([row | {"default": row["name"] == DEFAULT_METHOD} for row in found])
