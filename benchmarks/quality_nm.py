@@ -129,11 +129,11 @@ def run_line(line: dict[str, Any], shared: Path, device: str) -> dict[str, Any]:
     started = time.monotonic()
     recipe = Recipe(stages=stages(line, shared), seed=line["seed"])
     with tempfile.TemporaryDirectory(prefix="gossamer-quality-") as folder:
-        report = compress(
-            str(shared / "models" / MODEL), Path(folder) / "out", recipe, Machine(dtype="float32", device=device)
-        )
-    trained = next(stage for stage in report["stages"] if "training" in stage)
-    flips = [entry["flips"] for entry in trained["training"][0]["history"] if "flips" in entry]
+        out = Path(folder) / "out"
+        report = compress(str(shared / "models" / MODEL), out, recipe, Machine(dtype="float32", device=device))
+        log = [json.loads(text) for text in (out / "gossamer" / "metrics.jsonl").read_text().splitlines()]
+    trained = next(stage for stage in report["stages"] if "heldout" in stage)
+    flips = [entry["flips"] for entry in log if "flips" in entry]
     result = {
         "heldout": trained["heldout"]["after"],
         "sparsity": report["sparsity"]["prunable"],

@@ -8,32 +8,33 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ..errors import RecipeError
-
-TRAINING = "Training (methods that train)"
+from . import options as o
 
 Data = Annotated[
     Optional[str],
     typer.Option(
         metavar="DATA",
         help="Text or instructions to train on; a tenth is held out. \\[default: c4]",
-        rich_help_panel=TRAINING,
+        rich_help_panel=o.TRAINING,
         show_default=False,
     ),
 ]
 Tokens = Annotated[
     Optional[int],
     typer.Option(
-        metavar="N", help="Tokens to train on. \\[default: 1000000]", rich_help_panel=TRAINING, show_default=False
+        metavar="N", help="Tokens to train on. \\[default: 1000000]", rich_help_panel=o.TRAINING, show_default=False
     ),
 ]
 Steps = Annotated[
     Optional[int],
-    typer.Option(metavar="N", help="Optimizer steps, instead of tokens.", rich_help_panel=TRAINING, show_default=False),
+    typer.Option(
+        metavar="N", help="Optimizer steps, instead of tokens.", rich_help_panel=o.TRAINING, show_default=False
+    ),
 ]
 LearningRate = Annotated[
     Optional[float],
     typer.Option(
-        metavar="RATE", help="The highest one. \\[default: 0.001]", rich_help_panel=TRAINING, show_default=False
+        metavar="RATE", help="The highest one. \\[default: 0.001]", rich_help_panel=o.TRAINING, show_default=False
     ),
 ]
 PatternFor = Annotated[
@@ -41,7 +42,7 @@ PatternFor = Annotated[
     typer.Option(
         metavar="REGEX=N:M",
         help='nm-flow: another pattern for matching matrices, or "dense"; repeatable, the first match counts.',
-        rich_help_panel=TRAINING,
+        rich_help_panel=o.TRAINING,
         show_default=False,
     ),
 ]
@@ -51,7 +52,7 @@ Fields = Annotated[
         "--set",
         metavar="FIELD=VALUE",
         help="Any other field of the stage, such as batch=16 or flow=sr-ste; repeatable.",
-        rich_help_panel=TRAINING,
+        rich_help_panel=o.TRAINING,
         show_default=False,
     ),
 ]
