@@ -14,6 +14,12 @@ _TABLE = {
     "activation": "activation:Activation",
     "prune": "prune_kind:Prune",
     "evaluate": "evaluate:Evaluate",
+    "finetune": "finetune:Finetune",
+    "imp": "imp:Imp",
+    "soup": "soup:SoupKind",
+    "gradual": "gradual:Gradual",
+    "random": "random_search:RandomSearch",
+    "nm-flow": "nm_flow:NmFlow",
 }
 
 
