@@ -165,7 +165,7 @@ class Choice:
 
 
 def split(x: Tensor, scale: Tensor, share: float, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(threshold [in], center [in]): |x - center| scale <= t drops `share` of all entries; center = mean of the dropped.
+    """(threshold [in], center [in]): |x - center| scale <= t drops `share` of all entries; center: their mean.
 
     `center` given: it stays.
     """

@@ -92,9 +92,7 @@ class CoreInfer(Method):
         for path, entry in block.mlps.items():
             assert isinstance(entry, CoreNeurons)
             votes, importance = block.extra[f"{path}.votes"], block.extra[f"{path}.importance"]
-            own = [
-                top(votes[labels == k].sum(0), importance[labels == k].sum(0), entry.keep) for k in range(clusters)
-            ]
+            own = [top(votes[labels == k].sum(0), importance[labels == k].sum(0), entry.keep) for k in range(clusters)]
             mlps[path] = CoreNeurons(entry.parts, entry.keep, entry.norms, torch.stack(own))
         return Fitted(block.linears, mlps, block.facts)
 
@@ -104,7 +102,9 @@ def clustered(signatures: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     from sklearn.cluster import KMeans
 
     if len(signatures) < 2:
-        raise DataError(f"{len(signatures)} prompts cannot be clustered", hint="use more calibration windows (--nsamples)")
+        raise DataError(
+            f"{len(signatures)} prompts cannot be clustered", hint="use more calibration windows (--nsamples)"
+        )
     points = signatures.numpy()
     highest = min(MOST, len(points))
     fits = [KMeans(k, random_state=seed, n_init=4).fit(points) for k in range(1, highest + 1)]

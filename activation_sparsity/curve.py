@@ -1,4 +1,4 @@
-"""Error against sparsity of one site, measured on a grid, and budgets over many sites that are made from such curves."""
+"""Error against sparsity of one site, measured on a grid, and budgets over many sites made from such curves."""
 
 from __future__ import annotations
 

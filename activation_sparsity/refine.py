@@ -30,7 +30,7 @@ def refine(
     for number in range(rounds):
         prices = {}
         for k, group in enumerate(groups):
-            trial = _moved(best, {name: step for name in group})
+            trial = _moved(best, dict.fromkeys(group, step))
             gained = _weights(trial, sizes) - _weights(best, sizes)
             prices[k] = (loss(trial) - lowest) / gained if gained > 0 else float("inf")
         order = sorted(prices, key=lambda k: prices[k])
@@ -69,7 +69,7 @@ def balanced(shares: Shares, sizes: Mapping[str, int], weights: float) -> dict[s
 
 
 def grouped(names: Sequence[str], most: int) -> list[list[str]]:
-    """Sites (in model order) in at most `most` groups: same kind, neighbouring blocks. Kind: the name without numbers."""
+    """Sites (in model order) in at most `most` groups: neighbours of one kind (the name without numbers)."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kind = ".".join(part for part in name.split(".") if not part.isdigit())

@@ -31,7 +31,7 @@ SPREAD = 0.1  # standard deviation of such a draw around the parent's
 
 
 class RSparse(Method):
-    """`rho`: the uniform share, or where the search starts. `search`: evolve one rho per matrix. `seed`: of the search."""
+    """`rho`: the uniform share, or where the search starts. `search`: evolve one rho per matrix, seeded by `seed`."""
 
     name = "rsparse"
     needs = frozenset({"inputs"})
@@ -60,7 +60,9 @@ class RSparse(Method):
             for name, weight in site.weights.items():
                 norms = weight.norm(dim=0)
                 out, width = weight.shape
-                most = int(out * width * (1 - sparsity) / (out + width)) if self.search else self._rank(weight, sparsity)
+                most = (
+                    int(out * width * (1 - sparsity) / (out + width)) if self.search else self._rank(weight, sparsity)
+                )
                 left, right = truncated(weight, most)
                 own = {
                     "plain": plain, "scores": Quantiles(site.x.abs() * norms).values,
@@ -90,7 +92,13 @@ class RSparse(Method):
             ]
 
         best = evolve(
-            len(names), self.rho, lambda shares: evaluate(build(shares)), self.seed, self.population, self.generations, log
+            len(names),
+            self.rho,
+            lambda shares: evaluate(build(shares)),
+            self.seed,
+            self.population,
+            self.generations,
+            log,
         )
         return build(best), None
 
@@ -154,7 +162,8 @@ def evolve(
 
     def child(parent: list[float]) -> list[float]:
         return [
-            min(1.0, max(0.0, round(draw.gauss(gene, SPREAD), 3))) if draw.random() < CHANGED else gene for gene in parent
+            min(1.0, max(0.0, round(draw.gauss(gene, SPREAD), 3))) if draw.random() < CHANGED else gene
+            for gene in parent
         ]
 
     members = [[1.0] * genes, [start] * genes]

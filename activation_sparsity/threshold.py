@@ -36,9 +36,7 @@ class Threshold(Method):
         """See `Method.fit`."""
         goal = min(1.0, target * extent.whole / extent.sites)
         scales = {name: self.scales(site, name) for site in block.sites for name in site.weights}
-        tables = {
-            name: Quantiles(_scores(site.x, scales[name])) for site in block.sites for name in site.weights
-        }
+        tables = {name: Quantiles(_scores(site.x, scales[name])) for site in block.sites for name in site.weights}
         sizes = {name: weight.numel() for site in block.sites for name, weight in site.weights.items()}
         widths = {name: site.width for site in block.sites for name in site.weights}
 

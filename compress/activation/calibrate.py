@@ -144,8 +144,8 @@ class Calibration:
         highest = self.method.reachable(extent)
         if target > highest + 1e-9:
             raise RecipeError(
-                f"{self.method.name} can skip at most {highest:.1%} of this model's linear weights, {target:.1%} was asked "
-                "for",
+                f"{self.method.name} can skip at most {highest:.1%} of this model's linear weights, asked for is "
+                f"{target:.1%}",
                 hint=f"ask for at most {int(highest * 1000) / 1000}, or use --activation auto",
             )
         shares = self._shares(target, extent)
@@ -253,7 +253,6 @@ class Calibration:
 
     def _policy(self, blocks: Sequence[Fitted], guide: Any) -> Policy:
         shapes = {p.name: p.shape for i in range(self.model.num_blocks) for p in self.model.prunables(i)}
-        shapes = {name: shape for name, shape in shapes.items()}
         sites = {p.name: site[0].name for found in self.found.values() for site in found.sites for p in site}
         linears = {name: entry for block in blocks for name, entry in block.linears.items()}
         mlps = {name: entry for block in blocks for name, entry in block.mlps.items()}

@@ -37,7 +37,7 @@ def sparsity_for(model: StreamedModel, speedup: float, log: Callable[[str], None
     rest = [] if head is None else [head.shape]
     dtype = model.config.dtype if model.config.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
     table = {shape: measured(shape, dtype) for shape in {*shapes, *rest}}
-    reached = {share: expected(table, shapes, rest, share) for share in (k / 100 for k in range(0, 91))}
+    reached = {share: expected(table, shapes, rest, share) for share in (k / 100 for k in range(91))}
     log("expected speed-up of the linear maps by activation sparsity: " + described(reached))
     for share, factor in reached.items():
         if factor >= speedup:

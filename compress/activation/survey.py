@@ -74,7 +74,14 @@ def _with_gradients(run: Calibration) -> dict[str, Curve]:
                 seen = None
                 if window is not None:
                     below, found, x = site_gradients(
-                        model, index, block, run.found[index], inputs[index].get(window), gradient.get(window), walk, window
+                        model,
+                        index,
+                        block,
+                        run.found[index],
+                        inputs[index].get(window),
+                        gradient.get(window),
+                        walk,
+                        window,
                     )
                     gradient.put(window, below)
                     seen = {f"g {name}": value[rows[window]] for name, value in found.items()}

@@ -27,7 +27,9 @@ class ActivationStage(BaseStage):
     target_speedup: float | None = Field(None, description="of the linear maps at decode, by kernels measured here")
     guide: Literal["stability", "similarity"] | None = Field(None, description="how coreinfer chooses core neurons")
     refresh: int = Field(0, ge=0, description="coreinfer: tokens between two looks at drift; 0 = never")
-    search: bool = Field(True, description="whether budgets (auto, threshold, wina) or shares (rsparse) are searched for")
+    search: bool = Field(
+        True, description="whether budgets (auto, threshold, wina) or shares (rsparse) are searched for"
+    )
     prompt: float = Field(0.25, gt=0, lt=1, description="share of a calibration window that is dense")
     calibration: str | None = None
     nsamples: int = Field(64, ge=2)
