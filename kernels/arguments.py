@@ -74,6 +74,16 @@ def check_threshold(threshold: Tensor, channels: int, device: torch.device) -> N
         raise KernelError(f"threshold has shape {list(threshold.shape)}, it must be contiguous [{channels}]")
 
 
+def check_bias(bias: Tensor | None, outputs: int, x: Tensor) -> None:
+    """Raises KernelError unless bias is None or [outputs], of x's dtype, on x's device, contiguous."""
+    if bias is None:
+        return
+    if bias.dtype is not x.dtype or bias.device != x.device:
+        raise KernelError(f"bias is {name(bias.dtype)} on {bias.device}, it must be {name(x.dtype)} on {x.device}")
+    if bias.dim() != 1 or bias.shape[0] != outputs or not bias.is_contiguous():
+        raise KernelError(f"bias has shape {list(bias.shape)}, it must be contiguous [{outputs}]")
+
+
 def name(dtype: torch.dtype) -> str:
     """`bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")

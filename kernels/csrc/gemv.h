@@ -54,6 +54,7 @@ struct ChannelCall {
     const float* x;  // [count, padded batch]; 0 where a row skips the channel
     int batch;
     void* y;  // [batch, outputs], in the weight's dtype
+    const void* bias = nullptr;  // [outputs], in the weight's dtype: where the sums begin, zero without
 };
 
 struct DualCall;    // dual.h
@@ -124,9 +125,5 @@ void expand(const Tier& tier, const std::uint8_t* packed, std::uint16_t* weight,
 
 // x and y in the dtype given.
 void int8_gemv(const Tier& tier, int dtype, const void* x, int batch, const std::uint8_t* packed, void* y, int threads);
-
-// Returns the number of channels that were read.
-std::int64_t channel_gemv(const Tier& tier, int dtype, const void* x, int batch, const void* weight,
-                          const float* threshold, std::int64_t channels, std::int64_t outputs, void* y, int threads);
 
 }  // namespace gossamer
