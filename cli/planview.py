@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..compress.plan import Plan, PrunePlan
+    from ..compress.plan import Plan, StagePlan
 
 
 def plan_document(plan: Plan) -> dict[str, Any]:
@@ -22,8 +22,8 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "values": INT8 if plan.recipe.export.values == "int8" else "same",
         "estimate": None if plan.estimate is None else asdict(plan.estimate),
         "stages": [{"name": stage.name, "text": stage.digest} for stage in plan.stages],
-        "matrices": [row for stage in plan.prunes for row in _rows(stage)],
-        "skipped": [{"name": name, "reason": reason} for stage in plan.prunes for name, reason in stage.skipped],
+        "matrices": [row for stage in plan.changes for row in _rows(stage)],
+        "skipped": [{"name": name, "reason": reason} for stage in plan.changes for name, reason in stage.skipped],
     }
 
 
@@ -66,7 +66,7 @@ def _needs(document: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _rows(stage: PrunePlan) -> list[dict[str, Any]]:
+def _rows(stage: StagePlan) -> list[dict[str, Any]]:
     return [
         {
             "stage": stage.name,

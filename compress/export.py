@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from . import distributed
-from .checkpoint import assemble, atomic_write_text, verify
+from .checkpoint import assemble, atomic_write_text, replacing, verify
 from .convert import copy_companions
-from .format import Summary, dense_config, sparse_config
-from .recipe import parse_bytes
+from .format import METADATA_KEY, Summary, dense_config, sparse_config
+from .modelfolder import MASKS
+from .sizes import parse_bytes
 from .stages.base import Context
 
 FILES = "files"
@@ -51,6 +52,7 @@ def _write(context: Context, folder: Path) -> dict[str, Any]:
         checked = verify(folder, source, form)
         payload |= checked.payload
     config = _config(context, forms, checked.summary)
+    attach_files(context, folder)
     atomic_write_text(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     copy_companions(context.plan.source.folder, folder)
     sizes = {name: (folder / name).stat().st_size for name in payload}
@@ -65,4 +67,22 @@ def _config(context: Context, forms: tuple[str, ...], summary: Summary) -> dict[
     config = build(context.plan.source.config, summary, recipe=recipe.sha256())
     if context.untied:
         config["tie_word_embeddings"] = False
+    for report, stage in zip(context.attached, _attaching(context), strict=True):
+        if report.entry is not None:
+            config.setdefault(METADATA_KEY, {"format_version": summary.version})[stage] = report.entry
     return config
+
+
+def _attaching(context: Context) -> list[str]:
+    return [stage.stage.attaches for stage in context.plan.stages if stage.stage.attaches]
+
+
+def attach_files(context: Context, folder: Path) -> None:
+    """What stages wrote to lie beside the weights: into OUT/gossamer/, whole or not at all."""
+    for report in context.attached:
+        for name in report.files:
+            source = context.work / name
+            target = (folder / MASKS).parent / source.name
+            target.parent.mkdir(exist_ok=True)
+            with replacing(target, source.stat().st_size) as file, open(source, "rb") as data:
+                shutil.copyfileobj(data, file)

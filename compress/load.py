@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ..errors import CheckpointError, GossamerError, ModelError
 from .attached import ModelMasks
+from .attachments import apply_attachments, attaching
 from .keymap import KeyMap
 from .memory import release
 from .modelfolder import SPARSE, SPARSE_INDEX, find_weights, read_config, resolve_folder
@@ -31,6 +32,7 @@ def load(
     packed: bool = True,
     prefill: str = "streamed",
     backend: str = "auto",
+    attachments: bool = True,
     **options: Any,
 ) -> Any:
     """A causal language model in eval mode, with its masks as `model.gossamer_masks` (parameter name -> mask).
@@ -43,6 +45,8 @@ def load(
     inputs of many tokens, "cached" keeps what was expanded: faster, and as much memory again as the dense model.
     `backend`: what multiplies them, "cpu", "triton", "reference" (plain torch) or "auto". `model.gossamer_runtime` says
     what was done.
+
+    `attachments`: whether an activation policy or head plan of the checkpoint is applied; without, it runs dense.
 
     `options` go to `AutoModelForCausalLM.from_pretrained`. ModelError for what is no such model, CheckpointError for
     damaged, missing or misshapen tensors: a parameter is never left at random.
@@ -58,7 +62,7 @@ def load(
     options |= {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
     if sparse:
         options["variant"] = "sparse"
-    with runtime(how):
+    with runtime(how), attaching(attachments):
         model, info = _from_pretrained(folder, options)
     _check_info(folder, info)
     if not hasattr(model, "gossamer_masks"):
@@ -67,6 +71,8 @@ def load(
         model.gossamer_runtime = Placed(how)
         if packed:
             adopt_dense(model)
+    if attachments:
+        apply_attachments(model, folder)
     check_backend(model, backend)
     release()  # what loading needed: masks, staging, pieces of the file
     return model.eval()

@@ -5,9 +5,7 @@ Everything the user could have wrong is looked for here, and all mistakes are re
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,14 +14,17 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, GossamerError, RecipeError
-from ..pruning.pattern import Pattern, parse_pattern
-from ..pruning.registry import get_method
-from . import distributed
-from .blocks import Prunable, StreamedModel
+from .blocks import StreamedModel
 from .evaluate import Protocol
+from .format import METADATA_KEY
+from .jobs import MatrixJob
 from .journal import begun
-from .recipe import DEFAULT_CALIBRATION, EvaluateStage, Machine, PruneStage, Recipe
+from .recipe import STAGES, Machine, Recipe
 from .source import FolderSource
+from .stage_recipes.base import BaseStage
+from .stage_recipes.evaluate import EvaluateStage
+from .stage_recipes.prune import PruneStage
+from .stages.registry import stage_kind
 from .text import Texts, TextSource
 
 if TYPE_CHECKING:
@@ -34,65 +35,86 @@ SHOWN_PROBLEMS = 8
 
 
 @dataclass(frozen=True)
-class MatrixJob:
-    """One matrix to prune. `keys`: the checkpoint tensors that hold it."""
+class StagePlan:
+    """What one stage will do. `index`: its place in the recipe. `jobs`: matrices that get a mask, or a smaller one.
 
-    prunable: Prunable
-    pattern: Pattern
-    keys: tuple[str, ...]
+    `skipped`: (matrix, reason) left out. `windows`: tokens [nsamples, seqlen] that the stage reads; None where it needs
+    no text or reads it otherwise. `calibration`: what is known of that text. `digest`: sha256 of all text it reads.
+    """
+
+    index: int
+    stage: BaseStage
+    jobs: tuple[MatrixJob, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    windows: Tensor | None = field(default=None, compare=False)
+    calibration: TextSource | None = None
 
     @property
     def name(self) -> str:
-        return self.prunable.name
-
-    @property
-    def zeros(self) -> int:
-        return self.pattern.zeros(*self.prunable.shape)
-
-    @property
-    def size(self) -> int:
-        return self.prunable.shape[0] * self.prunable.shape[1]
-
-
-@dataclass(frozen=True)
-class PrunePlan:
-    """Jobs of one prune stage. `windows`: tokens [nsamples, seqlen] of `calibration`; None where no text is needed."""
-
-    index: int
-    stage: PruneStage
-    jobs: tuple[MatrixJob, ...]
-    skipped: tuple[tuple[str, str], ...]
-    windows: Tensor | None = field(compare=False)
-    calibration: TextSource | None
+        return f"{self.index}-{self.stage.stage}"
 
     @property
     def digest(self) -> str | None:
-        """sha256 of the calibration text."""
         return None if self.calibration is None else self.calibration.digest
 
     @property
-    def name(self) -> str:
-        return f"{self.index}-prune"
+    def untie(self) -> bool:
+        """Whether the stage gives the head a weight of its own."""
+        return False
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether its parts hold the matrices of its jobs alone; else they hold the whole model."""
+        return False
 
 
 @dataclass(frozen=True)
-class EvaluatePlan:
-    """Windows [n, seqlen] of one evaluate stage and the protocol they follow."""
+class PrunePlan(StagePlan):
+    """A prune stage."""
 
-    index: int
-    stage: EvaluateStage
-    windows: Tensor = field(compare=False)
-    protocol: Protocol
-    digest: str
+    stage: PruneStage
 
     @property
-    def name(self) -> str:
-        return f"{self.index}-evaluate"
+    def untie(self) -> bool:
+        return self.stage.untie
+
+    @property
+    def layerwise(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class EvaluatePlan(StagePlan):
+    """An evaluate stage: `windows` are those of the evaluation text, `protocol` says how they were cut."""
+
+    stage: EvaluateStage
+    windows: Tensor = field(compare=False, kw_only=True)
+    protocol: Protocol = field(kw_only=True)
+    text_digest: str = field(kw_only=True)
+
+    @property
+    def digest(self) -> str:
+        return self.text_digest
+
+
+@dataclass(frozen=True)
+class Planning:
+    """What a stage may look at while it is planned: no weight has been read."""
+
+    model: str
+    recipe: Recipe
+    machine: Machine
+    source: FolderSource
+    skeleton: StreamedModel
+    texts: Texts
+    device: str
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run needs to know. `estimate`: bytes and memory, once it is known where the output goes."""
+    """Everything a run needs to know. `stages`: in the order in which they run. `estimate`: bytes and memory, once it
+    is known where the output goes."""
 
     model: str
     source: FolderSource
@@ -101,13 +123,14 @@ class Plan:
     machine: Machine
     device: str
     trust_remote_code: bool
-    stages: tuple[PrunePlan | EvaluatePlan, ...]
+    stages: tuple[StagePlan, ...]
     overlap: float | None
     estimate: Estimate | None = None
 
     @property
-    def prunes(self) -> list[PrunePlan]:
-        return [stage for stage in self.stages if isinstance(stage, PrunePlan)]
+    def changes(self) -> list[StagePlan]:
+        """The stages that change weights, in order."""
+        return [stage for stage in self.stages if stage.stage.changes_weights]
 
 
 def make_plan(
@@ -123,125 +146,49 @@ def make_plan(
     """Jobs and windows of every stage. RecipeError (or DataError) listing all that is wrong."""
     problems: list[GossamerError] = []
     texts = Texts(source.folder, recipe, skeleton)
-    stages: list[PrunePlan | EvaluatePlan] = []
+    planning = Planning(model, recipe, machine, source, skeleton, texts, device, trust_remote_code)
+    stages: list[StagePlan] = []
     for index, stage in enumerate(recipe.stages):
+        if stage.stage == "export":
+            continue
         try:
-            if isinstance(stage, PruneStage):
-                stages.append(_plan_prune(index, stage, recipe, skeleton, texts))
-            elif isinstance(stage, EvaluateStage):
-                stages.append(_plan_evaluate(index, stage, recipe, skeleton, texts, machine))
+            stages.append(stage_kind(stage.stage).plan(index, stage, planning))
         except GossamerError as error:
             problems.append(error)
     overlap = None
-    if not problems:
+    for check in (lambda: _check_attachments(recipe, source), texts.check_overlap):
+        if problems:
+            break
         try:
-            overlap = texts.check_overlap()
+            overlap = check()
         except GossamerError as error:
             problems.append(error)
     if problems:
         raise _all_of(problems)
-    return Plan(model, source, skeleton, recipe, machine, device, trust_remote_code, tuple(stages), overlap)
+    ordered = tuple(in_order(stages))
+    return Plan(model, source, skeleton, recipe, machine, device, trust_remote_code, ordered, overlap)
 
 
-def _plan_prune(index: int, stage: PruneStage, recipe: Recipe, model: StreamedModel, texts: Texts) -> PrunePlan:
-    method = get_method(stage.method)
-    pattern = parse_pattern(stage.pattern_text, str(stage.scope or getattr(method, "scope", "row")))
-    if stage.scope == "model" and stage.method != "magnitude":
-        raise RecipeError(
-            f"scope model is not possible with {stage.method}: its scores are comparable inside one matrix only",
-            hint="use --method magnitude, or --allocation owl to spread the sparsity over the blocks",
-        )
-    chosen, excluded = select(stage, model)
-    skipped = [pair for i in range(model.num_blocks) for pair in model.unprunable(i)]
-    skipped += [(prunable.name, "excluded") for prunable in excluded]
-    check_shapes(pattern, chosen)
-    jobs = [MatrixJob(prunable, pattern, tuple(model.source_keys(prunable))) for prunable in chosen]
-    if not jobs:
-        raise RecipeError(
-            "nothing is left to prune", hint="check --include and --exclude; `gossamer inspect` lists names"
-        )
-    if stage.reconstruct and distributed.world() > 1:
-        raise RecipeError(
-            f"reconstruct trains on all windows in one process, and {distributed.world()} were started",
-            hint="run the same command without a launcher",
-        )
-    windows = source = None
-    needed = bool(method.needs) or stage.reconstruct or stage.allocation == "owl"
-    if needed or stage.calibration is not None:
-        data = stage.calibration or DEFAULT_CALIBRATION
-        seqlen = sequence_length(stage.seqlen, model.max_positions, "--seqlen")
-        windows, source = texts.calibration(data, stage.nsamples, seqlen)
-    return PrunePlan(index, stage, tuple(jobs), tuple(skipped), windows, source)
+def in_order(stages: Sequence[StagePlan]) -> list[StagePlan]:
+    """Stages as they run: what is attached beside the weights comes right after the last stage that changes weights."""
+    last = max((i for i, stage in enumerate(stages) if stage.stage.changes_weights), default=-1)
+    early = [stage for stage in stages[: last + 1] if stage.stage.attaches]
+    first = [stage for stage in stages[: last + 1] if not stage.stage.attaches]
+    return [*first, *early, *stages[last + 1 :]]
 
 
-def _plan_evaluate(
-    index: int, stage: EvaluateStage, recipe: Recipe, model: StreamedModel, texts: Texts, machine: Machine
-) -> EvaluatePlan:
-    given = stage.seqlen or next((s.seqlen for s in recipe.stages if isinstance(s, PruneStage) and s.seqlen), None)
-    seqlen = sequence_length(given, model.max_positions, "--eval-seqlen" if stage.seqlen else "--seqlen")
-    windows, protocol, digest = texts.evaluation(stage.data, seqlen, stage.windows, evaluation_dtype(machine))
-    return EvaluatePlan(index, stage, windows, protocol, digest)
-
-
-def select(stage: PruneStage, model: StreamedModel) -> tuple[list[Prunable], list[Prunable]]:
-    """(matrices to prune, matrices left out by include/exclude).
-
-    `include` patterns that match matrices inside the blocks keep only those; a pattern that matches the head alone adds
-    the head. RecipeError for a pattern that matches nothing, or for a head that shares the embedding's weight.
-    """
-    inside = [prunable for i in range(model.num_blocks) for prunable in model.prunables(i)]
-    head = model.head()
-    names = [prunable.name for prunable in inside]
-    for option, patterns in (("--include", stage.include), ("--exclude", stage.exclude)):
-        for pattern in patterns:
-            candidates = [*names, *([head.name] if head else [])]
-            if not any(re.search(pattern, name) for name in candidates):
-                raise RecipeError(f"{option} {pattern!r} matches no matrix", hint=f"names look like {_examples(names)}")
-    filters = [pattern for pattern in stage.include if any(re.search(pattern, name) for name in names)]
-    wanted = [p for p in inside if not filters or _matches(p.name, filters)]
-    if head is not None and _matches(head.name, stage.include) and not _matches(head.name, filters):
-        if model.head_is_tied and not stage.untie:
+def _check_attachments(recipe: Recipe, source: FolderSource) -> None:
+    """RecipeError when weights change under something that was measured on them."""
+    own = source.config.get(METADATA_KEY)
+    changed = [stage.stage for stage in recipe.stages if stage.changes_weights]
+    made = {stage.attaches for stage in recipe.stages}
+    known = {kind.attaches for kind in STAGES.values() if kind.attaches}
+    for name in sorted(known & set(own if isinstance(own, dict) else ())):
+        if changed and name not in made:
             raise RecipeError(
-                f"{head.name} shares its weight with the input embedding, which is never pruned",
-                hint="add --untie to give the head a weight of its own",
+                f"{source.folder} has its {name} measured on its weights, and {changed[0]} changes them",
+                hint=f"add a stage that makes the {name} anew, or start from the checkpoint before it",
             )
-        wanted.append(head)
-    kept = [p for p in wanted if not _matches(p.name, stage.exclude)]
-    names_kept = {p.name for p in kept}
-    return kept, [p for p in inside if p.name not in names_kept]
-
-
-def check_shapes(pattern: Pattern, chosen: list[Prunable]) -> None:
-    """RecipeError, one for all, unless the pattern fits every matrix."""
-    unfit = {prunable.name: _misfit(pattern, *prunable.shape, prunable.name) for prunable in chosen}
-    errors = {name: error for name, error in unfit.items() if error is not None}
-    if not errors:
-        return
-    first = next(iter(errors.values()))
-    if len(errors) == 1:
-        raise first
-    shapes = [prunable.shape for prunable in chosen if prunable.name in errors]
-    rows, cols = (math.gcd(*sizes) for sizes in zip(*shapes, strict=True))
-    common = _misfit(pattern, rows, cols, "all of them")  # what divides the common divisor divides every one
-    advice = ((common and common.hint) or "").partition(", or ")[2]
-    kinds = list(dict.fromkeys(_kind(name) for name in errors))
-    message = f"{first.message}; the same with {len(errors) - 1} more of {len(chosen)} matrices"
-    if len(errors) < len(chosen):
-        advice = f"leave them out with --exclude '({'|'.join(kinds)})', or {advice}"
-    raise RecipeError(message, hint=advice or None)
-
-
-def _misfit(pattern: Pattern, rows: int, cols: int, name: str) -> GossamerError | None:
-    try:
-        pattern.check(rows, cols, name)
-    except GossamerError as error:
-        return error
-    return None
-
-
-def _kind(name: str) -> str:
-    """The last part of a name that is no number: what the matrix is called in every block."""
-    return next(part for part in reversed(name.split(".")) if not part.isdigit())
 
 
 def sequence_length(given: int | None, limit: int | None, option: str) -> int:
@@ -256,14 +203,6 @@ def sequence_length(given: int | None, limit: int | None, option: str) -> int:
 def evaluation_dtype(machine: Machine) -> torch.dtype:
     """float32 unless a dtype was asked for, so that a perplexity does not depend on the checkpoint's dtype."""
     return torch.float32 if machine.dtype == "auto" else getattr(torch, machine.dtype)
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(re.search(pattern, name) for pattern in patterns)
-
-
-def _examples(names: list[str]) -> str:
-    return ", ".join(names[:3])
 
 
 def _all_of(problems: list[GossamerError]) -> GossamerError:

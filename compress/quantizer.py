@@ -71,6 +71,7 @@ class GossamerHfQuantizer(HfQuantizer):
         self._masks: dict[str, SourceMask] = {}
         self._scales: dict[str, Scales] = {}
         self._form = "dense"
+        self._folder: Path | None = None
         self._placement: Placement | None = None
         self.outgoing: tuple[dict[str, torch.Tensor], dict[str, str]] | None = None
 
@@ -92,6 +93,7 @@ class GossamerHfQuantizer(HfQuantizer):
             return model
         with torch.device("cpu"):
             source, self._form = _open(paths)
+            self._folder = source.folder
             self._keys = KeyMap(model, source, dtype or torch.float32, torch.device("cpu"))
             check_complete(model, self._keys, source.folder)
             check_conversions(self._keys, model)
@@ -132,6 +134,10 @@ class GossamerHfQuantizer(HfQuantizer):
                     self._placement.finish(model)
                 attach(model, self._keys, self._masks, self._form, self._scales, self._placement)
             self._masks, self._scales = {}, {}
+        if self._folder is not None and self._form == "sparse":
+            from .attachments import apply_attachments
+
+            apply_attachments(model, self._folder)
         if self._form == "dense":
             self.remove_quantization_config(model)
         return model

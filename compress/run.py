@@ -28,14 +28,13 @@ from .failpoint import failpoint
 from .finite import check_finite
 from .journal import NAME as JOURNAL
 from .journal import Journal, begun
-from .plan import EvaluatePlan, Plan, PrunePlan, check_output, make_plan, partial_of, require_free
+from .plan import Plan, StagePlan, check_output, make_plan, partial_of, require_free
 from .progress import Progress, Recorder
 from .recipe import Machine, Recipe
 from .report import Report, environment
 from .source import open_source
 from .stages.base import Context, StageReport
-from .stages.evaluate import run_evaluate
-from .stages.prune import PruneRun
+from .stages.registry import stage_kind
 from .summary import build_report
 from .writer import sync_folder
 
@@ -185,15 +184,18 @@ def _own_journal(partial: Path, facts: dict[str, Any], resume: bool, progress: P
     return Journal.start(partial, facts)
 
 
-def _stage(context: Context, stage: PrunePlan | EvaluatePlan) -> StageReport:
+def _stage(context: Context, stage: StagePlan) -> StageReport:
     """Run a stage, or take its report from the journal when it is finished."""
     done = context.journal.done(stage.name)
-    if done is not None:
-        if isinstance(stage, PrunePlan):
-            context.finished.append(context.work / stage.name)
-        return StageReport(**done)
-    report = PruneRun(context, stage).run() if isinstance(stage, PrunePlan) else run_evaluate(context, stage)
-    context.finish(stage.name, asdict(report))
+    if done is None:
+        report = stage_kind(stage.stage.stage).run(context, stage)
+        context.finish(stage.name, asdict(report))
+    else:
+        report = StageReport(**done)
+    if stage.stage.changes_weights:
+        context.finished.append(context.work / stage.name)
+    if stage.stage.attaches:
+        context.attached.append(report)
     return report
 
 

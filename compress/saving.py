@@ -23,6 +23,7 @@ from ..kernels.bitmask.dispatch import compress
 from ..kernels.modules.state import lazy_weights
 from ..kernels.modules.weight import PackedWeight, ordinary
 from .attached import Attached, ModelMasks, Outgoing, outgoing
+from .attachments import save_attachments
 from .format import (
     BITMASK,
     METADATA_KEY,
@@ -103,6 +104,9 @@ def save_pretrained(
     _check(folder, form, variant, kwargs)
     tensors, records, bits = _prepared(self, form, state_dict)
     _tell_config(self, form, records)
+    if is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_attachments(self, folder)
     arguments |= {"save_original_format": False, **kwargs}
     single, index = (folder / name for name in _NAMES[form])
     before = _stamp(single)

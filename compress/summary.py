@@ -54,12 +54,10 @@ def build_report(
             "bytes": _bytes(before, after, files),
             "values": INT8 if plan.recipe.export.values == "int8" else "same",
             "sparsity": _sparsity(before, after),
-            "stages": [{"stage": r.kind, "index": r.index, "seconds": round(r.seconds, 3)} for r in reports],
-            "layers": [row | {"stage": r.index} for r in reports if r.kind == "prune" for row in r.result["layers"]],
-            "reconstruction": [
-                row | {"stage": r.index} for r in reports if r.kind == "prune" for row in r.result["rebuilt"]
-            ],
-            "skipped": [{"name": n, "reason": why} for stage in plan.prunes for n, why in stage.skipped],
+            "stages": [_stage_entry(report) for report in reports],
+            "layers": [row | {"stage": r.index} for r in reports for row in r.result.get("layers", ())],
+            "reconstruction": [row | {"stage": r.index} for r in reports for row in r.result.get("rebuilt", ())],
+            "skipped": [{"name": n, "reason": why} for stage in plan.changes for n, why in stage.skipped],
             "masks": files.mask_digest,
             "notes": _notes(context),
             "time_s": round(seconds, 3),
@@ -81,7 +79,14 @@ def prunable_keys(plan: Plan) -> set[str]:
     """Checkpoint tensors that hold prunable matrices: all in the decoder blocks, the head only when it was pruned."""
     model = plan.skeleton
     keys = {key for i in range(model.num_blocks) for p in model.prunables(i) for key in model.source_keys(p)}
-    return keys | {key for stage in plan.prunes for job in stage.jobs for key in job.keys}
+    return keys | {key for stage in plan.changes for job in stage.jobs for key in job.keys}
+
+
+def _stage_entry(report: StageReport) -> dict[str, Any]:
+    """A stage in the report: what is told elsewhere (rows per matrix, evaluations) is left out."""
+    own = {} if report.kind == "evaluate" else report.result
+    figures = {key: value for key, value in own.items() if key not in ("layers", "rebuilt")}
+    return {"stage": report.kind, "index": report.index, "seconds": round(report.seconds, 3), **figures}
 
 
 def _last_evaluation(reports: list[StageReport]) -> dict[str, Any] | None:
@@ -90,7 +95,7 @@ def _last_evaluation(reports: list[StageReport]) -> dict[str, Any] | None:
 
 
 def _calibration(plan: Plan) -> dict[str, Any] | None:
-    stages = [stage for stage in plan.prunes if stage.windows is not None]
+    stages = [stage for stage in plan.stages if stage.windows is not None and stage.calibration is not None]
     if not stages:
         return None
     stage = stages[-1]

@@ -11,7 +11,7 @@ import torch
 from .. import distributed
 from ..blocks import StreamedModel
 from ..journal import Journal
-from ..plan import Plan
+from ..plan import Plan, StagePlan
 from ..progress import Recorder
 from ..source import OverlaySource, StoredSource
 from ..values import with_values
@@ -19,13 +19,17 @@ from ..values import with_values
 
 @dataclass
 class Context:
-    """State of one run. `finished`: part folders of the prune stages that are complete, in order."""
+    """State of one run. `finished`: part folders of the stages that changed weights and are complete, in order.
+
+    `attached`: reports of the stages that add something beside the weights.
+    """
 
     plan: Plan
     partial: Path
     journal: Journal
     progress: Recorder
     finished: list[Path] = field(default_factory=list)
+    attached: list[StageReport] = field(default_factory=list)
 
     @property
     def work(self) -> Path:
@@ -38,6 +42,24 @@ class Context:
         folder = self.work / "scratch"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def part_folder(self, stage: StagePlan) -> Path:
+        """Where `stage` leaves its part files; what is there survives a kill."""
+        folder = self.work / stage.name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def state_folder(self, stage: StagePlan) -> Path:
+        """Where `stage` keeps what it needs to go on after a kill, such as a trainer's checkpoints."""
+        folder = self.work / "state" / stage.name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def attachment(self, stage: StagePlan, name: str) -> Path:
+        """Where `stage` writes a file that will be OUT/gossamer/`name`; it also goes into the report's `files`."""
+        folder = self.work / "attached" / stage.name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
 
     def finish(self, unit: str, result: dict[str, Any]) -> None:
         """Every rank calls it when `unit` is done; the journal is written once, and nobody goes on before it is."""
@@ -57,14 +79,18 @@ class Context:
     @property
     def untied(self) -> bool:
         """Whether a finished stage gave the head a weight of its own."""
-        return any(stage.stage.untie for stage in self.plan.prunes[: len(self.finished)])
+        return any(stage.untie for stage in self.plan.changes[: len(self.finished)])
 
     @property
     def head_changed(self) -> bool:
-        """Whether what is written outside the blocks differs from the source: the output matrix was untied, pruned, or
-        has a mask from before and is rounded now."""
-        stages = self.plan.prunes[: len(self.finished)]
-        if self.untied or any(job.prunable.kind == "head" for stage in stages for job in stage.jobs):
+        """Whether what is written outside the blocks may differ from the source: the output matrix was untied, pruned
+        or trained, or has a mask from before and is rounded now."""
+        stages = self.plan.changes[: len(self.finished)]
+        if (
+            self.untied
+            or not all(stage.layerwise for stage in stages)
+            or any(job.prunable.kind == "head" for stage in stages for job in stage.jobs)
+        ):
             return True
         outer = self.plan.skeleton.outer_keys() if self.plan.recipe.export.values == "int8" else []
         return any(self.plan.source.record(key) is not None for key in outer)
@@ -90,12 +116,18 @@ class Context:
 
 @dataclass(frozen=True)
 class StageReport:
-    """What a stage adds to the report: `kind`, seconds, and rows or figures of its own."""
+    """What a stage adds to the report: `kind`, seconds, and rows or figures of its own.
+
+    `layers` in `result`: one row per pruned matrix (docs/report.md). `entry`: what an attaching stage says under its
+    name in config.json; `files`: what it wrote with `Context.attachment`, as paths below the folder of unfinished work.
+    """
 
     kind: str
     index: int
     seconds: float
     result: dict[str, Any]
+    entry: dict[str, Any] | None = None
+    files: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return {"stage": self.kind, "index": self.index, "seconds": round(self.seconds, 3), **self.result}

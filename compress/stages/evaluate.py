@@ -7,25 +7,45 @@ import time
 
 from ...errors import ModelError
 from ..evaluate import compare
-from ..plan import EvaluatePlan, evaluation_dtype
+from ..needs import Needs, evaluation_needs
+from ..plan import EvaluatePlan, Plan, Planning, evaluation_dtype, sequence_length
 from ..report import evaluation_entry
+from ..stage_recipes.evaluate import EvaluateStage
 from .base import Context, StageReport
 
 
-def run_evaluate(context: Context, plan: EvaluatePlan) -> StageReport:
-    """Compare the dense model with what would be written now. ModelError when the dense model has no finite loss."""
-    started = time.monotonic()
-    dtype = evaluation_dtype(context.plan.machine)
-    comparison = compare(
-        context.open(context.plan.source, dtype),
-        context.open(context.written(), dtype, untie=context.untied),
-        plan.windows,
-        memory_bytes=context.plan.machine.max_memory_bytes // 2,
-        progress=context.progress,
-        scratch=context.scratch,
-        same_head=not context.head_changed,
-    )
-    if not math.isfinite(comparison.before.cross_entropy):
-        raise ModelError("the dense model's loss is not finite", hint="try --dtype float32, or check the checkpoint")
-    seconds = time.monotonic() - started
-    return StageReport("evaluate", plan.index, seconds, evaluation_entry(comparison, plan.protocol))
+class Evaluate:
+    """Perplexity and KL to the dense model."""
+
+    def plan(self, index: int, stage: EvaluateStage, planning: Planning) -> EvaluatePlan:
+        """Windows and protocol. Without a length of its own the stage takes that of the first stage that has one."""
+        lengths = (getattr(s, "seqlen", None) for s in planning.recipe.stages if not isinstance(s, EvaluateStage))
+        given = stage.seqlen or next((length for length in lengths if length), None)
+        option = "--eval-seqlen" if stage.seqlen else "--seqlen"
+        seqlen = sequence_length(given, planning.skeleton.max_positions, option)
+        dtype = evaluation_dtype(planning.machine)
+        windows, protocol, digest = planning.texts.evaluation(stage.data, seqlen, stage.windows, dtype)
+        return EvaluatePlan(index, stage, windows=windows, protocol=protocol, text_digest=digest)
+
+    def needs(self, plan: Plan, stage: EvaluatePlan) -> Needs:
+        return evaluation_needs(plan, stage)
+
+    def run(self, context: Context, stage: EvaluatePlan) -> StageReport:
+        """The dense model against what would be written now. ModelError when the dense model has no finite loss."""
+        started = time.monotonic()
+        dtype = evaluation_dtype(context.plan.machine)
+        comparison = compare(
+            context.open(context.plan.source, dtype),
+            context.open(context.written(), dtype, untie=context.untied),
+            stage.windows,
+            memory_bytes=context.plan.machine.max_memory_bytes // 2,
+            progress=context.progress,
+            scratch=context.scratch,
+            same_head=not context.head_changed,
+        )
+        if not math.isfinite(comparison.before.cross_entropy):
+            raise ModelError(
+                "the dense model's loss is not finite", hint="try --dtype float32, or check the checkpoint"
+            )
+        seconds = time.monotonic() - started
+        return StageReport("evaluate", stage.index, seconds, evaluation_entry(comparison, stage.protocol))

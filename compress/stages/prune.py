@@ -20,8 +20,9 @@ from ..calibration import accumulator_for, collect
 from ..evaluate import capture, propagate
 from ..failpoint import failpoint
 from ..hidden import HiddenStore
+from ..jobs import MatrixJob
 from ..masks import MaskSource
-from ..plan import MatrixJob, PrunePlan
+from ..plan import PrunePlan
 from ..progress import BlockDone
 from ..residual import Places, residual_places
 from ..source import OverlaySource
@@ -55,7 +56,7 @@ class PruneRun:
         self.context = context
         self.plan = plan
         self.method = get_method(plan.stage.method)
-        self.folder = context.work / plan.name
+        self.folder = context.part_folder(plan)
         before = context.current()
         untie = plan.stage.untie or context.untied
         self.model = context.open(before, context.dtype, untie=untie)
@@ -78,7 +79,6 @@ class PruneRun:
     def run(self) -> StageReport:
         """Prune every block that the journal does not hold yet."""
         started = time.monotonic()
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.patterns = budgets(self.context, self.plan, self.model)
         rows: list[dict[str, Any]] = []
         blocks = self.model.num_blocks
@@ -102,7 +102,6 @@ class PruneRun:
         finally:
             if streams is not None:
                 streams.close()
-        self.context.finished.append(self.folder)
         return StageReport(
             "prune", self.plan.index, time.monotonic() - started, {"layers": rows, "rebuilt": self.rebuilt}
         )

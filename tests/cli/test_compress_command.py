@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 from gossamer.cli.main import app
 from gossamer.compress.recipe import (
     DEFAULT_CALIBRATION,
-    DEFAULT_EVALUATION,
-    DEFAULT_SPARSITY,
     EvaluateStage,
     ExportStage,
     Machine,
     PruneStage,
     Recipe,
 )
+from gossamer.compress.stage_recipes.evaluate import DEFAULT_EVALUATION
+from gossamer.compress.stage_recipes.prune import DEFAULT_SPARSITY
 
 
 class Driver(types.ModuleType):

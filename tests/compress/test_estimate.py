@@ -71,16 +71,17 @@ def test_bytes_are_exact(case, tmp_path, monkeypatch):
 
 def test_memory_limit_and_spilled_states(tmp_path):
     """Hidden states beyond half of the limit go to disk, and are counted there."""
-    from gossamer.compress.estimate import _held, _spilled
+    from gossamer.compress.needs import held
     from gossamer.compress.recipe import Machine
+    from gossamer.compress.stages.prune_needs import prune_needs
 
     model = save_family("llama", tmp_path / "model")
     made = plan(model, tmp_path / "out", recipe(HALF), Machine(max_memory="20000"))
-    stage = made.prunes[0]
+    stage = made.changes[0]
     object.__setattr__(stage, "windows", torch.zeros(10, 16, dtype=torch.int64))
     states = 10 * 16 * 48 * 4
-    assert _held(made, stage) == 10000
-    assert _spilled(made, stage) == states - 10000
+    assert held(made, states) == 10000
+    assert prune_needs(made, stage).disk == states - 10000
 
 
 def test_a_full_disk_is_found_before_a_weight_is_read(tmp_path, monkeypatch):

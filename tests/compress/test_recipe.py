@@ -10,8 +10,8 @@ from gossamer.compress.recipe import (
     Recipe,
     build,
     load_recipe,
-    parse_bytes,
 )
+from gossamer.compress.sizes import parse_bytes
 from gossamer.errors import RecipeError
 
 
@@ -41,7 +41,7 @@ def test_yaml_and_objects_build_the_same_recipe(tmp_path):
         ("stages: [{stage: prune, sparsity: 1}]", "sparsity must be in"),
         ("stages: [{stage: prune, sparsity: 0.5, pattern: '2:4'}]", "not both"),
         ("stages: [{stage: prune, include: ['(']}]", "regular expression"),
-        ("stages: [{stage: evaluate}]", "at least one prune"),
+        ("stages: [{stage: evaluate}]", "at least one stage that changes"),
         ("stages: [{stage: export}, {stage: prune}]", "at the end"),
         ("stages: [{stage: prune, bananas: 1}]", "bananas"),
         ("stages: [{stage: fry}]", "fry"),

@@ -1,0 +1,1 @@
+"""What a recipe may say of each kind of stage: one frozen class per file."""
