@@ -66,12 +66,12 @@ def check_memory(*tensors: Tensor) -> None:
             )
 
 
-def check_threshold(threshold: Tensor, channels: int, device: torch.device) -> None:
-    """Raises KernelError unless threshold is float32 [channels] on `device`, contiguous."""
+def check_threshold(threshold: Tensor, channels: int, device: torch.device, what: str = "threshold") -> None:
+    """Raises KernelError unless threshold, or `what`, is float32 [channels] on `device`, contiguous."""
     if threshold.dtype is not torch.float32 or threshold.device != device:
-        raise KernelError(f"threshold is {name(threshold.dtype)} on {threshold.device}, it must be float32 on {device}")
+        raise KernelError(f"{what} is {name(threshold.dtype)} on {threshold.device}, it must be float32 on {device}")
     if threshold.dim() != 1 or threshold.shape[0] != channels or not threshold.is_contiguous():
-        raise KernelError(f"threshold has shape {list(threshold.shape)}, it must be contiguous [{channels}]")
+        raise KernelError(f"{what} has shape {list(threshold.shape)}, it must be contiguous [{channels}]")
 
 
 def check_bias(bias: Tensor | None, outputs: int, x: Tensor) -> None:

@@ -67,7 +67,7 @@ def add_splits(partial: tl.tensor, y: tl.tensor, size: tl.tensor, SPLITS: tl.con
 
 
 def partial_sums(splits: int, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """float32 [splits or one more, y.numel()] for `finish`, and the part of it for the sums: a bias is the first split."""
+    """float32 [splits or one more, y.numel()] for `finish`, and the part for the sums: a bias is the first split."""
     partial = y.new_empty(splits + (bias is not None), y.numel(), dtype=torch.float32)
     if bias is None:
         return partial, partial

@@ -1,4 +1,4 @@
-"""Several matrices that skip the same inputs of the same 1 to 8 vectors: query, key and value of one input, or gate and up.
+"""Several matrices that skip the same inputs of 1 to 8 vectors: query, key and value of one input, or gate and up.
 
 The same bits as `channel_gemv` and `dual_gemv` one after the other; what is saved is the way from Python to the threads
 and back, and looking for the active inputs more than once. It also says how many there were.
@@ -21,13 +21,17 @@ from . import cpu
 
 
 def active_gemv(
-    x: Tensor, threshold: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    x: Tensor,
+    threshold: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    center: Tensor | None = None,
 ) -> tuple[list[Tensor], int | Tensor]:
     """x [..., in] times each of `weights` over the active inputs only: [..., out] in x's dtype, and how many were read.
 
     A weight is W^T [in, out] of `channel_gemv` or a packed tensor of `dual_gemv` (uint8), all of x's dtype and number
-    of inputs, with a bias [out] in x's dtype or None: sums begin there, in float32. Of several rows, an input counts as
-    read when any row needs it. On GPUs the number is a tensor int32 [1], which nobody has waited for. No operator of
+    of inputs, with a bias [out] in x's dtype or None: sums begin there, in float32. `center`, float32 [in], is taken
+    off x first, rounded to x's dtype. Of several rows, an input counts as read when any row needs it. On GPUs the number is a tensor int32 [1], which nobody has waited for. No operator of
     torch: inside torch.compile call the single ones. Raises KernelError as they do.
     """
     outputs = [_outputs(x, weight) for weight in weights]
@@ -36,18 +40,20 @@ def active_gemv(
     for bias, count in zip(biases, outputs, strict=True):
         check_bias(bias, count, x)
     check_threshold(threshold, x.shape[-1], x.device)
+    if center is not None:
+        check_threshold(center, x.shape[-1], x.device, "center")
     which = choose(x.device.type)
+    tier = current() if which == "cpu" else None
+    if tier is not None:
+        return cpu.active_gemv(tier, x, threshold, weights, outputs, biases, center)
+    x = x if center is None else (x.float() - center).to(x.dtype)
     if which == "triton":
         from . import triton
 
         return triton.active_gemv(x, threshold, weights, outputs, biases)
-    tier = current() if which == "cpu" else None
-    if tier is not None:
-        return cpu.active_gemv(tier, x, threshold, weights, outputs, biases)
-    rows = channel.active(x, threshold).view(-1, x.shape[-1])
-    return [_single(x, threshold, weight, bias) for weight, bias in zip(weights, biases, strict=True)], int(
-        rows.any(0).count_nonzero()
-    )
+    rows = channel.active(x, threshold).reshape(x.shape[:-1].numel(), x.shape[-1])
+    results = [_single(x, threshold, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    return results, int(rows.any(0).count_nonzero())
 
 
 def _outputs(x: Tensor, weight: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""`active_gemv` for GPUs: the active inputs are listed once, then one product after the other. `dispatch` has checked."""
+"""`active_gemv` for GPUs: active inputs are listed once, then product after product. `dispatch` has checked."""
 
 from __future__ import annotations
 

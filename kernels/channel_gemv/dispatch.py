@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...errors import KernelError
+from ..active import cpu
 from ..arguments import check_bias, check_rows, check_threshold, check_weight
 from ..backend import choose
 from ..library import operator
 from ..memory import empty_weight
 from ..tier import current
-from ..active import cpu
 from . import reference
 
 

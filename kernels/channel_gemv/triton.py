@@ -188,9 +188,9 @@ def channel_gemv(
     bias: Tensor | None = None,
     listed: Listed | None = None,
 ) -> Tensor:
-    """x [..., in] times weight_t [in, out] over the active inputs, which may be `listed` already, plus bias: the same bits on every run and on every GPU.
+    """x [..., in] times weight_t [in, out] over the active inputs, which may be `listed` already, plus bias.
 
-    Those of a row among others can differ from those of the row alone: the list of both is cut at other places.
+    The same bits on every run and on every GPU. Those of a row among others can differ from those of the row alone: the list of both is cut at other places.
     """
     if not batch * weight_t.numel():
         return empty_sum(x, weight_t.shape[1], bias)

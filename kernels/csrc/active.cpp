@@ -68,7 +68,13 @@ void run_units(const Tier& tier, int dtype, const ActiveMatrix& matrix, const Ac
 }  // namespace
 
 std::int64_t active_gemv(const Tier& tier, int dtype, const void* x, int batch, std::int64_t channels,
-                         const float* threshold, const ActiveMatrix* matrices, int count, int threads) {
+                         const float* threshold, const float* center, const ActiveMatrix* matrices, int count,
+                         int threads) {
+    if (center != nullptr) {
+        std::uint8_t* moved = scratch<2>(batch * channels * element_size(dtype));
+        tier.subtract(dtype, x, center, batch, channels, moved);
+        x = moved;
+    }
     const Active found = compact<0>(tier, dtype, x, batch, channels, threshold);
     std::int64_t bytes = 0;
     for (int i = 0; i < count; ++i) bytes += units_of(matrices[i], dtype, found).all();

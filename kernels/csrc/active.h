@@ -16,9 +16,9 @@ struct ActiveMatrix {
     void* y;           // [batch, outputs]
 };
 
-// All of them in one parallel region, the active channels listed once. Returns how many there are. The same bits as one
-// matrix after the other, for any number of threads.
+// All of them in one parallel region, the active channels of x - center (rounded; no center: of x) listed once. Returns how
+// many there are. The same bits as one matrix after the other, for any number of threads.
 std::int64_t active_gemv(const Tier& tier, int dtype, const void* x, int batch, std::int64_t channels,
-                         const float* threshold, const ActiveMatrix* matrices, int count, int threads);
+                         const float* threshold, const float* center, const ActiveMatrix* matrices, int count, int threads);
 
 }  // namespace gossamer

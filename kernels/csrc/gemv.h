@@ -84,6 +84,8 @@ struct Tier {
     // active [channels] and values [count, padded batch], both with room for one more vector.
     std::int64_t (*compact)(int dtype, const void* x, int batch, std::int64_t channels, const float* threshold,
                             std::int32_t* active, float* values);
+    // x [rows, count] - center [count], rounded to x's dtype: y.
+    void (*subtract)(int dtype, const void* x, const float* center, int rows, std::int64_t count, void* y);
     void (*dual_run)(int dtype, const DualCall&, std::int64_t panel_begin, std::int64_t panel_end);
     void (*neuron_run)(int dtype, const NeuronCall&, std::int64_t begin, std::int64_t end);
 };

@@ -111,7 +111,7 @@ void define_gemv(nb::module_& m) {
         g::int8_gemv(*at<const g::Tier>(tier), dtype, at<const void>(x), batch, at<const Bytes>(packed), at<void>(y),
                      threads);
     }, unlocked);
-    m.def("active_gemv", [](Address tier, int dtype, Address x, int batch, std::int64_t channels, Address threshold,
+    m.def("active_gemv", [](Address tier, int dtype, Address x, int batch, std::int64_t channels, Address threshold, Address center,
                             const std::vector<std::tuple<Address, std::int64_t, bool, Address, Address>>& matrices,
                             int threads) {
         g::ActiveMatrix few[8];
@@ -126,7 +126,7 @@ void define_gemv(nb::module_& m) {
             list[count++] = {at<const void>(weight), outputs, packed, at<const void>(bias), at<void>(y)};
         }
         return g::active_gemv(*at<const g::Tier>(tier), dtype, at<const void>(x), batch, channels,
-                              at<const float>(threshold), list, count, threads);
+                              at<const float>(threshold), at<const float>(center), list, count, threads);
     }, unlocked);
 }
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ...errors import KernelError
+from ..active.cpu import active_gemv
 from ..arguments import check_bias, check_rows, check_threshold, name
 from ..backend import choose
 from ..bitmask import dispatch as bitmask
 from ..extension import compiled
 from ..library import operator
 from ..tier import current
-from ..active.cpu import active_gemv
 from . import cpu, layout, reference
 from .record import Record, record_of
 
@@ -69,8 +69,8 @@ def dual_gemv(x: Tensor, packed: Tensor, threshold: Tensor, rows: int, bias: Ten
     """x [..., in] times the packed matrix [rows, in] transposed over the active inputs only: [..., rows] in x's dtype.
 
     Input i of a row is active unless |x_i| <= threshold_i (float32 [in]), exactly as in `channel_gemv`; a channel is
-    read when any row of x needs it. Sums in float32, from `bias` [rows] in x's dtype on, or from zero. x: the dtype of the values, contiguous, 1 to 8 rows. The same bits
-    for any number of threads, and for a row alone or among others. Raises KernelError for what does not fit, a
+    read when any row of x needs it. Sums in float32, from `bias` [rows] in x's dtype on, or from zero. x: the dtype of
+    the values, contiguous, 1 to 8 rows. The same bits for any number of threads, and for a row alone or among others. Raises KernelError for what does not fit, a
     malformed matrix, and where a gradient would be needed.
 
     In channels that are read, pruned entries multiply as +0.0: an active infinity or NaN in x makes NaN of them.

@@ -10,7 +10,7 @@ from .layout import unpack
 
 
 def dual_gemv(x: Tensor, packed: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in], zero where not active, times the packed matrix [out, in] transposed, plus bias; in float32, rounded once.
+    """x [..., in], zero where not active, times the packed matrix [out, in] transposed, plus bias; rounded once.
 
     Channels that no row needs are not read. In the others, pruned entries multiply as +0.0, so an active infinity in x
     makes NaN of every output that is pruned there.

@@ -3,7 +3,6 @@
 `gpu_layout` makes the matrix; `channel_gemv/triton.py` the list. `dispatch` has checked the arguments.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -105,9 +104,9 @@ def dual_gemv(
     bias: Tensor | None = None,
     listed: Listed | None = None,
 ) -> Tensor:
-    """x [..., in] times W^T over the active inputs and kept weights, plus bias; `listed` as in `channel_gemv`: the same bits on every run and on every GPU.
+    """x [..., in] times W^T over the active inputs and kept weights, plus bias; `listed` as in `channel_gemv`.
 
-    Those of a row among others can differ from those of the row alone: the list of both is cut at other places.
+    The same bits on every run and on every GPU. Those of a row among others can differ from those of the row alone: the list of both is cut at other places.
     """
     channels, words = matrix.masks.shape
     if not batch * rows * channels:

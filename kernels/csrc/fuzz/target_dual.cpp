@@ -182,7 +182,7 @@ void multiply(Random& random, const Exact& matrix, const Header& header, const E
         if (tier == nullptr) continue;
         const Exact y(2 * outputs, 0xFF), split(2 * outputs, 0x7F);
         const ActiveMatrix whole{matrix.as(), header.rows, true, c.bias, y.as()};
-        active_gemv(*tier, dtype, x.as(), batch, header.cols, threshold.as<float>(), &whole, 1,
+        active_gemv(*tier, dtype, x.as(), batch, header.cols, threshold.as<float>(), nullptr, &whole, 1,
                     static_cast<int>(random.between(1, 4)));
         run_split(random, *tier, matrix, header, c, split);
         expect(same(dtype, y.as(), split.as(), outputs), std::string(tier->name) + ": another split gives other bits");

@@ -56,7 +56,7 @@ void channel(Random& random, const Tier& tier, const Case& c, const Exact& x, co
     const std::int64_t channels = c.rows, outputs = c.cols;
     const Exact y(c.batch * outputs * element_size(c.dtype), 0xFF), again(y.size(), 0x7F);
     const ActiveMatrix matrix{c.weight.as(), outputs, false, bias, y.as()};
-    const std::int64_t read = active_gemv(tier, c.dtype, x.as(), c.batch, channels, threshold.as<float>(), &matrix, 1,
+    const std::int64_t read = active_gemv(tier, c.dtype, x.as(), c.batch, channels, threshold.as<float>(), nullptr, &matrix, 1,
                                           static_cast<int>(random.between(1, 4)));
     const auto active = [&](std::int64_t b, std::int64_t i) {
         return !(std::fabs(number(c.dtype, x.as(), b * channels + i)) <= number(kFloat32, threshold.as(), i));
