@@ -23,7 +23,7 @@ VERSION = 1
 
 
 def write_policy(path: Path, policy: Policy) -> dict[str, Any]:
-    """Write the file, whole or not at all, and return its entry for config.json. The same policy gives the same bytes."""
+    """Write the file, whole or not at all, and return its entry for config.json. Deterministic."""
     tensors, record = to_tensors(policy)
     text = json.dumps(record, sort_keys=True, separators=(",", ":"))
     write_file(path, [output(name, tensor) for name, tensor in tensors.items()], {"format": "pt", RECORD: text})
@@ -31,7 +31,7 @@ def write_policy(path: Path, policy: Policy) -> dict[str, Any]:
 
 
 def read_policy(folder: Path, entry: Any) -> Policy:
-    """The policy that `entry`, of the folder's config.json, speaks of. CheckpointError for anything that does not fit."""
+    """The policy that `entry`, of the folder's config.json, speaks of. CheckpointError for what does not fit."""
     if not isinstance(entry, dict) or entry.get("format_version") != VERSION:
         found = entry.get("format_version") if isinstance(entry, dict) else entry
         raise CheckpointError(

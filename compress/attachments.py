@@ -15,7 +15,9 @@ from typing import Any, Protocol
 
 from .format import METADATA_KEY
 
-_TABLE: dict[str, str] = {}  # name of the entry -> "module:Class"
+_TABLE: dict[str, str] = {  # name of the entry -> "module:Class"
+    "activation": "activation_attachment:ActivationAttachment",
+}
 
 
 _WANTED: ContextVar[bool] = ContextVar("attachments wanted", default=True)
