@@ -24,7 +24,7 @@ from .curve import GRID, Curve, equal_error, least_total, rising
 from .lowrank import with_residual
 from .method import BlockData, Evaluate, Extent, Fitted, Log, Method, Site, column_norms
 from .quantiles import quantile
-from .refine import grouped, refine
+from .refine import HIGHEST, balanced, grouped, refine
 
 EXPONENTS = (0.0, 0.5, 1.0)
 ROUNDS = 3  # of centres and masks in turns
@@ -67,7 +67,8 @@ class Auto(Method):
         probe = _probe(site)
         found = [self._entries(probe, probe, share) for share in GRID[1:]]
         self._tables[site.leader] = [{}, *(choice.entries for choice in found)]
-        return Curve(GRID, rising([0.0, *(self._error(probe, choice) for choice in found)]), site.size)
+        errors = rising([0.0, *(self._error(probe, choice) for choice in found)])
+        return Curve(GRID, errors, site.size, float((site.x == 0).float().mean()))
 
     def share(
         self, curves: Mapping[str, Curve], target: float, extent: Extent, evaluate: Evaluate, log: Log
@@ -75,21 +76,20 @@ class Auto(Method):
         """The best of a few starts, refined by the loss of the whole model. See `Method.share`."""
         weights = target * extent.whole
         sizes = {name: curve.size for name, curve in curves.items()}
+        floors = {name: min(curve.free, HIGHEST) for name, curve in curves.items() if curve.free > 0}
         even = dict.fromkeys(curves, weights / extent.sites)
         starts = {"even": even, "equal": equal_error(curves, weights)[0], "total": least_total(curves, weights)}
+        starts["between"] = {name: (even[name] + starts["total"][name]) / 2 for name in curves}
+        starts = {kind: balanced(shares, sizes, weights, floors) for kind, shares in starts.items()}
         if self.options.allocation in starts:
             return starts[self.options.allocation]
         order = sorted(curves, key=_natural)
-        starts["between"] = {name: (even[name] + starts["total"][name]) / 2 for name in curves}
 
         def loss(shares: Mapping[str, float]) -> float:
             return evaluate([Fitted(self._nearest(shares))])
 
         best = min(starts.values(), key=loss)
-        try:
-            return refine(best, sizes, grouped(order, self.options.groups), loss, self.options.rounds, log)
-        finally:
-            self._tables.clear()
+        return refine(best, sizes, grouped(order, self.options.groups), loss, self.options.rounds, log, floors)
 
     def _nearest(self, shares: Mapping[str, float]) -> dict[str, LinearPolicy]:
         """Entries of the survey, for the nearest share of its grid."""
@@ -122,21 +122,20 @@ class Auto(Method):
         return self._entries(site, probe, share).entries
 
     def _entries(self, site: Site, probe: Site, share: float) -> Choice:
-        best: tuple[float, Choice] | None = None
-        for exponent in self.options.exponents:
-            scale = self._importance(site) ** exponent
-            center = torch.zeros(site.width) if not self.options.centers else None
-            threshold, middle = split(site.x, scale, share, center)
-            entries = {}
-            for name, weight in site.weights.items():
-                shift = weight @ middle if self.options.centers else None
-                entries[name] = LinearPolicy(threshold, middle if self.options.centers else None, shift)
-            found = Choice(entries, exponent, 0)
-            error = self._error(probe, found)
-            if best is None or error < best[0]:
-                best = error, found
-        assert best is not None
-        return best[1]
+        """Entries for a share: the exponent is the best one on the probe, the thresholds are those of the site."""
+        tried = [self._made(probe, share, exponent) for exponent in self.options.exponents]
+        best = min(tried, key=lambda found: self._error(probe, found))
+        return best if probe is site else self._made(site, share, best.exponent)
+
+    def _made(self, site: Site, share: float, exponent: float) -> Choice:
+        scale = self._importance(site) ** exponent
+        center = None if self.options.centers else torch.zeros(site.width)
+        threshold, middle = split(site.x, scale, share, center)
+        entries = {}
+        for name, weight in site.weights.items():
+            centered = (middle, weight @ middle) if self.options.centers else (None, None)
+            entries[name] = LinearPolicy(threshold, *centered)
+        return Choice(entries, exponent, 0)
 
     def _importance(self, site: Site) -> Tensor:
         if site.gradient is not None:
@@ -169,7 +168,7 @@ def split(x: Tensor, scale: Tensor, share: float, center: Tensor | None = None) 
 
     `center` given: it stays.
     """
-    middle = x.median(0).values if center is None else center
+    middle = x[:: max(1, len(x) // PROBE)].median(0).values if center is None else center
     for _ in range(ROUNDS if center is None else 1):
         value = quantile((x - middle).abs() * scale, share)
         threshold = value / scale.clamp_min(torch.finfo(torch.float32).tiny)

@@ -151,6 +151,7 @@ class Calibration:
         shares = self._shares(target, extent)
         sizes = {site[0].name: sum(p.size for p in site) for found in self.found.values() for site in found.sites}
         goal = target
+        tried: list[tuple[float, float]] = []
         best: tuple[float, Policy] | None = None
         for round_ in range(FITS):
             budgets = balanced(shares, sizes, goal * extent.whole) if shares and round_ else shares
@@ -159,7 +160,8 @@ class Calibration:
                 best = realised, policy
             if abs(realised - target) <= TOLERANCE:
                 break
-            goal = min(max(goal + target - realised, 0.0), highest)
+            tried.append((goal, realised))
+            goal = min(max(_next_goal(tried, target), 0.0), highest)
         assert best is not None
         return best[1]
 
@@ -282,6 +284,20 @@ class Calibration:
         from safetensors.torch import load_file
 
         return load_file(self.keep / f"gradient-{index:05d}.safetensors")
+
+
+def _next_goal(tried: Sequence[tuple[float, float]], target: float) -> float:
+    """By the last two goals and what they gave, on a line; by the difference where there is one, or no slope.
+
+    What is zero anyway, as behind a ReLU, makes the slope smaller than one.
+    """
+    goal, realised = tried[-1]
+    slope = 1.0
+    if len(tried) > 1:
+        before, gave = tried[-2]
+        if abs(goal - before) > 1e-6:
+            slope = min(max((realised - gave) / (goal - before), 0.2), 2.0)
+    return goal + (target - realised) / slope
 
 
 def held_windows(windows: int) -> int:
