@@ -29,6 +29,7 @@ from .refine import HIGHEST, balanced, grouped, refine
 EXPONENTS = (0.0, 0.5, 1.0)
 ROUNDS = 3  # of centres and masks in turns
 PROBE = 512  # tokens that errors are measured on
+PAYS = 0.98  # of the block's error: a residual that leaves more is not worth its two further products
 SINK = 20.0  # times the median norm: such tokens are not calibrated on
 
 
@@ -57,7 +58,8 @@ class Auto(Method):
         self.options = options or Options(allocation="search" if search else "even")
         self._tables: dict[str, list[Mapping[str, LinearPolicy]]] = {}  # by site, for every share of the grid
         self.follows = self.options.follows
-        self.needs = frozenset({"inputs", "gradient"} if self.options.gradient else {"inputs"})
+        needs = {"inputs": True, "gradient": self.options.gradient, "error": self.options.residual}
+        self.needs = frozenset(name for name, wanted in needs.items() if wanted)
 
     def survey(self, block: BlockData) -> dict[str, Curve]:
         """See `Method.survey`."""
@@ -112,11 +114,21 @@ class Auto(Method):
             found = self._entries(site, probe, share)
             assert found is not None
             if self.options.residual:
-                entries, rank = with_residual(site.x, site.weights, partial(self._maps, site, probe), share)
-                found = Choice(entries, found.exponent, rank)
+                found = self._with_residual(site, probe, share, found, linears, block)
             linears |= found.entries
             facts[whole.leader] = {"share": share, "exponent": found.exponent, "rank": found.rank}
         return Fitted(linears, facts={"sites": facts})
+
+    def _with_residual(
+        self, site: Site, probe: Site, share: float, found: Choice, others: Mapping[str, LinearPolicy], block: BlockData
+    ) -> Choice:
+        """With a residual of the same cost, if the block's output, with `others` before it, is nearer to the dense one."""
+        entries, rank = with_residual(site.x, site.weights, partial(self._maps, site, probe), share)
+        if rank == 0 or block.error is None:
+            return found
+        before = block.error({**others, **found.entries}, {})
+        after = block.error({**others, **entries}, {})
+        return Choice(entries, found.exponent, rank) if after < PAYS * before else found
 
     def _maps(self, site: Site, probe: Site, share: float) -> Mapping[str, LinearPolicy]:
         return self._entries(site, probe, share).entries

@@ -2,8 +2,8 @@
 
     survey   (methods that share over the whole model) error curves of every site in the dense model
     fit      every block in order; on the dense model's activations, or on those of the sparse blocks below
-    correct  what the policy really skips is counted on windows that nothing was fitted on, the last HELD of them; the
-             fit is repeated with the goal moved by the difference until it is below TOLERANCE
+    correct  what the policy really skips is counted on the calibration windows; the fit is repeated with the goal moved
+             by the difference until it is below TOLERANCE
 
 A finished block's entries are durable before the next begins, so a killed run goes on from there.
 """
@@ -32,9 +32,8 @@ from .sites import BlockSites, find_sites
 from .survey import survey
 from .walk import PROMPT, Walk
 
-TOLERANCE = 0.002  # of the realised sparsity on calibration text
+TOLERANCE = 0.001  # of the realised sparsity on calibration text
 FITS = 4  # at most
-HELD = 0.125  # of the calibration windows
 PROBES = 4  # windows on which a block's error is measured, and on which searches run
 SEARCH = 16
 
@@ -102,11 +101,7 @@ class Calibration:
         self.usable = torch.ones_like(windows, dtype=torch.bool) if usable is None else usable
         self.walk = walk or Walk(
             model, windows, memory_bytes=memory_bytes, scratch=scratch, prompt=prompt, resident=resident,
-            counted=held_windows(len(windows)),
         )  # fmt: skip
-        if len(windows) > 1:
-            self.usable = self.usable.clone()
-            self.usable[-held_windows(len(windows)) :] = False
         check_usable(self.usable, self.walk.start, name)
         self.scratch, self.keep, self.memory_bytes = scratch, keep or scratch, memory_bytes
         self.found: dict[int, BlockSites] = {}
@@ -298,11 +293,6 @@ def _next_goal(tried: Sequence[tuple[float, float]], target: float) -> float:
         if abs(goal - before) > 1e-6:
             slope = min(max((realised - gave) / (goal - before), 0.2), 2.0)
     return goal + (target - realised) / slope
-
-
-def held_windows(windows: int) -> int:
-    """Windows that are kept for counting."""
-    return max(1, int(windows * HELD))
 
 
 def _with_error(data: Any, error: Any) -> Any:
