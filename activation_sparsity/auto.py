@@ -122,7 +122,7 @@ class Auto(Method):
     def _with_residual(
         self, site: Site, probe: Site, share: float, found: Choice, others: Mapping[str, LinearPolicy], block: BlockData
     ) -> Choice:
-        """With a residual of the same cost, if the block's output, with `others` before it, is nearer to the dense one."""
+        """With a residual of the same cost, if the block's output under it and `others` is nearer to the dense one."""
         entries, rank = with_residual(site.x, site.weights, partial(self._maps, site, probe), share)
         if rank == 0 or block.error is None:
             return found

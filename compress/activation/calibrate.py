@@ -143,6 +143,8 @@ class Calibration:
                 f"{target:.1%}",
                 hint=f"ask for at most {int(highest * 1000) / 1000}, or use --activation auto",
             )
+        if target <= 0:
+            return self._with_facts(self._policy([], None), target, Reads())
         shares = self._shares(target, extent)
         sizes = {site[0].name: sum(p.size for p in site) for found in self.found.values() for site in found.sites}
         goal = target
@@ -161,7 +163,7 @@ class Calibration:
         return best[1]
 
     def _shares(self, target: float, extent: Extent) -> dict[str, float]:
-        if not self.method.surveys or target <= 0:
+        if not self.method.surveys:
             return {}
         known = self.parts.budgets()
         if known is None:

@@ -50,7 +50,7 @@ def highest_sparsity(
         found = Found(sparsity, policy, *measure(policy))
         log(f"sparsity {sparsity:.1%}: perplexity {found.increase:+.2%} ± {found.error:.2%} on validation text")
         points.append((sparsity, found.increase))
-        if least is None or found.increase < least.increase:
+        if least is None or found.increase <= least.increase:
             least = found
         if found.increase <= limit:
             low = sparsity
