@@ -14,6 +14,7 @@ import typer
 
 PRUNING = "Pruning"
 TRAINING = "Training"
+ACTIVATION = "Activation sparsity"
 DATA = "Data"
 OUTPUT = "Output"
 MACHINE = "Machine"
