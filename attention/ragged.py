@@ -17,12 +17,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..errors import KernelError, ModelError
 from ..kernels.window_attention.dispatch import window_step
-from . import chunk
+from . import chunk, flex
 from .layout import Layout, Rules, Step, grid
 from .mask import UNLIMITED, HeadMask
 from .plan import HeadPlan, HeadRule
 
 MARK = "gossamer_layer"
+PREFILL = {"blocks": chunk.attend, "flex": flex.attend}  # how several tokens at once attend
 
 
 class Held:
@@ -42,8 +43,8 @@ class Held:
 class Shared:
     """What the layers of a cache have in common: rules, and the arithmetic of the token that all are about to take."""
 
-    def __init__(self, plan: HeadPlan, reserve: int = 0) -> None:
-        self.plan, self.reserve = plan, reserve
+    def __init__(self, plan: HeadPlan, reserve: int, prefill: str) -> None:
+        self.plan, self.reserve, self.prefill = plan, reserve, PREFILL[prefill]
         self.windows = [UNLIMITED] * plan.layers
         self._rules: Rules | None = None
         self._layout: Layout | None = None
@@ -180,7 +181,7 @@ class RaggedLayer(CacheLayerMixin):
                 own = [head * group + i for head in heads for i in range(group)]
                 span = self._span(rows, heads).then(start, _pick(key, rows, heads, tokens), _pick(value, rows, heads, tokens))
                 if more:
-                    made = chunk.attend(
+                    made = self.shared.prefill(
                         _pick(query, rows, own, tokens), span, start, rule, self.shared.plan.block, scale, mask.reach
                     )
                     _put(out, rows, own, tokens, made)
@@ -287,10 +288,13 @@ class RaggedLayer(CacheLayerMixin):
 
 
 class RaggedCache(Cache):
-    """A cache for a head plan. `reserve`: tokens that there shall be room for from the begin."""
+    """A cache for a head plan. `reserve`: tokens that there shall be room for from the begin.
 
-    def __init__(self, plan: HeadPlan, reserve: int = 0) -> None:
-        self.shared = Shared(plan, reserve)
+    `prefill`: "blocks" (chunk.py's products of the keys that a block of queries sees) or "flex" (flex_attention).
+    """
+
+    def __init__(self, plan: HeadPlan, reserve: int = 0, prefill: str = "blocks") -> None:
+        self.shared = Shared(plan, reserve, prefill)
         super().__init__(layers=[RaggedLayer(self.shared, index) for index in range(plan.layers)])
 
     @property
