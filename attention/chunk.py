@@ -35,9 +35,7 @@ class Span:
         new = torch.arange(start, start + key.shape[2], device=key.device)
         if not self.positions.numel():
             return Span(new, key, value)
-        return Span(
-            torch.cat([self.positions, new]), torch.cat([self.key, key], 2), torch.cat([self.value, value], 2)
-        )
+        return Span(torch.cat([self.positions, new]), torch.cat([self.key, key], 2), torch.cat([self.value, value], 2))
 
 
 def seen_by(rule: HeadRule, block: int, queries: Tensor, keys: Tensor, reach: int) -> Tensor:

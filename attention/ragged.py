@@ -179,7 +179,9 @@ class RaggedLayer(CacheLayerMixin):
             start, more = self.counts[rows[0]], len(tokens)
             for rule, heads in _by_rule(self.rules):
                 own = [head * group + i for head in heads for i in range(group)]
-                span = self._span(rows, heads).then(start, _pick(key, rows, heads, tokens), _pick(value, rows, heads, tokens))
+                span = self._span(rows, heads).then(
+                    start, _pick(key, rows, heads, tokens), _pick(value, rows, heads, tokens)
+                )
                 if more:
                     made = self.shared.prefill(
                         _pick(query, rows, own, tokens), span, start, rule, self.shared.plan.block, scale, mask.reach
@@ -195,7 +197,9 @@ class RaggedLayer(CacheLayerMixin):
         """Sequences (and the new tokens that are real) that have the same count, ring and real tokens."""
         groups: dict[Any, tuple[list[int], list[int]]] = {}
         limits = self.layout.limits if self.layout is not None else (0,) * len(self.counts)
-        real = [list(range(length))] * len(self.counts) if new is None else [row.nonzero()[:, 0].tolist() for row in new]
+        real = (
+            [list(range(length))] * len(self.counts) if new is None else [row.nonzero()[:, 0].tolist() for row in new]
+        )
         for row, tokens in enumerate(real):
             groups.setdefault((self.counts[row], limits[row], tuple(tokens)), ([], tokens))[0].append(row)
         return list(groups.values())

@@ -12,7 +12,7 @@ from headplans import plan_for, tiny
 from gossamer.attention.layout import GRAIN, grid
 from gossamer.attention.plan import FULL, HeadPlan, HeadRule
 from gossamer.attention.ragged import RaggedCache, RaggedLayer
-from gossamer.compress.heads import apply, applied, new_cache, remove
+from gossamer.compress.heads import applied, apply, new_cache, remove
 from gossamer.errors import ModelError
 
 

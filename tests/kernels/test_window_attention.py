@@ -13,7 +13,16 @@ from gossamer.kernels.window_attention.dispatch import window_attention, window_
 
 NAN = float("nan")
 # batch, KV heads, query heads per KV head, width
-SHAPES = [(1, 1, 1, 8), (2, 3, 2, 5), (1, 2, 8, 64), (3, 1, 7, 33), (1, 2, 3, 80), (2, 1, 13, 16), (1, 1, 4, 128), (1, 1, 1, 1)]
+SHAPES = [
+    (1, 1, 1, 8),
+    (2, 3, 2, 5),
+    (1, 2, 8, 64),
+    (3, 1, 7, 33),
+    (1, 2, 3, 80),
+    (2, 1, 13, 16),
+    (1, 1, 4, 128),
+    (1, 1, 1, 1),
+]
 LENGTHS = [(1, 0), (0, 1), (17, 30), (512, 0), (500, 13), (700, 1100), (3, 0), (0, 0)]
 
 
