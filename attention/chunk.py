@@ -1,7 +1,7 @@
 """Several new tokens at once on a ragged cache: prefill, prompts in pieces, further turns.
 
-Sequences with equally many tokens and heads with one rule go together. Queries come in blocks, and a block multiplies only
-the sinks and the range of keys that one of its queries sees: the work follows the plan, not the length.
+Sequences with equally many tokens and heads with one rule go together. Queries come in blocks, and a block multiplies
+only the sinks and the range of keys that one of its queries sees: the work follows the plan, not the length.
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ class Span:
         """With further tokens at positions from `start` on."""
         new = torch.arange(start, start + key.shape[2], device=key.device)
         if not self.positions.numel():
-            return Span(new, key, value)
+            return Span(new, key, value)  # as they are: no copy
         return Span(torch.cat([self.positions, new]), torch.cat([self.key, key], 2), torch.cat([self.value, value], 2))
 
 
 def seen_by(rule: HeadRule, block: int, queries: Tensor, keys: Tensor, reach: int) -> Tensor:
     """bool: whether queries see keys, at int64 positions that broadcast; `HeadPlan.visible` within the model's window."""
-    return (keys <= queries) & ((keys < rule.sink) | (keys >= oldest_of(rule, block, queries, 0))) & (
-        keys > queries - reach
+    return (
+        (keys <= queries)
+        & ((keys < rule.sink) | (keys >= oldest_of(rule, block, queries, 0)))
+        & (keys > queries - reach)
     )
 
 
@@ -59,7 +61,8 @@ def attend(query: Tensor, span: Span, start: int, rule: HeadRule, block: int, sc
     for begin in range(0, query.shape[2], QUERIES):
         queries = torch.arange(start + begin, start + min(begin + QUERIES, query.shape[2]), device=query.device)
         end = int(queries[-1]) + 1
-        edges = torch.stack([queries.new_tensor(rule.sink), oldest_of(rule, block, queries[0], reach), queries[-1] + 1])
+        oldest = oldest_of(rule, block, queries[0], reach)
+        edges = torch.stack([queries.new_tensor(rule.sink), oldest, queries[-1] + 1])
         sinks, first, last = torch.searchsorted(span.positions, edges).tolist()
         pieces = [slice(last)] if first <= sinks else [slice(sinks), slice(first, last)]
         positions, key, value = (

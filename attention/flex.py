@@ -6,7 +6,6 @@ query and key. On the CPU, and uncompiled, flex_attention computes everything an
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -24,8 +23,10 @@ def attend(query: Tensor, span: Span, start: int, rule: HeadRule, block: int, sc
     """Attention of queries [sequences, query heads, q, D] at positions from `start` on: the same shape."""
     queries = torch.arange(start, start + query.shape[2], device=query.device)
     table = block_mask(queries, span.positions, rule, block, reach)
-    run: Callable[..., Any] = _compiled() if query.is_cuda else flex_attention
-    return run(query, span.key, span.value, block_mask=table, scale=scale, enable_gqa=query.shape[1] > span.key.shape[1])
+    run: Any = _compiled() if query.is_cuda else flex_attention
+    return run(
+        query, span.key, span.value, block_mask=table, scale=scale, enable_gqa=query.shape[1] > span.key.shape[1]
+    )
 
 
 def block_mask(queries: Tensor, keys: Tensor, rule: HeadRule, block: int, reach: int) -> BlockMask:
@@ -64,5 +65,5 @@ def _table(wanted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _compiled() -> Callable[..., Any]:
+def _compiled() -> Any:
     return torch.compile(flex_attention, dynamic=True)

@@ -8,8 +8,8 @@ Caches are filled with random keys and values: what they hold does not change th
 tokens, unevenly: of every four KV heads two keep 1/16, one 1/8 and one 3/4. Contenders take turns in one process.
 
 - attention: one token through cache update and attention of all layers. Dense: a static cache and
-  scaled_dot_product_attention over the tokens in it, with enable_gqa; and with the heads of a group folded into queries,
-  which is what transformers does for one token.
+  scaled_dot_product_attention over the tokens in it, with enable_gqa; and with the heads of a group folded into
+  queries, which is what transformers does for one token.
 - token: one decode step of the model in our runtime, against bytes / bandwidth: weights and the plan's keys and values,
   at the rate at which dense_gemv reads a matrix larger than the caches.
 - memory: bytes of the cache against the plan, and growth of anonymous resident memory from 1024 tokens on.
@@ -35,8 +35,10 @@ import gossamer
 from gossamer.attention.function import HeadsOfLayer, head_attention
 from gossamer.attention.mask import HeadMask
 from gossamer.attention.plan import HeadPlan, HeadRule
-from gossamer.attention.ragged import RaggedCache
+from gossamer.attention.ragged import RaggedCache, RaggedLayer
+from gossamer.attention.store import Store
 from gossamer.compress.heads import apply, remove
+from gossamer.compress.memory import release
 from gossamer.kernels.dense_gemv.dispatch import dense_gemv
 
 SINK = 64
@@ -45,7 +47,9 @@ SHARES = (64, 64, 128, 768)  # of 1024 tokens, by KV head
 
 def plan_for(config: Any, layers: int) -> HeadPlan:
     rules = [HeadRule(SINK, 0, share / 1024) for share in SHARES]
-    heads = tuple(tuple(rules[(head + layer) % 4] for head in range(config.num_key_value_heads)) for layer in range(layers))
+    heads = tuple(
+        tuple(rules[(head + layer) % 4] for head in range(config.num_key_value_heads)) for layer in range(layers)
+    )
     return HeadPlan(
         config.model_type, config.num_attention_heads, config.head_dim, 64, (8192, 32768), None, heads
     )  # fmt: skip
@@ -54,13 +58,19 @@ def plan_for(config: Any, layers: int) -> HeadPlan:
 def filled(plan: HeadPlan, length: int, room: int, dtype: torch.dtype) -> RaggedCache:
     """A cache that has seen `length` random tokens."""
     cache = RaggedCache(plan, reserve=length + room)
+    layout = cache.shared.layout((length,), torch.device("cpu"))
+    like = torch.empty(1, 1, plan.head_dim, dtype=dtype)
     for layer in cache.layers:
-        layer.lazy_initialization(torch.empty(1, 1, 1, 1, dtype=dtype), torch.empty(0))
-        layer.layout = cache.shared.layout((length,), torch.device("cpu"))
-        shape = (1, layer.layout.rows[layer.index], plan.head_dim)
-        layer.keys, layer.values = (torch.randn(shape).to(dtype) for _ in range(2))
-        layer.counts, layer.seen = (length,), length
+        layer.lazy_initialization(like, like)
+        layer.store = Store(layer.index, plan.heads[layer.index], plan.block, layout, like)
+        fill(layer, length)
     return cache
+
+
+def fill(layer: RaggedLayer, length: int) -> None:
+    layer.store.keys.normal_()
+    layer.store.values.normal_()
+    layer.store.counts, layer.seen = (length,), length
 
 
 def static(config: Any, layers: int, length: int, room: int, dtype: torch.dtype) -> StaticCache:
@@ -71,7 +81,9 @@ def static(config: Any, layers: int, length: int, room: int, dtype: torch.dtype)
     return cache
 
 
-def attention_contenders(config: Any, plan: HeadPlan, length: int, room: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+def attention_contenders(
+    config: Any, plan: HeadPlan, length: int, room: int, dtype: torch.dtype
+) -> dict[str, Callable[[], Any]]:
     layers, kv = plan.layers, config.num_key_value_heads
     query = torch.randn(1, config.num_attention_heads, 1, config.head_dim).to(dtype)
     new = torch.randn(1, kv, 1, config.head_dim).to(dtype)
@@ -102,7 +114,7 @@ def attention_contenders(config: Any, plan: HeadPlan, length: int, room: int, dt
 def in_turns(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Best decile of seconds per call."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for name, call in contenders.items():
+    for call in contenders.values():
         call()
     order = random.Random(0)
     for _ in range(rounds):
@@ -160,17 +172,17 @@ def anonymous() -> int:
 
 def growth(plan: HeadPlan, lengths: list[int], dtype: torch.dtype) -> list[dict[str, Any]]:
     """Anonymous memory as one cache grows from 1024 tokens, laid out anew as in decoding, and its tensors' bytes."""
-    cache, rows = filled(plan, 1024, 0, dtype), []
+    cache, rows = filled(plan, 1024, -1024, dtype), []
+    release()
     before, bytes_before = anonymous(), plan.kv_bytes(1024, element_size=dtype.itemsize)
     for length in range(2048, max(lengths) + 1, 1024):
         for layer in cache.layers:
-            layer._lay_out(cache.shared.layout((length,), torch.device("cpu")))
-            layer.keys.normal_()
-            layer.values.normal_()
-            layer.counts, layer.seen = (length,), length
-        cache.shared.reserve = 0
+            layer.store.make_room(cache.shared.layout((length,), torch.device("cpu")))
+            fill(layer, length)
         if length in lengths:
-            held = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
+            held = sum(
+                t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.store.keys, layer.store.values)
+            )
             wanted = plan.kv_bytes(length, element_size=dtype.itemsize)
             rows.append({
                 "tokens": length, "cache_bytes": held, "plan_bytes": wanted, "bytes_off": held / wanted - 1,

@@ -54,8 +54,11 @@ def test_decode(case, name):
 
 def varlen(query, key, value, begin_q, begin_k, max_q, max_k, *, return_aux, scale, enable_gqa, seqused_k):
     """What torch's varlen_attn computes, for one query per sequence and one KV head; garbage where there is no key."""
-    assert query.shape[0] == begin_q[-1] == len(begin_k) - 1 and max_q == 1 and return_aux.lse
-    assert enable_gqa == (query.shape[1] > 1) and key.shape[1] == 1 and max_k >= seqused_k.max()
+    assert (query.shape[0], max_q, key.shape[1]) == (int(begin_q[-1]), 1, 1)
+    assert len(begin_k) == query.shape[0] + 1
+    assert return_aux.lse
+    assert enable_gqa == (query.shape[1] > 1)
+    assert max_k >= seqused_k.max()
     out, lse = torch.full_like(query, 1e9), torch.full(query.shape[:2], float("inf"))
     for i, (begin, count) in enumerate(zip(begin_k.tolist(), seqused_k.tolist(), strict=False)):
         if count:
@@ -83,7 +86,9 @@ def test_tables_of_tiles(rule, reach):
     plan = HeadPlan("m", 1, 8, 4, (8,), None, ((rule,),))
     for start, stored in ((0, 0), (300, 300), (517, 200)):
         queries = torch.arange(start, start + 391)
-        kept = torch.arange(start)[: rule.sink].tolist() + list(range(max(start - stored, min(rule.sink, start)), start))
+        kept = torch.arange(start)[: rule.sink].tolist() + list(
+            range(max(start - stored, min(rule.sink, start)), start)
+        )
         keys = torch.tensor(kept + queries.tolist())
         table = flex.block_mask(queries, keys, rule, 4, reach)
         seen = plan.visible(0, queries, keys)[0] & (keys > queries[:, None] - reach)
