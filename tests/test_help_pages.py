@@ -39,6 +39,7 @@ def test_all_commands_are_there():
         "generate",
         "inspect",
         "methods",
+        "windows",
     ]
 
 
