@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.memory import zeros_apart
 from .chunk import Span
 from .layout import Layout
 from .plan import HeadRule
+
+PIECE = 2048  # tokens moved at a time: what is copied on the way stays small
 
 
 class Store:
@@ -31,9 +34,13 @@ class Store:
             return
         old, (layout, keys, values) = self.alike(None, 0), self._empty(layout, self.keys)
         for rows, _ in old:
-            for rule, heads in by_rule(self.rules):
-                span = self.span(rows, rule, heads)
-                _write(span, span.positions, rows, heads, self.layer, layout, keys, values)
+            which = torch.tensor(rows, device=keys.device)[:, None]
+            for head, rule in enumerate(self.rules):
+                kept = kept_positions(rule, self.block, self.counts[rows[0]]).to(keys.device)
+                for some in kept.split(PIECE):
+                    source = self.layout.row(self.layer, rows[0], head, some)
+                    target = layout.row(self.layer, rows[0], head, some)
+                    keys[which, target], values[which, target] = self.keys[which, source], self.values[which, source]
         self.layout, self.keys, self.values = layout, keys, values
 
     def alike(self, new: Tensor | None, length: int) -> list[tuple[list[int], list[int]]]:
@@ -70,6 +77,8 @@ class Store:
 
     def _empty(self, layout: Layout, like: Tensor) -> tuple[Layout, Tensor, Tensor]:
         shape = (len(layout.limits), layout.rows[self.layer], like.shape[-1])
+        if like.is_cpu:
+            return layout, zeros_apart(*shape, dtype=like.dtype), zeros_apart(*shape, dtype=like.dtype)
         return layout, like.new_zeros(shape), like.new_zeros(shape)
 
 
