@@ -240,7 +240,7 @@ def compress(
         "overwrite": overwrite,
     }  # fmt: skip
     if dry_run:
-        _show_plan(job, json)
+        show_dry_run(job, json)
     else:
         _run(job, typed_command(ctx), json, quiet)
 
@@ -314,7 +314,8 @@ def _run(job: dict[str, Any], command: str, as_json: bool, quiet: bool) -> None:
     show_lines(report.footer())
 
 
-def _show_plan(job: dict[str, Any], as_json: bool) -> None:
+def show_dry_run(job: dict[str, Any], as_json: bool) -> None:
+    """Print what `job` would do."""
     from ..compress.run import plan
     from .console import show_json, show_lines, show_table
     from .planview import plan_document, plan_lines, plan_rows

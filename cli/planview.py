@@ -41,8 +41,9 @@ def plan_lines(document: dict[str, Any]) -> list[str]:
 
     zeros = sum(row["zeros"] for row in document["matrices"])
     size = sum(row["shape"][0] * row["shape"][1] for row in document["matrices"])
+    pruned = f"{zeros:,} of {size:,} weights will be zero ({percent(zeros / size)})" if size else "no weight changes"
     lines = [
-        f"{len(document['matrices'])} matrices, {zeros:,} of {size:,} weights will be zero ({percent(zeros / size)})",
+        f"{len(document['matrices'])} matrices, {pruned}",
         f"model: {human_bytes(document['bytes_before'])} of weights, device {document['device']}",
         *_needs(document),
         "stages: " + ", ".join(stage["name"] for stage in document["stages"]),
