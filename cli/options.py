@@ -14,6 +14,7 @@ import typer
 
 PRUNING = "Pruning"
 HEADS = "Head plan"
+TRAINING = "Training"
 DATA = "Data"
 OUTPUT = "Output"
 MACHINE = "Machine"

@@ -10,6 +10,7 @@ import typer
 from ..errors import RecipeError
 from . import options as o
 from .failure import typed_command
+from .job import show_plan
 
 if TYPE_CHECKING:
     from ..compress.recipe import Recipe
@@ -215,7 +216,7 @@ def plan_heads(
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
     """Plan how much of the past each KV head of MODEL keeps, and write MODEL with its plan to OUT."""
-    from .compress import build_machine, show_dry_run
+    from .compress import build_machine
 
     fields = {
         "method": method, "density": density, "lengths": _numbers(lengths, "--lengths"), "loss": loss,
@@ -230,7 +231,7 @@ def plan_heads(
         "trust_remote_code": trust_remote_code, "resume": resume, "overwrite": overwrite,
     }  # fmt: skip
     if dry_run:
-        show_dry_run(job, json)
+        show_plan(job, json)
     else:
         _run(job, typed_command(ctx), json, quiet)
 
