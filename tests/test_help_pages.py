@@ -40,6 +40,7 @@ def test_all_commands_are_there():
         "generate",
         "inspect",
         "methods",
+        "plan-heads",
         "windows",
     ]
 
