@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import bench, compress, convert, demo, env, evaluate, finetune, generate, inspect, methods, plan_heads, soup
+from . import (
+    bench,
+    compress,
+    convert,
+    demo,
+    env,
+    evaluate,
+    finetune,
+    generate,
+    inspect,
+    methods,
+    plan_heads,
+    soup,
+    windows,
+)  # fmt: skip
 from .failure import Application
 from .options import examples
 
@@ -32,7 +46,7 @@ app = typer.Typer(
     ),
 )
 _MODULES = (
-    compress, finetune, soup, plan_heads, evaluate, generate, inspect, convert, methods, env, demo, bench,
+    compress, finetune, soup, plan_heads, evaluate, generate, inspect, convert, windows, methods, env, demo, bench,
 )  # fmt: skip
 for _module in _MODULES:
     _module.register(app)

@@ -102,7 +102,9 @@ def _contenders(folder: str, progress: Progress) -> Iterator[Contender]:
     if (model.gossamer_masks or skips) and model.dtype is torch.float32:  # 16-bit weights, as the dense ones
         model = load(folder, dtype=torch.bfloat16)
     if model.gossamer_masks or skips:
-        kind = "ours, sparse" if not skips else "ours, skipping" if not model.gossamer_masks else "ours, sparse, skipping"
+        kind = (
+            "ours, sparse" if not skips else "ours, skipping" if not model.gossamer_masks else "ours, sparse, skipping"
+        )
         yield Contender(kind + _attached(model), folder, model, sparse=True)
         return
     ours = model if model.dtype is torch.bfloat16 else load(folder, dtype=torch.bfloat16)
