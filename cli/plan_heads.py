@@ -10,6 +10,7 @@ import typer
 from ..errors import RecipeError
 from . import options as o
 from .failure import typed_command
+from .job import show_plan
 
 if TYPE_CHECKING:
     from ..compress.recipe import Recipe
@@ -225,8 +226,6 @@ def plan_heads(
 ) -> None:
     """Plan how much of the past each KV head of MODEL keeps, and write MODEL with its plan to OUT."""
     from .compress import build_machine
-    from .job import show_plan
-
     fields = {
         "method": method, "density": density, "lengths": _numbers(lengths, "--lengths"), "loss": loss,
         "sinks": _numbers(sinks, "--sinks"), "block": block, "solver": solver, "time_limit": time_limit,

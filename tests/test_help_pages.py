@@ -41,6 +41,8 @@ def test_all_commands_are_there():
         "inspect",
         "methods",
         "plan-heads",
+        "soup",
+        "windows",
     ]
 
 
