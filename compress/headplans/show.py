@@ -9,7 +9,7 @@ def plan_rows(stage: dict[str, Any]) -> list[tuple[str, ...]]:
     """Per length: density, bytes, predicted eFLOPs per generated token; two bytes per value."""
     from ..report import human_bytes, percent
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for length, cost in stage["plan"]["made"]["cost"].items():
         sparse, dense = cost["plan"], cost["dense"]
         rows.append(
