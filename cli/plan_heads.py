@@ -66,7 +66,7 @@ def plan_heads(
         Optional[str],
         typer.Option(
             metavar="all|group|fisher|moa",
-            help="How a head's loss is predicted (docs/head-plans.md); all: each, validation chooses. \\[default: all]",
+            help="How a head's loss is predicted (docs/head-plans.md); all: group, and a plan of each other one. \\[default: all]",
             rich_help_panel=o.HEADS,
             show_default=False,
         ),
@@ -226,6 +226,7 @@ def plan_heads(
 ) -> None:
     """Plan how much of the past each KV head of MODEL keeps, and write MODEL with its plan to OUT."""
     from .compress import build_machine
+
     fields = {
         "method": method, "density": density, "lengths": _numbers(lengths, "--lengths"), "loss": loss,
         "sinks": _numbers(sinks, "--sinks"), "block": block, "solver": solver, "time_limit": time_limit,

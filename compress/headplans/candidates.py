@@ -63,7 +63,9 @@ def candidates(settings: Settings, profiles: Mapping[int, Profile]) -> list[Cand
         return [Candidate(method, masformer(tied, settings.rules, facts.kv_heads))]
     if method == "per-layer":
         return _search(settings, profiles, losses[0], facts.kv_heads)
-    found = [candidate for loss in losses for candidate in _search(settings, profiles, loss, 1)]
+    found = _search(settings, profiles, losses[0], 1)
+    for loss in losses[1:]:
+        found += _search(settings, profiles, loss, 1, only_one=True)
     # A plan that the influence does not lead to may still be the better one: validation decides.
     return [*found, *_search(settings, profiles, losses[0], facts.kv_heads, only_one=True), even]
 

@@ -28,7 +28,7 @@ class HeadsStage(BaseStage):
     validation: str | None = None
     validation_samples: int = Field(8, ge=1)
     answers: Literal["given", "own"] = Field("given", description="own: the model's own answers to the prompts")
-    loss: HeadLoss = Field("all", description="predicted loss to minimise; all: each, and validation chooses")
+    loss: HeadLoss = Field("all", description="predicted loss to minimise; all: group, and a plan of each other one")
     sinks: tuple[int, ...] | None = None
     block: int | None = Field(None, ge=1)
     solver: Literal["relaxed", "full"] = "relaxed"
