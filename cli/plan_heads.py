@@ -66,7 +66,8 @@ def plan_heads(
         Optional[str],
         typer.Option(
             metavar="all|group|fisher|moa",
-            help="How a head's loss is predicted (docs/head-plans.md); all: group, and a plan of each other one. \\[default: all]",
+            help="How a head's loss is predicted (docs/head-plans.md); all: group, and a plan of each other one. "
+            "\\[default: all]",
             rich_help_panel=o.HEADS,
             show_default=False,
         ),
