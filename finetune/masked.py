@@ -53,7 +53,10 @@ class MaskGuard:
         self._shadows: list[Mapping[str, Tensor]] = []
         for name, mask in masks.items():
             if name not in parameters:
-                raise TrainingError(f"there is a mask for {name}, but the model has no such parameter")
+                raise TrainingError(
+                    f"there is a mask for {name}, but the model has no such parameter",
+                    hint="packed matrices cannot be trained: gossamer.load(..., packed=False)",
+                )
             self._parameters[name] = parameters[name]
             self._set(name, mask if isinstance(mask, Tensor) else mask.to_bool())
         self.attach()
