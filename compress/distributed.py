@@ -198,6 +198,16 @@ def agreed() -> Iterator[None]:
         raise first
 
 
+@contextmanager
+def shared(kind: type[GossamerError]) -> Iterator[None]:
+    """Failures of this kind inside are those of every rank, found together: only rank 0 will tell them."""
+    try:
+        yield
+    except kind as error:
+        error.__dict__[_SHARED] = True
+        raise
+
+
 def on_main(work: Callable[[], T]) -> T:
     """Run `work` on rank 0; its value, or its failure, on every rank."""
     value: Any = None

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..errors import TrainingError
 from ..finetune.losses import LossConfig, row_losses
 from ..finetune.tokens import TokenRows
 from ..finetune.training import Metrics, Retrain, StepDone, TrainingConfig, train
@@ -96,7 +97,7 @@ def retrainer(context: Context, plan: TrainingPlan, teacher: Any | None = None) 
         teacher = open_whole(context, dense=True)
 
     def retrain(model: Any, config: TrainingConfig, masks: Any = None) -> Metrics:
-        with torch.enable_grad():
+        with torch.enable_grad(), distributed.shared(TrainingError):
             return train(model, config, masks, data=plan.text.train, teacher=teacher)
 
     return retrain

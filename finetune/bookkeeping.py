@@ -70,7 +70,7 @@ class Bookkeeping(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **more: Any) -> None:
         """One line of metrics.jsonl, and the watcher told."""
         trainer = self.trainer
-        if logs is None or "loss" not in logs or not args.should_save:
+        if logs is None or "loss" not in logs:
             return
         done = state.global_step - trainer.resumed_from
         seconds = time.monotonic() - trainer.started
@@ -86,6 +86,8 @@ class Bookkeeping(TrainerCallback):
             line["sparsity"] = round(trainer.guard.sparsity, 8)
         line |= {key: value for key, value in logs.items() if key not in ("loss", "learning_rate", "epoch")}
         trainer.history.append(line)
+        if not args.should_save:
+            return
         add_to_history(trainer.config.folder, line)
         if trainer.config.progress is not None:
             trainer.config.progress(

@@ -47,12 +47,16 @@ class MaskGuard:
         self._entries: dict[str, Tensor] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._digests: dict[str, str] = {}
+        self._zeros: dict[str, int] = {}
         self._handles: list[Any] = []
         self._watched: dict[int, Any] = {}
         self._shadows: list[Mapping[str, Tensor]] = []
         for name, mask in masks.items():
             if name not in parameters:
-                raise TrainingError(f"there is a mask for {name}, but the model has no such parameter")
+                raise TrainingError(
+                    f"there is a mask for {name}, but the model has no such parameter",
+                    hint="packed matrices cannot be trained: gossamer.load(..., packed=False)",
+                )
             self._parameters[name] = parameters[name]
             self._set(name, mask if isinstance(mask, Tensor) else mask.to_bool())
         self.attach()
@@ -93,7 +97,7 @@ class MaskGuard:
         """Write +0.0 at every pruned entry of the weights, of what `follow` named and of the optimizer's state."""
         for name, parameter in self._parameters.items():
             pruned = self._pruned(name)
-            _zero(parameter.detach(), pruned)
+            _zero(parameter, pruned)
             for shadow in self._shadows:
                 if name in shadow:
                     _zero(shadow[name], pruned)
@@ -110,7 +114,7 @@ class MaskGuard:
         total = 0
         for name, parameter in self._parameters.items():
             pruned = self._pruned(name)
-            alive = _count(pruned & ((parameter.detach() != 0) | torch.signbit(parameter.detach())))
+            alive = _count_revived(parameter, pruned)
             if alive:
                 raise TrainingError(
                     f"{alive} pruned weights of {name} are no longer zero",
@@ -121,8 +125,8 @@ class MaskGuard:
 
     @property
     def zeros(self) -> int:
-        """Pruned entries, by the masks."""
-        return sum(_count(self._pruned(name)) for name in self._parameters)
+        """Pruned entries, by the masks. No collective operation: one rank may ask alone."""
+        return sum(self._zeros.values())
 
     @property
     def size(self) -> int:
@@ -158,6 +162,7 @@ class MaskGuard:
         self._digests[name] = hashlib.sha256(
             pack_bits(mask.reshape(-1, mask.shape[-1]).cpu()).contiguous().numpy().tobytes()
         ).hexdigest()
+        self._zeros[name] = mask.numel() - int(torch.count_nonzero(mask))
         self._entries[name] = ~_like(mask, parameter)
 
     def _pruned(self, name: str) -> Tensor:
@@ -169,7 +174,7 @@ class MaskGuard:
     def _mask_gradient(self, name: str) -> Any:
         def hook(parameter: Tensor) -> None:
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(self._pruned(name), 0.0)
+                _zero(parameter.grad, self._pruned(name))
 
         return hook
 
@@ -198,8 +203,13 @@ def _like(mask: Tensor, parameter: Any) -> Tensor:
     return distribute_tensor(mask, parameter.device_mesh, parameter.placements)
 
 
-def _zero(tensor: Tensor, pruned: Tensor) -> None:
-    tensor.masked_fill_(pruned, 0.0)
+def _local(tensor: Any) -> Tensor:
+    """This rank's piece of a DTensor, sharing its memory; another tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "placements") else tensor
+
+
+def _zero(tensor: Tensor, pruned: Tensor, value: float = 0.0) -> None:
+    _local(tensor.detach()).masked_fill_(_local(pruned), value)
 
 
 def _zero_state(state: Mapping[str, Any], pruned: Tensor) -> None:
@@ -208,9 +218,9 @@ def _zero_state(state: Mapping[str, Any], pruned: Tensor) -> None:
         if not isinstance(value, Tensor) or value.shape != pruned.shape:
             continue
         if value.dtype is torch.uint8:
-            value.masked_fill_(pruned, _code_of_zero(state, name))
+            _zero(value, pruned, _code_of_zero(state, name))
         elif value.is_floating_point():
-            value.masked_fill_(pruned, 0.0)
+            _zero(value, pruned)
 
 
 def _code_of_zero(state: Mapping[str, Any], name: str) -> int:
@@ -221,9 +231,22 @@ def _code_of_zero(state: Mapping[str, Any], name: str) -> int:
     return int(codes.abs().argmin())
 
 
-def _count(flags: Tensor) -> int:
+def _count(flags: Any) -> int:
+    """Set flags; of a DTensor, on all ranks together."""
     total = flags.sum()
     return int(total.full_tensor() if hasattr(total, "full_tensor") else total)
+
+
+def _count_revived(parameter: Any, pruned: Any) -> int:
+    """Pruned entries that are anything but +0.0, on all ranks together."""
+    values = _local(parameter.detach())
+    alive = _local(pruned) & ((values != 0) | torch.signbit(values))
+    if hasattr(pruned, "placements"):
+        from torch.distributed.tensor import DTensor
+
+        layout = {"shape": pruned.shape, "stride": pruned.stride(), "run_check": False}
+        return _count(DTensor.from_local(alive, pruned.device_mesh, pruned.placements, **layout))
+    return _count(alive)
 
 
 def parameters_of(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:

@@ -39,7 +39,7 @@ def run(model: Any, config: TrainingConfig, masks: Masks, data: TokenRows, teach
     total = config.steps_for(data.length)
     begun = newest_checkpoint(config.folder) if config.resume else None
     rows = Sequence(data, total * config.batch, config.seed)
-    with _quiet(), interruptible() as pressed:
+    with _quiet(), _as_dense(model), interruptible() as pressed:
         trainer = MaskedTrainer(model, config, masks, rows, total, data.length, teacher)
         trainer.pressed = pressed
         before = remember(model) if trainer.is_fsdp_enabled else None
@@ -221,6 +221,19 @@ def _refuse_zero() -> None:
             "training under masks needs FSDP version 2; version 1 flattens parameters, and no mask fits",
             hint="accelerate launch --use_fsdp --fsdp_version 2",
         )
+
+
+@contextmanager
+def _as_dense(model: Any) -> Iterator[None]:
+    """A model that was expanded while it was loaded from packed weights still calls itself quantised; it is not."""
+    expanded = getattr(model, "is_quantized", False) and getattr(model, "gossamer_masks", None) is not None
+    if expanded:
+        model.is_quantized = False
+    try:
+        yield
+    finally:
+        if expanded:
+            model.is_quantized = True
 
 
 @contextmanager

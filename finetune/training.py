@@ -84,6 +84,7 @@ class TrainingConfig:
     make_optimizer: Callable[[nn.Module], Any] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
         if (self.steps is None) == (self.tokens is None):
             raise RecipeError("give the number of steps or the number of tokens, one of the two")
         length = self.tokens if self.steps is None else self.steps

@@ -229,3 +229,27 @@ def test_a_loss_that_explodes_says_where_and_how_to_go_on(tiny, tmp_path):
         compress(model, tmp_path / "out", Recipe(stages=(tune,)))
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial").exists()
+
+
+def test_a_loaded_model_is_trained_from_python(pruned, tmp_path):
+    """Expanded while it is loaded it is an ordinary model with masks; packed it cannot be trained, and says so."""
+    from gossamer.compress.load import load
+    from gossamer.errors import TrainingError
+    from gossamer.finetune.tokens import TokenRows
+    from gossamer.finetune.training import TrainingConfig, train
+
+    model = load(pruned / "sparse", packed=False)
+    before = {name: mask.to_bool() for name, mask in model.gossamer_masks.items()}
+    rows = TokenRows(torch.randint(0, 320, (8, 16)))
+    train(model, TrainingConfig(folder=tmp_path / "run", steps=2, batch=4), data=rows)
+    assert model.is_quantized  # as it was
+    model.save_pretrained(tmp_path / "out")
+    again = load(tmp_path / "out", packed=False)
+    for name, keep in before.items():
+        assert torch.equal(again.gossamer_masks[name].to_bool(), keep)
+        assert torch.equal(again.get_parameter(name), model.get_parameter(name))
+        assert not again.get_parameter(name)[~keep].any()
+    packed = load(pruned / "sparse", dtype=torch.bfloat16)
+    with pytest.raises(TrainingError, match="the model has no such parameter") as error:
+        train(packed, TrainingConfig(folder=tmp_path / "packed", steps=2, batch=4), data=rows)
+    assert "packed=False" in error.value.hint

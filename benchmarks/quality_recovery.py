@@ -1,0 +1,278 @@
+"""Recovery after one-shot pruning by fine-tuning under the masks: docs/quality-recovery.md, in a resumable run.
+
+    python benchmarks/quality.py recovery --search            # learning rates of every row, on a quarter of the tokens
+    python benchmarks/quality.py recovery                     # final cells, each with the rate its row found
+    python benchmarks/quality.py recovery --models stories260k --rows masklora full --seeds 0 1 2
+    python benchmarks/quality.py recovery --render            # only write docs/quality-recovery.md
+
+Every row gets the same tokens, the same number of trials and the same text. Trials are judged by the loss on the
+training text's held-out split; the evaluation text is read by final cells alone. A trial or cell is one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quality_table import Spread
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "quality_recovery.jsonl"
+PAGE = ROOT / "docs" / "quality-recovery.md"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model: how it is pruned, trained and evaluated."""
+
+    sparsity: float
+    training: str
+    evaluation: str
+    windows: int
+    tokens: int
+
+
+SETTINGS = {
+    "stories260k": Setting(
+        0.6, "data/tinystories/calibration.txt", "data/tinystories/evaluation.txt", 400, tokens=500_000
+    ),
+    "tiny-llama": Setting(0.8, "data/gsm8k/train.txt", "data/gsm8k/test.txt", 200, tokens=200_000),
+}
+SEQLEN, BATCH = 256, 4
+
+DENSE = "dense, trained further"
+PRUNED = "one-shot"
+RECOVERY = ["masklora", "bias-norm", "full"]
+ROWS = [DENSE, PRUNED, *RECOVERY]
+RATES = {
+    DENSE: (1e-4, 3e-4, 1e-3),
+    "masklora": (1e-3, 3e-3, 1e-2),
+    "bias-norm": (1e-3, 3e-3, 1e-2),
+    "full": (3e-4, 1e-3, 3e-3),
+}
+
+Line = Mapping[str, Any]
+
+
+def key(line: Line) -> tuple[Any, ...]:
+    """What identifies a line; the last one with a key counts."""
+    return tuple(line[name] for name in ("kind", "model", "row", "seed", "tokens", "rate"))
+
+
+def best_rate(lines: Sequence[Line], model: str, row: str) -> float | None:
+    """The rate of the row's trial with the lowest held-out loss; the middle one where none was run."""
+    if row not in RATES:
+        return None
+    found = [
+        line
+        for line in lines
+        if (line["kind"], line["model"], line["row"]) == ("trial", model, row) and math.isfinite(line["heldout"])
+    ]
+    return min(found, key=lambda line: line["heldout"])["rate"] if found else RATES[row][1]
+
+
+def wanted(options: argparse.Namespace, lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """The lines asked for, without their results, seed by seed."""
+    if options.search:
+        return [
+            {
+                "kind": "trial",
+                "model": model,
+                "row": row,
+                "seed": 0,
+                "tokens": _tokens(options, model) // 4,
+                "rate": rate,
+            }
+            for model, row in itertools.product(options.models, options.rows)
+            for rate in RATES.get(row, ())
+        ]
+    return [
+        {
+            "kind": "cell", "model": model, "row": row, "seed": seed,
+            "tokens": 0 if row == PRUNED else _tokens(options, model), "rate": best_rate(lines, model, row),
+        }
+        for seed, model, row in itertools.product(options.seeds, options.models, options.rows)
+    ]  # fmt: skip
+
+
+def _tokens(options: argparse.Namespace, model: str) -> int:
+    return options.tokens or SETTINGS[model].tokens
+
+
+def stages(line: Line, shared: Path) -> list[Any]:
+    """The recipe of a line; a trial does not look at the evaluation text."""
+    from gossamer.compress.recipe import EvaluateStage, FinetuneStage, PruneStage
+
+    setting = SETTINGS[line["model"]]
+    text = str(shared / setting.training)
+    found: list[Any] = []
+    if line["row"] != DENSE:
+        found.append(PruneStage(sparsity=setting.sparsity, calibration=text, nsamples=128, seqlen=SEQLEN))
+    if line["row"] != PRUNED:
+        method = "full" if line["row"] == DENSE else line["row"]
+        found.append(
+            FinetuneStage(
+                method=method, data=text, seqlen=SEQLEN, tokens=line["tokens"], batch=BATCH, learning_rate=line["rate"]
+            )
+        )
+    if line["kind"] == "cell":
+        found.append(EvaluateStage(data=str(shared / setting.evaluation), seqlen=SEQLEN, windows=setting.windows))
+    return found
+
+
+def run_line(line: dict[str, Any], shared: Path, device: str) -> dict[str, Any]:
+    """One compression; the line of the results file. ValueError when training changed the number of zeros."""
+    from gossamer import __version__
+    from gossamer.compress.recipe import Machine, Recipe
+    from gossamer.compress.run import compress
+
+    started = time.monotonic()
+    recipe = Recipe(stages=stages(line, shared), seed=line["seed"])
+    with tempfile.TemporaryDirectory(prefix="gossamer-quality-") as folder:
+        model = str(shared / "models" / line["model"])
+        report = compress(model, Path(folder) / "out", recipe, Machine(dtype="float32", device=device))
+    result = {
+        "sparsity": report["sparsity"]["prunable"],
+        "zeros": report["sparsity"]["zeros"],
+        "peak": report["peak_memory_bytes"],
+        "seconds": round(time.monotonic() - started, 2),
+        "version": __version__,
+    }
+    trained = next((stage for stage in report["stages"] if stage["stage"] == "finetune"), None)
+    if trained is not None:
+        result |= {
+            "heldout": trained["heldout"]["after"],
+            "trained": trained["trained"],
+            "training_s": trained["seconds"],
+        }
+        pruned = sum(row["zeros"] for row in report["layers"])
+        if trained["zeros"] != pruned:
+            raise ValueError(f"{line}: {pruned} weights were pruned, {trained['zeros']} are masked after training")
+    if line["kind"] == "cell":
+        evaluation = report["evaluation"]
+        result |= {name: evaluation[name]["perplexity"] for name in ("before", "after")}
+    return line | result
+
+
+def cells_of(lines: Sequence[Line], model: str) -> dict[str, dict[int, Line]]:
+    """row -> seed -> line; of several lines the last one counts."""
+    found: dict[str, dict[int, Line]] = {}
+    for line in lines:
+        if line["kind"] == "cell" and line["model"] == model:
+            found.setdefault(line["row"], {})[line["seed"]] = line
+    return found
+
+
+def difference(cells: Mapping[str, Mapping[int, Line]], row: str, other: str) -> str:
+    """Paired over the seeds that both have: mean and twice its standard error."""
+    seeds = sorted(cells.get(row, {}).keys() & cells.get(other, {}).keys())
+    paired = [cells[row][seed]["after"] - cells[other][seed]["after"] for seed in seeds]
+    if not paired:
+        return "-"
+    mean = statistics.fmean(paired)
+    return (
+        f"{mean:+.3f}" if len(paired) < 2 else f"{mean:+.3f} ± {2 * statistics.stdev(paired) / len(paired) ** 0.5:.3f}"
+    )
+
+
+def render(lines: Sequence[Line]) -> str:
+    """The whole page."""
+    parts = [_INTRODUCTION]
+    for model, setting in SETTINGS.items():
+        cells = cells_of(lines, model)
+        if not cells:
+            continue
+        first = next(iter(next(iter(cells.values())).values()))
+        tokens = sorted({line["tokens"] for row in cells.values() for line in row.values() if line["tokens"]})
+        parts.append(
+            f"## {model}, {100 * setting.sparsity:g} %\n\nDense model, untouched: {first['before']:.4f}. Tokens: "
+            f"{', '.join(f'{count:,}' for count in tokens)} of `{setting.training}`, rows of {SEQLEN}, {BATCH} per "
+            f"step. Evaluation: {setting.windows} windows of `{setting.evaluation}`.\n"
+        )
+        header = [
+            "",
+            "perplexity",
+            "against dense, trained further",
+            "zeros",
+            "trained",
+            "rate",
+            "training, s",
+            "peak, MB",
+        ]
+        table = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+        for row in ROWS:
+            if row in cells:
+                table.append(f"| {' | '.join([row, *_figures(cells, row)])} |")
+        parts.append("\n".join(table) + "\n")
+    return "\n".join(parts)
+
+
+def _figures(cells: Mapping[str, Mapping[int, Line]], row: str) -> list[str]:
+    found = list(cells[row].values())
+    spread = Spread.of([line["after"] for line in found])
+    low_high = "" if spread.count == 1 else f" ({spread.low:.2f} to {spread.high:.2f})"
+    first = found[0]
+    return [
+        f"{spread.mean:.2f}{low_high}",
+        "" if row == DENSE else difference(cells, row, DENSE),
+        " / ".join(sorted({f"{line['zeros']:,}" for line in found})),
+        f"{first['trained']:,}" if "trained" in first else "",
+        f"{first['rate']:g}" if first["rate"] else "",
+        f"{statistics.fmean(line['training_s'] for line in found):.0f}" if "training_s" in first else "",
+        f"{max(line['peak'] for line in found) / 1e6:.0f}",
+    ]
+
+
+_INTRODUCTION = f"""# Recovery after pruning
+
+Perplexity after one-shot pruning by the default method and fine-tuning under its masks, made by
+`python benchmarks/quality.py recovery --render`. Mean over seeds, the smallest and the largest in brackets; differences
+are paired over seeds, with twice their standard error. Each trained row had {len(RATES[DENSE])} learning rates on a
+quarter of the tokens, judged by the loss on the held-out split of the training text. Zeros are counted in the written
+files; peak memory is that of the whole process, pruning and evaluation included.
+"""
+
+
+def main(words: Sequence[str]) -> None:
+    from quality import append_result, read_results
+
+    options = _options(words)
+    lines = read_results(options.results)
+    if options.render:
+        options.page.write_text(render(lines), encoding="utf-8")
+        print(f"wrote {options.page}")
+        return
+    done = set() if options.redo else {key(line) for line in lines}
+    asked = wanted(options, lines)
+    todo = [line for line in asked if key(line) not in done]
+    print(f"{len(todo)} of {len(asked)} to run")
+    for number, line in enumerate(todo, 1):
+        result = run_line(line, options.shared.resolve(), options.device)
+        append_result(options.results, result)
+        figure = f"perplexity {result['after']:.3f}" if "after" in result else f"held-out loss {result['heldout']:.4f}"
+        what = f"{line['model']} {line['row']} seed {line['seed']} rate {line['rate']}"
+        print(f"[{number}/{len(todo)}] {what}: {figure} in {result['seconds']:.1f} s", flush=True)
+
+
+def _options(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="quality.py recovery", description=__doc__.split("\n")[0])
+    parser.add_argument("--search", action="store_true", help="trials instead of final cells")
+    parser.add_argument("--models", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--tokens", type=int, help="per run; default: the model's own")
+    parser.add_argument("--redo", action="store_true", help="run again what is there; the later line counts")
+    parser.add_argument("--render", action="store_true", help="run nothing, write the page")
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder with models/ and data/")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args(words)
