@@ -173,7 +173,10 @@ def pareto(problem: Problem, *, full: bool = False, time_limit: float = TIME_LIM
     for weights, upper in tasks:
         if left() <= 0:
             break
-        solution = solve(problem, weights, upper, full=full, time_limit=left(), gap=PARETO_GAP)
+        try:
+            solution = solve(problem, weights, upper, full=full, time_limit=left(), gap=PARETO_GAP)
+        except RecipeError:  # no time left even for the relaxation
+            break
         if solution is not None:
             found.append(solution)
     unique = list({tuple(solution.choice.tolist()): solution for solution in found}.values())

@@ -94,12 +94,6 @@ class Case:
 
         return measure(self.model, self.settings("gossamer", 0.5), self.texts, Progress())
 
-    @cached_property
-    def judge(self) -> Any:
-        from gossamer.compress.headplans.validate import Validator
-
-        return Validator(self.model, self.held_out, [])
-
     held_out: Sequence[Any] = ()
 
 
@@ -109,7 +103,7 @@ def text_case(name: str, shared: Path, nsamples: int, held: int, windows: int) -
     from gossamer.compress.data import evaluation_windows, load_text, token_ids
     from gossamer.compress.headplans.items import text_item
     from gossamer.compress.headplans.texts import head_texts
-    from gossamer.compress.headplans.validate import Validator
+    from gossamer.compress.headplans.validate import judge
     from gossamer.compress.recipe import HeadsStage, Recipe
     from gossamer.compress.text import Texts
 
@@ -120,12 +114,11 @@ def text_case(name: str, shared: Path, nsamples: int, held: int, windows: int) -
     read = head_texts(texts, calibration, None, protocol.lengths, protocol.validation, nsamples, held, 0)
     ids = token_ids(texts.tokenizer, load_text(str(shared / protocol.evaluation), "evaluation"))
     items = [text_item(window) for window in evaluation_windows(ids, protocol.validation, windows)]
-    test = Validator(model, items, [])
 
     def figure(plan: Any | None) -> dict[str, float]:
-        if plan is None:
-            return {"perplexity": math.exp(test.dense_loss)}
-        found = test(plan)
+        if plan is None:  # a plan that keeps everything is the dense model
+            return {"perplexity": math.exp(judge(model, [everything(case.facts)], items)[0].dense_loss)}
+        found = judge(model, [plan], items)[0]
         return {"perplexity": math.exp(found.loss), "kl": found.kl}
 
     case = Case(name, model, read.items, protocol.lengths, figure)
@@ -159,10 +152,18 @@ def retrieval_case(folder: Path, seconds: float, longest: int, nsamples: int, he
     return case
 
 
+def everything(facts: Any) -> Any:
+    """The plan that drops nothing."""
+    from gossamer.attention.plan import FULL
+
+    return facts.plan(((FULL,) * facts.kv_heads,) * facts.layers, 1, (1,))
+
+
 def plan_of(case: Case, method: str, density: float) -> tuple[Any, str]:
     """(the method's plan, what it is): its own candidates, judged on held-out text where there are several."""
     from gossamer.compress.headplans.candidates import candidates
     from gossamer.compress.headplans.make import measure
+    from gossamer.compress.headplans.validate import judge
     from gossamer.compress.progress import Progress
 
     settings = case.settings(method, density)
@@ -171,7 +172,8 @@ def plan_of(case: Case, method: str, density: float) -> tuple[Any, str]:
     if method == "moa":
         found = [c for c in found if c.name == "gossamer (moa)"]  # without our further candidates
     plans = [case.facts.plan(c.rules, settings.least, settings.lengths) for c in found]
-    best = min(range(len(plans)), key=lambda i: case.judge(plans[i]).badness) if len(plans) > 1 else 0
+    verdicts = judge(case.model, plans, case.held_out) if len(plans) > 1 else []
+    best = min(range(len(verdicts)), key=lambda i: verdicts[i].badness, default=0)
     return plans[best], found[best].name
 
 
@@ -199,13 +201,13 @@ def influence_cell(case: Case, items: int, rules_per_head: int) -> dict[str, Any
     from scipy.stats import spearmanr
 
     from gossamer.attention.plan import FULL
-    from gossamer.compress.headplans.validate import Validator
+    from gossamer.compress.headplans.validate import judge
 
     started = time.monotonic()
     settings, facts, length = case.settings("gossamer", 0.5), case.facts, case.lengths[-1]
-    profile, judge = case.profiles[length], Validator(case.model, case.texts[length][:items], [])
+    profile = case.profiles[length]
     draw = random.Random(0)
-    measured: dict[str, list[float]] = {"loss": [], "kl": []}
+    plans: list[Any] = []
     predicted: dict[str, list[float]] = {"group": [], "fisher": [], "moa": []}
     choices = [i for i, rule in enumerate(settings.rules) if rule.kept(length, settings.least) < length]
     for layer in range(facts.layers):
@@ -213,11 +215,11 @@ def influence_cell(case: Case, items: int, rules_per_head: int) -> dict[str, Any
             for index in draw.sample(choices, min(rules_per_head, len(choices))):
                 rules = [[FULL] * facts.kv_heads for _ in range(facts.layers)]
                 rules[layer][head] = settings.rules[index]
-                found = judge(facts.plan(tuple(map(tuple, rules)), settings.least, settings.lengths))
-                measured["loss"].append(found.loss - found.dense_loss)
-                measured["kl"].append(found.kl)
+                plans.append(facts.plan(tuple(map(tuple, rules)), settings.least, settings.lengths))
                 for name, values in predicted.items():
                     values.append(float(getattr(profile, name)[layer, head, index]))
+    verdicts = judge(case.model, plans, case.texts[length][:items])
+    measured = {"loss": [v.loss - v.dense_loss for v in verdicts], "kl": [v.kl for v in verdicts]}
     table = {
         name: {what: round(float(spearmanr(values, real).statistic), 4) for what, real in measured.items()}
         for name, values in predicted.items()

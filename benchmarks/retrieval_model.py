@@ -91,7 +91,7 @@ def train(seconds: float, longest: int = LONGEST, seed: int = 0, say: Callable[[
             hit = float((logits.argmax(-1) == wanted).float().mean())
             recent = 0.95 * recent + 0.05 * hit
             if step % 100 == 0:
-                say(f"step {step}, context {length}: loss {float(loss):.3f}, accuracy {recent:.3f}")
+                say(f"step {step}, context {length}: loss {loss.item():.3f}, accuracy {recent:.3f}")
             if recent > ENOUGH:
                 break
     return model.eval()

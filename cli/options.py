@@ -15,6 +15,7 @@ import typer
 PRUNING = "Pruning"
 HEADS = "Head plan"
 TRAINING = "Training"
+ACTIVATION = "Activation sparsity"
 DATA = "Data"
 OUTPUT = "Output"
 MACHINE = "Machine"

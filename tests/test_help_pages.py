@@ -41,6 +41,7 @@ def test_all_commands_are_there():
         "inspect",
         "methods",
         "plan-heads",
+        "soup",
         "windows",
     ]
 

@@ -18,7 +18,7 @@ from .probe import probe_items
 from .profile import Profile, profile
 from .settings import Settings
 from .texts import HeadTexts
-from .validate import Validator, Verdict
+from .validate import Verdict, judge
 
 GENERATED = 1024  # tokens of the decode whose cost is predicted, at most an eighth of the prompt
 
@@ -44,10 +44,14 @@ def make_plan(
     found = candidates(settings, profiles)
     probe = probe_items(tokenizer, settings.validation, settings.stage.probe, seed) if tokenizer else []
     progress.working(f"judge {len(found)} plans on held-out text")
-    judge = Validator(model, validation, probe)
     plans = [settings.facts.plan(c.rules, settings.least, settings.lengths) for c in found]
-    verdicts = [judge(plan) for plan in plans]
+    verdicts = judge(model, plans, validation, probe)
     best = min(range(len(found)), key=lambda i: verdicts[i].badness)
+    solution = found[best].solution
+    if solution is not None and solution.status == "time limit":
+        progress.note(
+            f"the plan solver was stopped by its time limit, {100 * solution.gap:.2g} % above its lower bound"
+        )
     made = _made(settings, texts, found[best], verdicts[best], seed)
     judged = [
         {"name": c.name, "density": _densities(settings, p), **v.as_dict()}

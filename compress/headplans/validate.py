@@ -14,6 +14,7 @@ from ...attention.plan import HeadPlan
 from ..heads import applied
 from .items import Item
 
+ROWS = 512  # whose probabilities exist at once
 RELIABLE = 0.5  # accuracy of the dense model from which on the probe counts
 
 
@@ -52,54 +53,60 @@ class Verdict:
         return {**asdict(self), "probe_counts": self.probe_counts}
 
 
-class Validator:
-    """Judges plans against the dense model, whose outputs are computed once.
+def judge(model: Any, plans: Sequence[HeadPlan], items: Sequence[Item], probe: Sequence[Item] = ()) -> list[Verdict]:
+    """A verdict on every plan; forward passes only. One sequence's scores are held at a time, for two models."""
+    sums = [_Sums() for _ in plans]
+    dense, tokens = 0.0, 0
+    for item in items:
+        reference, targets = _logits(model, item, None), item.ids[item.counted]
+        tokens += len(targets)
+        dense += _loss(reference, targets)
+        for plan, total in zip(plans, sums, strict=True):
+            found = _logits(model, item, plan)
+            total.kl += _kl(reference, found)
+            total.loss += _loss(found, targets)
+    known = answers(model, None, probe) if probe else None
+    said = [answers(model, plan, probe) if probe else None for plan in plans]
+    return [
+        Verdict(total.kl / tokens, total.loss / tokens, dense / tokens, own, known)
+        for total, own in zip(sums, said, strict=True)
+    ]
 
-    `items`, `probe`: sequences; the dense log probabilities of counted tokens are kept in the model's dtype on the CPU.
-    """
 
-    def __init__(self, model: Any, items: Sequence[Item], probe: Sequence[Item]) -> None:
-        self._model = model
-        self._items, self._probe = items, probe
-        self._dense = [self._scores(item, None) for item in items]
-        self._dense_probe = self._answers(None) if probe else None
+def answers(model: Any, plan: HeadPlan | None, probe: Sequence[Item]) -> Answers:
+    """What the model says on the probe under a plan; None is the dense model."""
+    loss, tokens, right = 0.0, 0, 0
+    for item in probe:
+        logits, targets = _logits(model, item, plan), item.ids[item.counted]
+        loss += _loss(logits, targets)
+        tokens += len(targets)
+        right += bool((logits.argmax(1).cpu() == targets).all())
+    return Answers(loss / tokens, right / len(probe))
 
-    @property
-    def dense_loss(self) -> float:
-        """Mean cross-entropy of the dense model per counted token."""
-        scores = [
-            self._dense[i].float().gather(1, item.ids[item.counted].unsqueeze(1)) for i, item in enumerate(self._items)
-        ]
-        return -float(torch.cat(scores).mean())
 
-    def __call__(self, plan: HeadPlan) -> Verdict:
-        """Forward passes only; the order of sequences never matters."""
-        kl = loss = dense = 0.0
-        tokens = 0
-        for item, reference in zip(self._items, self._dense, strict=True):
-            found = self._scores(item, plan)
-            targets = item.ids[item.counted].unsqueeze(1)
-            tokens += len(targets)
-            p = reference.float()
-            kl += float(torch.nn.functional.kl_div(found.float(), p, log_target=True, reduction="sum"))
-            loss -= float(found.float().gather(1, targets).sum())
-            dense -= float(p.gather(1, targets).sum())
-        probe = self._answers(plan) if self._probe else None
-        return Verdict(kl / tokens, loss / tokens, dense / tokens, probe, self._dense_probe)
+@dataclass
+class _Sums:
+    kl: float = 0.0
+    loss: float = 0.0
 
-    @torch.no_grad()
-    def _scores(self, item: Item, plan: HeadPlan | None) -> Tensor:
-        """Log probabilities [counted, vocabulary] of one sequence, on the CPU."""
-        device = next(self._model.parameters()).device
-        with nullcontext() if plan is None else applied(self._model, plan):
-            logits = self._model(item.ids[None].to(device), use_cache=False).logits[0]
-        return logits[:-1][item.counted[1:].to(device)].float().log_softmax(-1).to("cpu", logits.dtype)
 
-    def _answers(self, plan: HeadPlan | None) -> Answers:
-        loss, tokens, right = 0.0, 0, 0
-        for item in self._probe:
-            scores, targets = self._scores(item, plan).float(), item.ids[item.counted]
-            loss -= float(scores.gather(1, targets.unsqueeze(1)).sum())
-            tokens += len(targets)
-            right += bool((scores.argmax(1) == targets).all())
-        return Answers(loss / tokens, right / len(self._probe))
+@torch.no_grad()
+def _logits(model: Any, item: Item, plan: HeadPlan | None) -> Tensor:
+    """Logits [counted, vocabulary] of one sequence, in the model's dtype and on its device."""
+    device = next(model.parameters()).device
+    with nullcontext() if plan is None else applied(model, plan):
+        logits = model(item.ids[None].to(device), use_cache=False).logits[0]
+    return logits[:-1][item.counted[1:].to(device)]
+
+
+def _loss(logits: Tensor, targets: Tensor) -> float:
+    """Summed cross-entropy."""
+    parts = zip(logits.split(ROWS), targets.to(logits.device).split(ROWS), strict=True)
+    return sum(float(torch.nn.functional.cross_entropy(x.float(), y, reduction="sum")) for x, y in parts)
+
+
+def _kl(reference: Tensor, logits: Tensor) -> float:
+    """Summed KL(reference || logits)."""
+    parts = zip(reference.split(ROWS), logits.split(ROWS), strict=True)
+    logs = ((p.float().log_softmax(-1), q.float().log_softmax(-1)) for p, q in parts)
+    return sum(float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")) for p, q in logs)

@@ -23,6 +23,15 @@ _TABLE = {
     "nm-flow": "nm_flow:NmFlow",
 }
 
+# What `compress --method` names beside the one-shot methods, with a line for people.
+TRAINED = {
+    "imp": "iterative magnitude pruning: prune a part of the rest, retrain, several times (Han et al. 2015)",
+    "soup": "sparse model soups: imp, whose phases average several candidates under one mask (Zimmer et al. 2024)",
+    "gradual": "the mask tightens along a cubic curve while the model trains (Zhu and Gupta 2017)",
+    "random": "a baseline: the best of several random sparse subnetworks at the same budget",
+    "nm-flow": "trains towards an N:M pattern that is approached step by step (Bambhaniya et al. 2025)",
+}
+
 
 class StageKind(Protocol):
     """One kind of stage."""

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from gossamer.attention.observe import observing
 from gossamer.attention.plan import FULL, HeadPlan, HeadRule
-from gossamer.compress.headplans.validate import Validator
+from gossamer.compress.headplans.validate import judge
 from gossamer.compress.recipe import EvaluateStage, ExportStage, HeadsStage, PruneStage, Recipe, build
 from gossamer.compress.run import compress, plan
 from gossamer.errors import DataError, ModelError, RecipeError
@@ -122,9 +122,10 @@ def test_a_plan_that_keeps_everything_changes_nothing(folder):
     full = HeadPlan("llama", 4, 8, 4, (32,), 64, ((FULL, FULL),) * 3)
     narrow = HeadPlan("llama", 4, 8, 4, (32,), 64, ((HeadRule(0, 4, 0.0),) * 2,) * 3)
     before = model.config._attn_implementation
-    judge = Validator(model, [text_item(torch.arange(40))], [])
-    assert judge(full).kl == pytest.approx(0, abs=1e-9)
-    assert judge(narrow).kl > 1e-5
+    same, other = judge(model, [full, narrow], [text_item(torch.arange(40))])
+    assert same.kl == pytest.approx(0, abs=1e-9)
+    assert same.loss == pytest.approx(same.dense_loss, abs=1e-6)
+    assert other.kl > 1e-5
     assert model.config._attn_implementation == before
     ids = torch.arange(40)[None]
     seen = []
