@@ -217,6 +217,7 @@ def plan_heads(
 ) -> None:
     """Plan how much of the past each KV head of MODEL keeps, and write MODEL with its plan to OUT."""
     from .compress import build_machine
+
     fields = {
         "method": method, "density": density, "lengths": _numbers(lengths, "--lengths"), "loss": loss,
         "sinks": _numbers(sinks, "--sinks"), "block": block, "solver": solver, "time_limit": time_limit,
