@@ -39,7 +39,7 @@ class Span:
 
 
 def seen_by(rule: HeadRule, block: int, queries: Tensor, keys: Tensor, reach: int) -> Tensor:
-    """bool: whether queries see keys, at int64 positions that broadcast; `HeadPlan.visible` within the model's reach."""
+    """bool: whether queries see keys, at positions that broadcast; `HeadPlan.visible` within the model's reach."""
     return (
         (keys <= queries)
         & ((keys < rule.sink) | (keys >= oldest_of(rule, block, queries, 0)))

@@ -1,6 +1,6 @@
 """A head plan as one window per layer, for engines that have such windows of their own and none per head.
 
-Only plans whose layers are uniform can be said so: all KV heads of a layer keep the same, and not a share of the length.
+Only plans whose layers are uniform can be said so: all KV heads of a layer keep the same, and no share of the length.
 A planner that is told to tie the heads of a layer makes such plans; they lose most of what a plan per head gains.
 """
 
