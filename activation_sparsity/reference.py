@@ -1,7 +1,7 @@
 """What a policy computes, in plain torch on any device: the definition that modules and kernels are tested against.
 
-Everything takes all tokens at once and a mask of those that are sparse, so that one pass over a window evaluates a
-dense prompt and sparse tokens after it.
+Everything takes all tokens of a window at once, dense up to a position and sparse from there on, so that one pass
+evaluates a dense prompt and what is decoded after it.
 """
 
 from __future__ import annotations
@@ -52,14 +52,13 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, policy: Linear
 
 
 def mixed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, policy: LinearPolicy, sparse: Tensor, dense: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor | None, policy: LinearPolicy, start: int, dense: Tensor
 ) -> Tensor:
-    """`dense` [..., out] = W x + b as the model computes it, with the rows where `sparse` [...] is True replaced."""
-    if not bool(sparse.any()):
+    """`dense` [..., tokens, out] = W x + b as the model computes it, tokens from `start` on replaced by sparse ones."""
+    if start >= x.shape[-2]:
         return dense
-    y = dense.clone()
-    y[sparse] = sparse_linear(x[sparse], weight, bias, policy).to(y.dtype)
-    return y
+    sparse = sparse_linear(x[..., start:, :], weight, bias, policy).to(dense.dtype)
+    return torch.cat([dense[..., :start, :], sparse], dim=-2)
 
 
 def gate_active(gate: Tensor, policy: GateThreshold) -> Tensor:

@@ -15,7 +15,9 @@ def register(app: typer.Typer) -> None:
 
 
 def methods(json: o.Json = False) -> None:
-    """List the pruning methods, built-in and from other packages."""
+    """List the pruning methods, built-in and from other packages, and the activation policies."""
+    from ..activation_sparsity.registry import DEFAULT as POLICY
+    from ..activation_sparsity.registry import SUMMARIES as POLICIES
     from ..pruning.registry import DEFAULT_METHOD, method_names, summary
     from .console import show_json, show_table
 
@@ -25,3 +27,5 @@ def methods(json: o.Json = False) -> None:
         return
     rows = [(f"{name} (default)" if name == DEFAULT_METHOD else name, summary(name)) for name in names]
     show_table(None, ("method", "what it does"), rows, numbers_from=2)
+    policies = [(f"{name} (default)" if name == POLICY else name, POLICIES[name]) for name in POLICIES]
+    show_table(None, ("--activation", "what is skipped at decode"), policies, numbers_from=2)

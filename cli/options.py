@@ -13,6 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 PRUNING = "Pruning"
+ACTIVATION = "Activation sparsity"
 DATA = "Data"
 OUTPUT = "Output"
 MACHINE = "Machine"

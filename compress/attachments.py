@@ -17,6 +17,7 @@ from .format import METADATA_KEY
 
 _TABLE: dict[str, str] = {  # name of the entry -> "module:Class"
     "activation": "activation_attachment:ActivationAttachment",
+    "heads": "heads:HeadsAttachment",
 }
 
 

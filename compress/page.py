@@ -82,7 +82,7 @@ def _layers(report: Report) -> str:
             percent(row["sparsity"]),
             _number(row["error_before"]),
             _number(row["error_after"]),
-            f"{row['seconds']:.1f}",
+            "" if row["seconds"] is None else f"{row['seconds']:.1f}",
         )
         for row in report["layers"]
     ]

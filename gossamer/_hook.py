@@ -1,8 +1,8 @@
-"""Registers the sparse format with transformers, whichever of the two is imported first, and imports neither.
+"""Registers the sparse format with transformers and sparse deltas with peft, in any order, and imports neither.
 
-transformers looks quantizers up in a table and finds no plugins by itself. So `import gossamer` either registers at
-once, when that table has been imported already, or waits: a finder at the head of `sys.meta_path` lets the ordinary
-machinery import the table's module and registers right after it was executed.
+Both look names up in a table and find no plugins by themselves. So `import gossamer` either registers at once, when
+that table has been imported already, or waits: a finder at the head of `sys.meta_path` lets the ordinary machinery
+import the table's module and registers right after it was executed.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from types import ModuleType
 
 TABLE = "transformers.quantizers.auto"
 NAME = "gossamer"
+PEFT = "peft"
 _QUANTIZER = "gossamer.compress.quantizer"
+_TUNER = "gossamer.finetune.spiel.registration"
 
 
 def install() -> None:
-    """Register now or when `transformers.quantizers.auto` is imported. Any number of calls are one."""
-    if _is_complete(sys.modules.get(TABLE)):
-        register()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport(TABLE, register))
+    """Register now or when `transformers.quantizers.auto` and `peft` are imported. Any number of calls are one."""
+    waiting = {finder.name for finder in sys.meta_path if isinstance(finder, _AfterImport)}
+    for name, action in ((TABLE, register), (PEFT, register_tuner)):
+        if _is_complete(sys.modules.get(name)):
+            action()
+        elif name not in waiting:
+            sys.meta_path.insert(0, _AfterImport(name, action))
 
 
 def register() -> None:
@@ -45,17 +49,25 @@ def register() -> None:
         )
 
 
+def register_tuner() -> None:
+    """Put sparse deltas into peft's tables; a warning where they are not as known."""
+    try:
+        importlib.import_module(_TUNER).register()
+    except (ImportError, AttributeError) as error:
+        warnings.warn(f"sparse fine-tuning is not available with this version of peft: {error}", stacklevel=2)
+
+
 class _AfterImport(MetaPathFinder):
     """Calls `action` once, after module `name` was executed; everything else is left to the other finders."""
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
-        self._name = name
+        self.name = name
         self._action = action
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self._name:
+        if fullname != self.name:
             return None
         for finder in sys.meta_path:
             find = None if finder is self else getattr(finder, "find_spec", None)
@@ -74,7 +86,7 @@ class _AfterImport(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            if module.__name__ == self._name and self in sys.meta_path:
+            if module.__name__ == self.name and self in sys.meta_path:
                 sys.meta_path.remove(self)
                 self._action()
 

@@ -11,8 +11,15 @@ if TYPE_CHECKING:
     from .base import Context, StageReport
 
 _TABLE = {
+    "activation": "activation:Activation",
     "prune": "prune_kind:Prune",
     "evaluate": "evaluate:Evaluate",
+    "finetune": "finetune:Finetune",
+    "imp": "imp:Imp",
+    "soup": "soup:SoupKind",
+    "gradual": "gradual:Gradual",
+    "random": "random_search:RandomSearch",
+    "nm-flow": "nm_flow:NmFlow",
 }
 
 

@@ -356,9 +356,9 @@ REGISTERED = "assert q['gossamer'].__name__ == 'GossamerHfQuantizer' and c['goss
     "code",
     [
         "import gossamer, sys, importlib; importlib.reload(gossamer); gossamer._hook.install(); "
-        f"assert sum(type(f).__name__ == '_AfterImport' for f in sys.meta_path) == 1; {TABLES}{REGISTERED}; "
-        "gossamer._hook.install(); gossamer._hook.register(); "
-        "assert not any(type(f).__name__ == '_AfterImport' for f in sys.meta_path)",
+        "waiting = lambda: sorted(f.name for f in sys.meta_path if type(f).__name__ == '_AfterImport'); "
+        f"assert waiting() == ['peft', 'transformers.quantizers.auto']; {TABLES}{REGISTERED}; "
+        "gossamer._hook.install(); gossamer._hook.register(); import peft; assert not waiting()",
         f"{TABLES}import gossamer; {REGISTERED}",
         f"import transformers, gossamer; transformers.LlamaForCausalLM; {TABLES}{REGISTERED}",
         "import gossamer, sys; from gossamer.errors import GossamerError; "

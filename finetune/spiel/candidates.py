@@ -1,0 +1,133 @@
+"""Which positions without a delta have the largest accumulated gradient: a sketch in memory for the best of them only.
+
+A position enters when its gradient in one backward pass is larger than the accumulated gradient of the weakest that is
+held; from then on everything about it is summed up. So positions whose gradient is large or persistent are found, and
+nothing of the size of the matrix is kept. With room for all positions the sums are exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...kernels.bitmask.dispatch import unpack_bits
+from ...pruning.mask import Mask
+from .ranks import gather, world_size
+from .top import TopPool, best
+
+_FLOATS = ("total", "now", "m", "v")
+
+
+@dataclass(frozen=True)
+class Grown:
+    """Positions to begin deltas at, ascending, with Adam's moments and age as if they had been trained all along."""
+
+    flat: Tensor
+    m: Tensor
+    v: Tensor
+    age: Tensor
+
+
+class Candidates:
+    """A `Watch` over one layer for one window.
+
+    tensors: position int64 [C] ascending; now, total: gradient of this update so far and of finished updates; m, v:
+    Adam's moments over finished updates; age int32: their number since the position is held.
+    """
+
+    needs_matrix = True
+
+    def __init__(
+        self, rows: int, cols: int, capacity: int, taken: Tensor, allowed: Mask | None, power: int = 1
+    ) -> None:
+        """taken: positions that are none of the candidates, ascending. power: of the gradients that are summed."""
+        self.rows, self.cols, self.capacity, self.taken, self.allowed, self.power = (
+            rows, cols, capacity, taken, allowed, power,
+        )  # fmt: skip
+        device = taken.device
+        self.tensors = {name: torch.empty(0, device=device) for name in _FLOATS}
+        self.tensors["position"] = torch.empty(0, dtype=torch.int64, device=device)
+        self.tensors["age"] = torch.empty(0, dtype=torch.int32, device=device)
+        self.projection = 0.0
+        self._floor = 0.0
+        self._pool = TopPool(capacity, device)
+
+    def begin(self) -> None:
+        self._pool = TopPool(self.capacity, self.taken.device)
+        scores = self.scores()
+        self._floor = float(scores.min()) if len(scores) == self.capacity and self.capacity else 0.0
+
+    def see(self, first_row: int, block: Tensor) -> None:
+        """Adds a block of gradients to what is held, and remembers what is larger than the weakest of it."""
+        flat, first = self._prepared(first_row, block).reshape(-1), first_row * self.cols
+        flat[_within(self.taken, first, len(flat)) - first] = 0.0
+        position = self.tensors["position"]
+        held = torch.searchsorted(position, torch.tensor([first, first + len(flat)], device=position.device)).tolist()
+        own = position[held[0] : held[1]] - first
+        self.tensors["now"][held[0] : held[1]] += flat[own]
+        flat[own] = 0.0
+        self._pool.offer(first, flat, self._floor)
+
+    def _prepared(self, first_row: int, block: Tensor) -> Tensor:
+        if self.allowed is not None:
+            bits = self.allowed.bits[first_row : first_row + len(block)].to(block.device)
+            block.masked_fill_(~unpack_bits(bits, self.cols), 0.0)
+        return block.square_() if self.power == 2 else block
+
+    def end(self, gradient: Tensor) -> None:
+        self.projection += float(gradient.sum(dtype=torch.float64))
+        self._enter(self._pool.position, self._pool.value)
+
+    def _enter(self, position: Tensor, value: Tensor) -> None:
+        """New positions with their gradient in this pass; the weakest of all are let go."""
+        fresh = {name: torch.zeros_like(value) for name in _FLOATS}
+        fresh |= {"now": value, "position": position, "age": torch.zeros_like(position, dtype=torch.int32)}
+        self._replace({name: torch.cat([old, fresh[name]]) for name, old in self.tensors.items()})
+
+    def _replace(self, tensors: dict[str, Tensor]) -> None:
+        keep = best(tensors["position"], (tensors["total"] + tensors["now"]).abs(), self.capacity)
+        for name, tensor in tensors.items():
+            self.tensors[name] = tensor[keep]
+
+    def scores(self) -> Tensor:
+        """|accumulated gradient|, [C]."""
+        return (self.tensors["total"] + self.tensors["now"]).abs()
+
+    def fold(self, scale: float, betas: tuple[float, float]) -> None:
+        """An update is finished: its gradient, times `scale`, goes into the moments, the same on every rank."""
+        if world_size() > 1:
+            self._replace(_merged(self.tensors))
+        held = self.tensors
+        now = held["now"] * scale
+        held["m"] = betas[0] * held["m"] + (1 - betas[0]) * now
+        held["v"] = betas[1] * held["v"] + (1 - betas[1]) * now * now
+        held["total"], held["now"] = held["total"] + now, torch.zeros_like(now)
+        held["age"] = held["age"] + 1
+
+    def grown(self, count: int) -> Grown:
+        """The best `count` of what is held, or fewer."""
+        keep = best(self.tensors["position"], self.scores(), count)
+        return Grown(*(self.tensors[name][keep] for name in ("position", "m", "v", "age")))
+
+
+def _within(ascending: Tensor, first: int, length: int) -> Tensor:
+    edges = torch.searchsorted(ascending, torch.tensor([first, first + length], device=ascending.device)).tolist()
+    return ascending[edges[0] : edges[1]]
+
+
+def _merged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What all ranks hold, as one: gradients of this update averaged, moments of whoever has held a position longest.
+
+    Summed on the CPU in the order of the ranks, so that every rank gets the same bits.
+    """
+    device = tensors["position"].device
+    everyone = {name: torch.cat(gather(tensor.cpu())) for name, tensor in tensors.items()}
+    position, place = everyone["position"].unique(return_inverse=True)
+    now = torch.zeros(len(position)).index_add_(0, place, everyone["now"]) / world_size()
+    order = everyone["age"].argsort(stable=True)
+    order = order[place[order].argsort(stable=True)]  # by position, then by age: the last of a position is the eldest
+    eldest = order[torch.bincount(place).cumsum(0) - 1]
+    made = {name: everyone[name][eldest] for name in ("total", "m", "v", "age")}
+    return {name: tensor.to(device) for name, tensor in (made | {"position": position, "now": now}).items()}

@@ -1,0 +1,209 @@
+"""The tuner: puts sparse deltas into a model, gives each its share of the budget, saves and loads them through peft."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.quantization_utils import get_quantization_kwargs
+from torch import Tensor, nn
+
+from ... import __version__
+from ...errors import CheckpointError, RecipeError
+from ...pruning.mask import Mask
+from .base import UNCHECKED, fingerprint
+from .budget import share_out, total
+from .config import SpielConfig
+from .layer import Linear, SpielLayer, layers_of, named_layers
+from .layout import COLUMNS, COUNTS, ROWPTR, VALUES, decode, encode
+from .positions import draw, generator
+from .select import strongest_weights
+
+PREFIX = "base_model.model."
+EVERY_LINEAR = "all-linear"
+
+
+class SpielModel(BaseTuner):
+    """Sparse deltas on every layer that the configuration names. Masks are taken from `model.gossamer_masks`."""
+
+    prefix = "spiel_"
+    tuner_layer_cls = SpielLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As peft does it; then the budget is shared out, unless the positions come from a file."""
+        config: SpielConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
+        _check_targets(config, model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not config.is_loaded:
+            place_entries(layers_of(model, adapter_name), adapter_name, config)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        if peft_config.target_modules is None:  # type: ignore[attr-defined]
+            peft_config.target_modules = EVERY_LINEAR  # type: ignore[attr-defined]
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert isinstance(peft_config, SpielConfig)
+        if isinstance(target, Linear):
+            target.update_layer(adapter_name, peft_config)
+            return
+        made = Linear(target, current_key, self._mask(current_key, target), **get_quantization_kwargs(self))
+        made._active_adapter = adapter_name
+        made.update_layer(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            made.requires_grad_(False)
+        self._replace_module(parent, target_name, made, target)
+
+    def _mask(self, name: str, layer: nn.Module) -> Mask | None:
+        """The mask of a layer's weight as rows [out, in], from whatever object the model carries."""
+        found = (getattr(self.model, "gossamer_masks", None) or {}).get(f"{name}.weight")
+        if found is None:
+            return None
+        return Mask(found.bits, int(_inputs(layer)), found.pattern)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        """As peft does it. What merging reports per layer is left on the model: `spiel_reports`, and where a merge
+        pruned again, the masks that hold from then on: `spiel_masks` (parameter name -> Mask)."""
+        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, Linear)}
+        merged = super()._unload_and_optionally_merge(*args, **kwargs)
+        merged.spiel_reports = {name: dict(layer.reports) for name, layer in layers.items() if layer.reports}
+        masks = {f"{name}.weight": layer.merged_mask for name, layer in layers.items() if layer.merged_mask is not None}
+        merged.spiel_masks = masks
+        lost = sum(r.lost for reports in merged.spiel_reports.values() for r in reports.values())
+        entries = sum(r.entries for reports in merged.spiel_reports.values() for r in reports.values())
+        if lost > entries / 2:
+            warnings.warn(
+                f"{lost} of {entries} entries are lost in merging: they are below the rounding of the base weights. "
+                "Merge into a float32 model, or keep the adapter beside it.",
+                stacklevel=3,
+            )
+        return merged
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The tensors of the file, see `layout`; writes into the configuration what a reader checks."""
+        assert isinstance(config, SpielConfig)
+        taken = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        dtype = getattr(torch, config.file_dtype)
+        for name, layer in named_layers(model, adapter_name):
+            keys = {key: f"{name}.{key}.{adapter_name}" for key in (VALUES, COLUMNS, ROWPTR)}
+            values, columns, rowptr = (taken.pop(keys[key]) for key in (VALUES, COLUMNS, ROWPTR))
+            stored = encode(values, rowptr, columns, layer.in_features, dtype)
+            taken |= {f"{name}.{key}.{adapter_name}": tensor for key, tensor in stored.items()}
+        layers = layers_of(model, adapter_name)
+        if not any(layer.merged for layer in layers):
+            config.base_fingerprint = fingerprint_of(layers)
+        config.gossamer_version = __version__
+        return taken
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Tensors of a file -> tensors of the model; every layer is made as large as the file says.
+
+        Raises:
+            CheckpointError: the file is damaged, or belongs to another base.
+        """
+        assert isinstance(config, SpielConfig)
+        state_dict = dict(state_dict)
+        _check_base(config, layers_of(model, adapter_name))
+        made: dict[str, Tensor] = {}
+        for name, layer in named_layers(model, adapter_name):
+            short = name.removeprefix(PREFIX)
+            stored = {}
+            for key in (VALUES, COLUMNS, COUNTS):
+                for stem in (short, PREFIX + short):
+                    if f"{stem}.{key}" in state_dict:
+                        stored[key] = state_dict.pop(f"{stem}.{key}")
+            layer.waiting.discard(adapter_name)
+            values, rowptr, columns = decode(stored, layer.out_features, layer.in_features, short)
+            if len(values) != len(layer.spiel_values[adapter_name]):
+                old = layer.spiel_values[adapter_name]
+                layer.spiel_values[adapter_name] = nn.Parameter(
+                    torch.empty_like(values, device=old.device), requires_grad=old.requires_grad
+                )
+                layer.spiel_columns[adapter_name] = torch.empty_like(columns, device=old.device)
+            for key, tensor in ((VALUES, values), (COLUMNS, columns), (ROWPTR, rowptr)):
+                made[f"{name}.{key}.{adapter_name}"] = tensor
+        strange = [key for key in state_dict if f".{cls.prefix}" in key]
+        if strange:
+            raise CheckpointError(
+                f"the adapter has entries for {strange[0].rpartition('.')[0].removeprefix(PREFIX)}, "
+                "which is no adapted layer of this model",
+                hint="it was made for another model",
+            )
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict) | made
+
+
+def place_entries(layers: list[Linear], adapter_name: str, config: SpielConfig) -> None:
+    """Shares the budget out and chooses the positions to begin with; every value is 0."""
+    shapes = [(layer.out_features, layer.in_features) for layer in layers]
+    count = total(shapes, config.density, config.num_weights, config.rank_equivalent)
+    shares = share_out(count, shapes, [layer.room(adapter_name) for layer in layers], config.allocation)
+    if config.selection == "magnitude":
+        chosen = strongest_weights(layers, adapter_name, shares, config.allocation)
+    else:
+        chosen = [
+            draw(k, *shape, generator(config.seed, layer.name), layer.allowed(adapter_name))
+            for k, shape, layer in zip(shares, shapes, layers, strict=True)
+        ]
+    for layer, flat in zip(layers, chosen, strict=True):
+        layer.set_delta(adapter_name, flat, torch.zeros(len(flat)))
+
+
+def fingerprint_of(layers: list[Linear]) -> str:
+    """Digest of the weights below these layers."""
+    return fingerprint((layer.name, layer.get_base_layer(), layer.base) for layer in layers)
+
+
+def _check_targets(config: SpielConfig, model: nn.Module) -> None:
+    """RecipeError for a target name that fits no module; peft only complains when none of them does."""
+    if not isinstance(config.target_modules, (set, list, tuple)):
+        return
+    names = [name for name, _ in model.named_modules()]
+    unknown = sorted(t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names))
+    if unknown:
+        linear = sorted({n.rpartition(".")[2] for n, module in model.named_modules() if isinstance(module, nn.Linear)})
+        raise RecipeError(
+            f"target module {', '.join(repr(t) for t in unknown)} is not in the model",
+            hint=f"its linear layers are called {', '.join(linear)}" if linear else None,
+        )
+
+
+def _check_base(config: SpielConfig, layers: list[Linear]) -> None:
+    known = config.base_fingerprint
+    if not config.check_base or known in (None, UNCHECKED) or any(layer.merged for layer in layers):
+        return
+    found = fingerprint_of(layers)
+    if found not in (known, UNCHECKED):
+        raise CheckpointError(
+            f"the adapter was trained on other weights: fingerprint {known[:12]}, this model has {found[:12]}",  # type: ignore[index]
+            hint="load the model named in adapter_config.json, or pass a config with check_base=False",
+        )
+
+
+def _inputs(layer: nn.Module) -> int:
+    while hasattr(layer, "base_layer"):
+        layer = layer.base_layer  # type: ignore[assignment]
+    return int(layer.in_features) if hasattr(layer, "in_features") else int(layer.weight.shape[0])  # type: ignore[arg-type,union-attr]

@@ -1,0 +1,53 @@
+"""One update of a layer's values by their gradients: Adam with an age per entry, and SM3.
+
+Adam: Kingma and Ba, 2015, with decoupled weight decay (Loshchilov and Hutter, 2019), which for a delta is a pull
+towards the pretrained weight. SM3: Anil et al., "Memory-Efficient Adaptive Optimization", 2019.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SM3_EPS = 1e-8
+
+
+def start_adam(values: Tensor, done: int) -> dict[str, Tensor]:
+    """State [K] of entries that are born after `done` updates: moments in float32, birth as the number of updates."""
+    return {
+        "m": torch.zeros_like(values, dtype=torch.float32),
+        "v": torch.zeros_like(values, dtype=torch.float32),
+        "birth": torch.full(values.shape, done, dtype=torch.int32, device=values.device),
+    }
+
+
+def step_adam(values: Tensor, gradient: Tensor, state: dict[str, Tensor], done: int, group: dict[str, Any]) -> None:
+    """Update number `done` (from 1) in place; every entry's bias is corrected by its own age."""
+    beta1, beta2 = group["betas"]
+    gradient = gradient.to(torch.float32)
+    state["m"].mul_(beta1).add_(gradient, alpha=1 - beta1)
+    state["v"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    age = (done - state["birth"]).to(torch.float32)
+    m = state["m"] / (1 - torch.pow(beta1, age))
+    v = state["v"] / (1 - torch.pow(beta2, age))
+    values.mul_(1 - group["lr"] * group["weight_decay"])
+    values.add_((m / (v.sqrt() + group["eps"])).to(values.dtype), alpha=-group["lr"])
+
+
+def start_sm3(rows: int, cols: int, device: torch.device) -> dict[str, Tensor]:
+    """One accumulator per row and per column, float32."""
+    return {"row": torch.zeros(rows, device=device), "col": torch.zeros(cols, device=device)}
+
+
+def step_sm3(
+    values: Tensor, gradient: Tensor, state: dict[str, Tensor], row: Tensor, column: Tensor, group: dict[str, Any]
+) -> None:
+    """Update in place of entries at (row, column), int64 [K]: nu = min(row, column accumulator) + g^2."""
+    gradient = gradient.to(torch.float32)
+    nu = torch.minimum(state["row"][row], state["col"][column]) + gradient * gradient
+    state["row"].scatter_reduce_(0, row, nu, "amax")
+    state["col"].scatter_reduce_(0, column, nu, "amax")
+    values.mul_(1 - group["lr"] * group["weight_decay"])
+    values.add_((gradient * (nu + SM3_EPS).rsqrt()).to(values.dtype), alpha=-group["lr"])

@@ -1,0 +1,49 @@
+"""The largest of many numbers that come in pieces, in memory for the largest only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class TopPool:
+    """Keeps the `capacity` largest in magnitude of what it is offered, never zeros; of equal ones the lower position.
+
+    Attributes:
+        position: int64, in no particular order.
+        value: with their signs.
+        floor: no magnitude up to this can enter any more.
+    """
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self.capacity = capacity
+        self.position = torch.empty(0, dtype=torch.int64, device=device)
+        self.value = torch.empty(0, device=device)
+        self.floor = 0.0
+
+    def offer(self, first: int, values: Tensor, floor: float = 0.0) -> None:
+        """values [n] of positions first ... first + n - 1; magnitudes that do not exceed `floor` are passed by."""
+        if not self.capacity:
+            return
+        size = values.abs()
+        fit = (size > max(floor, self.floor)).nonzero().flatten()
+        if len(fit) > self.capacity:  # sort no more than can stay
+            least = size[fit].topk(self.capacity, sorted=False).values.min()
+            fit = fit[size[fit] >= least]
+        self.add(fit + first, values[fit])
+
+    def add(self, position: Tensor, value: Tensor) -> None:
+        """Numbers [n] at any positions that are not in the pool."""
+        self.position = torch.cat([self.position, position])
+        self.value = torch.cat([self.value, value.to(self.value.dtype)])
+        if len(self.position) > self.capacity:
+            keep = best(self.position, self.value.abs(), self.capacity)
+            self.position, self.value = self.position[keep], self.value[keep]
+            self.floor = float(self.value.abs().min())
+
+
+def best(position: Tensor, score: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest scores, in ascending order of position; ties go to the lower position."""
+    by_position = position.argsort()
+    order = by_position[score[by_position].argsort(descending=True, stable=True)][:count]
+    return order[position[order].argsort()]

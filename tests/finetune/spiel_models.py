@@ -1,0 +1,53 @@
+"""A small model with sparse deltas, and its batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Net(nn.Module):
+    """Two linear layers of awkward shapes and a head. Called like a transformers model."""
+
+    def __init__(self, seed: int = 0, width: int = 13, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = nn.Linear(width, 17, dtype=dtype)
+        self.second = nn.Linear(17, 11, bias=False, dtype=dtype)
+        self.head = nn.Linear(11, 5, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+def adapted(net: nn.Module | None = None, **config: Any) -> Any:
+    """`Net` (or `net`) with a sparse adapter on its two layers."""
+    from peft import get_peft_model
+
+    import gossamer  # noqa: F401
+    from gossamer.finetune.spiel.config import SpielConfig
+
+    values: dict[str, Any] = {"target_modules": ["first", "second"], "num_weights": 60}
+    return get_peft_model(net or Net(), SpielConfig(**(values | config)))
+
+
+def batch(number: int, rows: int = 6, width: int = 13) -> tuple[Tensor, Tensor]:
+    source = torch.Generator().manual_seed(number)
+    return torch.randn(rows, width, generator=source), torch.randint(5, (rows,), generator=source)
+
+
+def loss_of(model: nn.Module, number: int) -> Tensor:
+    x, y = batch(number)
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def fill(model: Any, adapter: str = "default", scale: float = 0.1) -> None:
+    """Random values in every delta."""
+    from gossamer.finetune.spiel.layer import layers_of
+
+    source = torch.Generator().manual_seed(5)
+    for layer in layers_of(model, adapter):
+        values = layer.spiel_values[adapter]
+        values.data.copy_(torch.randn(len(values), generator=source) * scale)

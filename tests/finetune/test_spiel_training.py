@@ -1,0 +1,411 @@
+"""Sparse deltas in training: moments, choice of positions, resuming, several processes, masks."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peft import PeftModel
+from spiel_models import Net, adapted, batch, fill, loss_of
+from torch import nn
+
+from gossamer.errors import ModelError, RecipeError, TrainingError
+from gossamer.finetune.spiel.candidates import Candidates
+from gossamer.finetune.spiel.layer import layers_of
+from gossamer.finetune.spiel.optimizer import SpielOptimizer
+from gossamer.finetune.spiel.policy import filled, top_product
+from gossamer.finetune.spiel.schedule import Reselection
+from gossamer.finetune.spiel.select import global_counts, selecting
+from gossamer.pruning.mask import Mask
+from gossamer.pruning.pattern import NM, Unstructured
+
+QUICK = {"interval": 4, "window": 2, "share": 0.5}
+
+
+def optimizer_of(model, total=40, lr=0.02, **options):
+    return SpielOptimizer(model, lr, total, **options)
+
+
+def train(model, optimizer, first, last, micro=1, clip=None):
+    for step in range(first, last):
+        optimizer.zero_grad()
+        for i in range(micro):
+            (loss_of(model, step * micro + i) / micro).backward()
+        if clip:
+            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
+        optimizer.step()
+
+
+def state(model, adapter="default"):
+    return [(layer.flat(adapter), layer.spiel_values[adapter].detach().clone()) for layer in layers_of(model, adapter)]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for one, other in zip(a, b, strict=True) for x, y in zip(one, other, strict=True))
+
+
+def test_schedule():
+    schedule = Reselection(20, 5, 0.2, "linear", 100, 1.0)
+    assert [t for t in range(101) if schedule.is_due(t)] == [5, 25, 45, 65, 85]
+    assert [t for t in range(30) if schedule.is_open(t)] == [0, 1, 2, 3, 4, 20, 21, 22, 23, 24]
+    assert [schedule.replaced(t) for t in (5, 25, 85, 100)] == pytest.approx([1.0, 0.15, 0.03, 0.0])
+    assert Reselection(20, 5, 0.2, "cosine", 100, 1.0).replaced(50) == pytest.approx(0.1)
+    assert not any(schedule.is_open(t) for t in range(86, 101))  # no window whose choice never comes
+
+
+@pytest.mark.parametrize("policy", ["static", "ag", "ma"])
+def test_training_learns_and_keeps_the_number_of_entries(policy):
+    model = adapted(policy=policy, **QUICK)
+    counts = [len(layer.spiel_values["default"]) for layer in layers_of(model, "default")]
+    start = state(model)
+    optimizer = optimizer_of(model, lr=0.1 if policy == "ma" else 0.02)
+    before = float(sum(loss_of(model, i) for i in range(5)))
+    for _ in range(6):
+        train(model, optimizer, 0, 5)
+    assert float(sum(loss_of(model, i) for i in range(5))) < 0.8 * before
+    assert [len(layer.spiel_values["default"]) for layer in layers_of(model, "default")] == counts
+    for flat, _ in state(model):
+        assert torch.equal(flat, flat.unique())
+    moved = not all(torch.equal(a[0], b[0]) for a, b in zip(start, state(model), strict=True))
+    assert moved == (policy != "static")
+    if policy == "static":
+        assert optimizer.history == []
+    else:
+        assert [h["update"] for h in optimizer.history] == [2, 6, 10, 14, 18, 22, 26, 30]
+        assert optimizer.history[0]["share"] == 1.0
+        assert optimizer.history[0]["replaced"] == optimizer.history[0]["entries"] == 60
+
+
+def test_static_entries_are_trained_by_adamw():
+    model = adapted(policy="static")
+    twin = copy.deepcopy(model)
+    other = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], 0.02, eps=1e-6, weight_decay=0.1)
+    train(model, optimizer_of(model, weight_decay=0.1), 0, 6)
+    train(twin, other, 0, 6)
+    for (_, ours), (_, theirs) in zip(state(model), state(twin), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("micro", "clip"), [(1, None), (3, None), (2, 0.05)])
+def test_new_entries_begin_with_adams_own_moments(micro, clip):
+    """With room for every candidate: the positions of the largest summed gradient, and dense Adam's state there."""
+    model = adapted(policy="ag", slots=1000, interval=10, window=3)
+    first = layers_of(model, "default")[0]
+    optimizer = optimizer_of(model, lr=0.0)
+    taken = first.flat("default")
+    weight = first.get_base_layer().weight
+    size = weight.numel()
+    m, v, total = torch.zeros(size), torch.zeros(size), torch.zeros(size)
+    for step in range(3):
+        optimizer.zero_grad()
+        dense = torch.zeros(size)
+        for i in range(micro):
+            twin = copy.deepcopy(model.base_model.model)
+            twin_weight = twin.first.get_base_layer().weight.requires_grad_()
+            (loss_of(twin, step * micro + i) / micro).backward()
+            dense += twin_weight.grad.reshape(-1)
+            (loss_of(model, step * micro + i) / micro).backward()
+        if clip:
+            values = [p for p in model.parameters() if p.requires_grad]
+            norm = nn.utils.clip_grad_norm_(values, clip)
+            dense *= clip / float(norm)
+        optimizer.step()
+        m, v, total = 0.9 * m + 0.1 * dense, 0.999 * v + 0.001 * dense**2, total + dense
+    free = torch.ones(size, dtype=torch.bool)
+    free[taken] = False
+    want = total.abs().masked_fill(~free, 0).topk(len(taken)).indices.sort().values
+    assert torch.equal(first.flat("default"), want)
+    held = optimizer.state[first.spiel_values["default"]]
+    torch.testing.assert_close(held["m"], m[want], rtol=2e-3, atol=1e-7)
+    torch.testing.assert_close(held["v"], v[want], rtol=4e-3, atol=1e-9)
+    assert held["birth"].tolist() == [0] * len(want)
+
+
+def test_a_small_sketch_finds_persistent_gradients():
+    source = torch.Generator().manual_seed(0)
+    rows, cols = 40, 50
+    hot = torch.randperm(rows * cols, generator=source)[:20]
+    sketch = Candidates(rows, cols, 40, torch.empty(0, dtype=torch.int64), None)
+    for _ in range(12):
+        gradient = torch.randn(rows * cols, generator=source)
+        gradient[hot] += 1.5
+        sketch.begin()
+        for first in range(0, rows, 7):
+            sketch.see(first, gradient.view(rows, cols)[first : first + 7].clone())
+        sketch.end(torch.zeros(1))
+        assert len(sketch.tensors["position"]) <= 40
+    sketch.fold(1.0, (0.9, 0.999))
+    assert len(set(sketch.grown(20).flat.tolist()) & set(hot.tolist())) >= 14
+
+
+@pytest.mark.parametrize("policy", ["static", "ag", "ma"])
+@pytest.mark.parametrize("stop", [3, 5, 6])  # before, in and at the end of a window
+def test_resuming_is_exact(tmp_path, policy, stop):
+    config = {"policy": policy, **QUICK}
+    whole = adapted(**config)
+    train(whole, optimizer_of(whole), 0, 11, micro=2)
+    model = adapted(**config)
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 0, stop, micro=2)
+    model.save_pretrained(tmp_path)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+
+    again = adapted(**config)
+    optimizer = optimizer_of(again)
+    again.load_adapter(tmp_path, "default", is_trainable=True)
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    train(again, optimizer, stop, 11, micro=2)
+    assert same(state(again), state(whole))
+
+
+def test_the_trainer_resumes_exactly(tmp_path, tiny):
+    from torch.utils.data import Dataset
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    class Texts(Dataset):
+        def __len__(self):
+            return 16
+
+        def __getitem__(self, i):
+            ids = torch.randint(300, (12,), generator=torch.Generator().manual_seed(i))
+            return {"input_ids": ids, "labels": ids}
+
+    def run(folder, until, resume=None):
+        model = adapted(AutoModelForCausalLM.from_pretrained(tiny), target_modules=["q_proj", "down_proj"], **QUICK)
+        optimizer = optimizer_of(model, total=6)
+        arguments = TrainingArguments(
+            str(folder), max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=5,
+            report_to=[], use_cpu=True, disable_tqdm=True, learning_rate=0.02, logging_strategy="no",
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=Texts(), optimizers=(optimizer, None))
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = run(tmp_path / "a", 6)
+    again = run(tmp_path / "b", 6, resume=str(tmp_path / "a" / "checkpoint-5"))
+    assert same(state(again), state(whole))
+
+
+def two_processes(rank, port, results, micro):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        for policy in ("ag", "ma"):
+            model = adapted(policy=policy, **QUICK)
+            optimizer = optimizer_of(model)
+            wrapped = nn.parallel.DistributedDataParallel(model)
+            for step in range(7):
+                optimizer.zero_grad()
+                x, y = batch(100 * rank + step)
+                nn.functional.cross_entropy(wrapped(x), y).backward()
+                optimizer.step()
+            results[rank, policy] = [(flat.tolist(), values.tolist()) for flat, values in state(model)]
+        torch.manual_seed(rank)
+        from gossamer.finetune.spiel.ranks import check_equal
+
+        try:
+            check_equal([torch.tensor([rank])], "the positions")
+        except TrainingError as error:
+            results[rank, "error"] = str(error)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_choose_the_same_positions():
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(two_processes, (port, results, 1), nprocs=2)
+        results = dict(results)
+    alone = adapted(policy="ag", **QUICK)
+    for policy in ("ag", "ma"):
+        assert results[0, policy] == results[1, policy]
+        assert results[0, policy][0][0] != layers_of(alone, "default")[0].flat("default").tolist()
+    assert "rank 1 disagrees with rank 0" in results[0, "error"]
+    assert "rank 1 disagrees with rank 0" in results[1, "error"]
+
+
+def test_a_layer_without_gradient_is_told():
+    class Half(Net):
+        def forward(self, x):
+            return self.head(torch.tanh(self.second(torch.zeros(len(x), 17))))
+
+    model = adapted(Half())
+    optimizer = optimizer_of(model)
+    loss_of(model, 0).backward()
+    with pytest.raises(TrainingError, match="first is first: it was never called in the forward pass"):
+        optimizer.step()
+    frozen = adapted()
+    optimizer = optimizer_of(frozen)
+    with pytest.raises(TrainingError, match="does not reach the loss"):
+        frozen(batch(0)[0])
+        optimizer.step()
+    frozen.requires_grad_(False)
+    with pytest.raises(TrainingError, match="0 trainable sparse adapters"):
+        optimizer_of(frozen)
+
+
+def test_other_trained_modules_are_trained_too():
+    model = adapted(modules_to_save=["head"])
+    before = model.base_model.model.head.modules_to_save["default"].weight.clone()
+    train(model, optimizer_of(model), 0, 3)
+    assert not torch.equal(before, model.base_model.model.head.modules_to_save["default"].weight)
+
+
+# ---- the positions to begin with ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selection", ["gradient", "snip", "fisher"])
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_selection_by_data(selection, allocation):
+    model = adapted(policy="static", selection=selection, allocation=allocation, num_weights=60)
+    layers = layers_of(model, "default")
+    shares = [len(layer.spiel_values["default"]) for layer in layers]
+    scores = [torch.zeros(layer.out_features * layer.in_features) for layer in layers]
+    twin = copy.deepcopy(model.base_model.model)
+    weights = [layer.get_base_layer().weight.requires_grad_() for layer in (twin.first, twin.second)]
+    twin.zero_grad()
+    loss_of(twin, 0).backward()
+    for score, weight in zip(scores, weights, strict=True):
+        gradient = weight.grad.reshape(-1)
+        score.copy_(
+            {"gradient": gradient, "snip": gradient * weight.detach().reshape(-1), "fisher": gradient**2}[selection]
+        )
+    with selecting(model):
+        loss_of(model, 0).backward()
+    model.zero_grad()
+    found = [layer.flat("default") for layer in layers]
+    if allocation == "uniform":
+        for flat, score, k in zip(found, scores, shares, strict=True):
+            assert torch.equal(flat, score.abs().topk(k).indices.sort().values)
+    else:
+        assert sum(len(flat) for flat in found) == 60
+        chosen = torch.cat([score.abs()[flat] for score, flat in zip(scores, found, strict=True)])
+        least = [int(0.1 * k) for k in shares]
+        assert all(len(f) >= m for f, m in zip(found, least, strict=True))
+        everything = torch.cat([s.abs() for s in scores]).topk(60).values
+        torch.testing.assert_close(chosen.sort().values, everything.sort().values)
+    assert not layers[0].watches
+    train(model, optimizer_of(model), 0, 2)
+
+
+def test_global_counts_have_a_floor_and_a_ceiling():
+    scores = [torch.full((100,), 9.0), torch.full((100,), 1.0), torch.full((100,), 2.0)]
+    assert global_counts(scores, [20, 20, 20], [100, 100, 100]) == [56, 2, 2]
+    assert sum(global_counts(scores, [10, 40, 10], [100, 100, 100])) == 60
+    assert global_counts(scores, [10, 40, 10], [100, 100, 100])[0] == 40
+
+
+def test_selection_by_magnitude():
+    model = adapted(policy="static", selection="magnitude")
+    for layer in layers_of(model, "default"):
+        weight = layer.get_base_layer().weight.detach().abs().reshape(-1)
+        want = weight.topk(len(layer.spiel_values["default"])).indices.sort().values
+        assert torch.equal(layer.flat("default"), want)
+    with pytest.raises(RecipeError, match="looks at no data"):
+        with selecting(model):
+            pass
+
+
+def test_top_product_against_the_outer_product():
+    source = torch.Generator().manual_seed(1)
+    rows, cols = torch.rand(23, generator=source), torch.rand(31, generator=source)
+    taken = torch.randperm(23 * 31, generator=source)[:50].sort().values
+    allowed = Mask.from_bool(torch.rand(23, 31, generator=source) < 0.7, "0.3")
+    outer = torch.outer(rows, cols).reshape(-1).masked_fill(~allowed.to_bool().reshape(-1), 0.0)
+    outer[taken] = 0.0
+    assert torch.equal(top_product(rows, cols, 40, taken, allowed), outer.topk(40).indices.sort().values)
+    assert filled(torch.tensor([2.0, 0.0, 4.0]), torch.tensor([1.0, 5.0, 2.0])).tolist() == [2.0, 10.0, 4.0]
+
+
+# ---- pruned bases ---------------------------------------------------------------------------------------------------
+
+
+def pruned(pattern):
+    net = Net(width=16)
+    net.second = nn.Linear(17, 11, bias=False)
+    net.first = nn.Linear(16, 17)
+    masks = {}
+    patterns = {"first": pattern, "second": Unstructured(0.6)}
+    for name, one in patterns.items():
+        layer = net.get_submodule(name)
+        keep = one.mask(layer.weight.detach().abs())
+        layer.weight.data.masked_fill_(~keep, 0.0)
+        masks[f"{name}.weight"] = Mask.from_bool(keep, str(one))
+    net.gossamer_masks = masks
+    return net, masks
+
+
+def train_pruned(model, steps=12):
+    optimizer = optimizer_of(model)
+    for step in range(steps):
+        optimizer.zero_grad()
+        x, y = batch(step, width=16)
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("policy", ["ag", "ma"])
+def test_a_2_4_base_keeps_its_pattern_after_merging(tmp_path, policy):
+    net, masks = pruned(NM(2, 4))
+    base = copy.deepcopy(net)
+    model = adapted(net, density=0.2, num_weights=None, policy=policy, **QUICK)
+    train_pruned(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    for merged in (model.merge_and_unload(), loaded.merge_and_unload()):
+        for name, mask in masks.items():
+            weight = merged.get_parameter(name)
+            gone = weight[~mask.to_bool()]
+            assert torch.equal(gone.view(torch.int32), torch.zeros_like(gone).view(torch.int32))  # +0.0, bit for bit
+            assert not torch.equal(weight, base.get_parameter(name))
+        assert bool(((merged.first.weight != 0).view(17, 4, 4).sum(-1) <= 2).all())
+
+
+def test_an_adapter_of_another_mask_is_not_merged(tmp_path):
+    net, masks = pruned(NM(2, 4))
+    model = adapted(net, density=0.2, num_weights=None)
+    fill(model)
+    layer = layers_of(model, "default")[0]
+    layer.mask = Mask.from_bool(~layer.mask.to_bool(), "2:4")
+    with pytest.raises(ModelError, match="lie on pruned weights"):
+        model.merge_and_unload()
+
+
+def test_only_pruned_positions():
+    net, masks = pruned(NM(2, 4))
+    model = adapted(net, density=0.2, num_weights=None, where="pruned", policy="ag", **QUICK)
+    train_pruned(model)
+    for layer in layers_of(model, "default"):
+        assert not bool(masks[f"{layer.name}.weight"].to_bool().reshape(-1)[layer.flat("default")].any())
+
+
+def test_seft_revives_and_prunes_to_the_exact_pattern():
+    net, masks = pruned(NM(2, 4))
+    base = copy.deepcopy(net)
+    model = adapted(net, density=0.3, num_weights=None, where="seft", policy="ag", **QUICK)
+    train_pruned(model)
+    layer = layers_of(model, "default")[0]
+    on_pruned = ~masks["first.weight"].to_bool().reshape(-1)[layer.flat("default")]
+    assert bool(on_pruned.any())
+    layer.spiel_values["default"].data[on_pruned] = 3.0  # far above any weight: these must survive
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(layer.get_base_layer().weight, base.first.weight)
+    merged = model.merge_and_unload()
+    fresh = merged.spiel_masks
+    assert fresh.keys() == masks.keys()
+    for name, mask in fresh.items():
+        assert mask.zeros == masks[name].zeros
+        gone = merged.get_parameter(name)[~mask.to_bool()]
+        assert torch.equal(gone.view(torch.int32), torch.zeros_like(gone).view(torch.int32))
+    assert bool((fresh["first.weight"].to_bool().view(17, 4, 4).sum(-1) == 2).all())
+    assert fresh["first.weight"] != masks["first.weight"]
