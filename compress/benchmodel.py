@@ -61,8 +61,8 @@ def bench_models(
 ) -> dict[str, Any]:
     """Milliseconds per token of every model in every way, as plain data: one row per contender.
 
-    A folder with sparse weights or an activation policy runs in our runtime; any other one in transformers (bfloat16, bfloat16 without oneDNN,
-    float16) and in our runtime. Ratios are to the fastest and to the first dense contender.
+    A folder with sparse weights or an activation policy runs in our runtime; any other one in transformers (bfloat16,
+    bfloat16 without oneDNN, float16) and in our runtime. Ratios are to the fastest and to the first dense contender.
     """
     told = progress or Progress()
     contenders = [contender for folder in folders for contender in _contenders(folder, told)]
