@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Optional
 
 import typer
 
+from ..errors import RecipeError
 from . import options as o
 
 EXAMPLES = o.examples(
     "gossamer inspect demo-sparse",
     "gossamer inspect meta-llama/Llama-3.2-1B --json",
+    "gossamer inspect demo-sparse --activation --data heldout.txt",
 )
 
 
@@ -21,12 +23,38 @@ def register(app: typer.Typer) -> None:
 
 def inspect(
     model: o.Model,
+    activation: Annotated[
+        bool,
+        typer.Option(
+            "--activation",
+            help="What its activations allow instead: CETT per layer, PPL-1% and PPL-5% sparsity, and what the "
+            "policy in the checkpoint skips.",
+            rich_help_panel=o.ACTIVATION,
+            show_default=False,
+        ),
+    ] = False,
+    data: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="DATA",
+            help="Text for --activation. \\[default: wikitext2]",
+            rich_help_panel=o.ACTIVATION,
+            show_default=False,
+        ),
+    ] = None,
+    seqlen: o.SequenceLength = None,
+    windows: o.Windows = None,
     json: o.Json = False,
     revision: o.Revision = None,
     token: o.Token = None,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
     """Show layers, sparsity, patterns, masks and bytes of MODEL. No weight is changed."""
+    if activation:
+        _show_activation(model, data, seqlen, windows, json, trust_remote_code)
+        return
+    if data or seqlen or windows:
+        raise RecipeError("--data, --seqlen and --windows belong to --activation", hint="add --activation")
     from ..compress.inspect import inspect_model
     from .console import show_json, show_lines, show_table
 
@@ -37,6 +65,41 @@ def inspect(
     header = ("tensor", "shape", "dtype", "sparsity", "pattern", "mask", "dense", "stored")
     show_table(str(model), header, [_row(row) for row in found["layers"]])
     show_lines(_totals(found))
+
+
+def _show_activation(
+    model: str, data: str | None, seqlen: int | None, windows: int | None, as_json: bool, trust_remote_code: bool
+) -> None:
+    from ..compress.activation.inspect import inspect_activation
+    from ..compress.stage_recipes.evaluate import DEFAULT_EVALUATION
+    from .console import show_json, show_lines, show_table
+
+    found = inspect_activation(
+        model, data or DEFAULT_EVALUATION, seqlen=seqlen, windows=windows or 16, trust_remote_code=trust_remote_code
+    )
+    if as_json:
+        show_json(found)
+        return
+    shares = [list(layer["cett"].items()) for layer in found["layers"]]
+    header = ("MLP", *(f"CETT at {float(share):.0%}" for share, _ in shares[0][3::3]))
+    rows = [
+        (layer["name"], *(f"{v:.3f}" for _, v in c[3::3])) for layer, c in zip(found["layers"], shares, strict=True)
+    ]
+    show_table(str(model), header, rows)
+    lines = [f"perplexity {found['perplexity']:.4f}: {found['protocol']['method']}"]
+    for limit, ppl in found["ppl"].items():
+        lines.append(
+            f"PPL-{limit} sparsity: {ppl['sparsity']:.1%} of the neurons (CETT {ppl['cett']:.3f}, perplexity "
+            f"{ppl['increase']:+.2%})"
+        )
+    if "policy" in found:
+        policy = found["policy"]
+        lines.append(
+            f"policy {policy['method']}: {policy['sparsity']:.1%} of the linear weights skipped, perplexity "
+            f"{policy['perplexity']:.4f} ({policy['increase']:+.2%} ± {policy['standard_error']:.2%})"
+        )
+        lines += [f"  {name}: {share:.1%}" for name, share in policy["matrices"].items()]
+    show_lines(lines)
 
 
 def _row(row: dict[str, Any]) -> tuple[str, ...]:

@@ -18,7 +18,9 @@ def register(app: typer.Typer) -> None:
 
 
 def methods(json: o.Json = False) -> None:
-    """List what `compress --method` takes: one-shot methods, built-in and from other packages, and those that train."""
+    """List what `compress` takes: one-shot methods, built-in and from other packages, those that train; policies."""
+    from ..activation_sparsity.registry import DEFAULT as POLICY
+    from ..activation_sparsity.registry import SUMMARIES as POLICIES
     from ..pruning.registry import DEFAULT_METHOD, method_names, summary
     from .console import show_json, show_table
 
@@ -31,3 +33,5 @@ def methods(json: o.Json = False) -> None:
         (f"{row['name']} (default)" if row["name"] == DEFAULT_METHOD else row["name"], row["summary"]) for row in found
     ]
     show_table(None, ("method", "what it does"), rows, numbers_from=2)
+    policies = [(f"{name} (default)" if name == POLICY else name, POLICIES[name]) for name in POLICIES]
+    show_table(None, ("--activation", "what is skipped at decode"), policies, numbers_from=2)

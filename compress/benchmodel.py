@@ -61,8 +61,8 @@ def bench_models(
 ) -> dict[str, Any]:
     """Milliseconds per token of every model in every way, as plain data: one row per contender.
 
-    A folder with sparse weights or an activation policy runs in our runtime; any other one in transformers (bfloat16, bfloat16 without oneDNN,
-    float16) and in our runtime. Ratios are to the fastest and to the first dense contender.
+    A folder with sparse weights or an activation policy runs in our runtime; any other one in transformers (bfloat16,
+    bfloat16 without oneDNN, float16) and in our runtime. Ratios are to the fastest and to the first dense contender.
     """
     told = progress or Progress()
     contenders = [contender for folder in folders for contender in _contenders(folder, told)]
@@ -102,10 +102,8 @@ def _contenders(folder: str, progress: Progress) -> Iterator[Contender]:
     if (model.gossamer_masks or skips) and model.dtype is torch.float32:  # 16-bit weights, as the dense ones
         model = load(folder, dtype=torch.bfloat16)
     if model.gossamer_masks or skips:
-        kind = (
-            "ours, sparse" if not skips else "ours, skipping" if not model.gossamer_masks else "ours, sparse, skipping"
-        )
-        yield Contender(kind + _attached(model), folder, model, sparse=True)
+        kinds = ["sparse"] * bool(model.gossamer_masks) + ["skipping"] * skips
+        yield Contender(f"ours, {', '.join(kinds)}{_attached(model)}", folder, model, sparse=True)
         return
     ours = model if model.dtype is torch.bfloat16 else load(folder, dtype=torch.bfloat16)
     read: Any = AutoModelForCausalLM.from_pretrained

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # folder -> folders it may import from; everyone may import errors and __version__
 ALLOWED = {
     "gossamer": {"cli", "compress", "pruning", "activation_sparsity", "attention", "finetune", "kernels"},
-    "cli": {"compress", "pruning"},
+    "cli": {"compress", "pruning", "activation_sparsity"},
     "compress": {"pruning", "activation_sparsity", "attention", "finetune", "kernels"},
     "pruning": {"kernels"},
     "activation_sparsity": {"kernels"},

@@ -14,6 +14,7 @@ from ...activation_sparsity.base import Policy
 from ...activation_sparsity.method import Method
 from ...activation_sparsity.registry import get_policy_method
 from ...errors import RecipeError
+from .. import distributed
 from ..activation.calibrate import Calibration
 from ..activation.parts import StoredParts
 from ..activation.speed import sparsity_for
@@ -90,7 +91,7 @@ class _Run:
         else:
             policy = self._policy(self._goal())
         path = self.context.attachment(self.plan, FILE.rpartition("/")[2])
-        entry = write_policy(path, policy)
+        entry = distributed.on_main(lambda: write_policy(path, policy))
         result = summary(policy)
         if found is not None:
             result["validation"] = {
