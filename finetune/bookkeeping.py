@@ -36,8 +36,8 @@ class Bookkeeping(TrainerCallback):
             inner = inner.optimizer
         trainer.guard.watch(inner)
         for callback in trainer.config.callbacks:
-            if hasattr(callback, "guarded"):
-                callback.guarded(trainer.guard)
+            if hasattr(callback, "take_guard"):  # a method that moves masks
+                callback.take_guard(trainer.guard, inner, state.global_step)
         trainer.resumed_from = state.global_step
         trainer.started = time.monotonic()
         if args.should_save:
