@@ -86,19 +86,16 @@ class _Run(TrainerCallback):
         matrix = self.matrices[name] = _Matrix(module, pattern)
         module.register_buffer(BUFFER, pack_bits(matrix.rows(self.now[name]).contiguous()))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **more: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """After a checkpoint was loaded, and before masks are laid on: hooks here see whole gradients."""
-        while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
-            optimizer = optimizer.optimizer
-        self.optimizer = optimizer
         for name, matrix in self.matrices.items():
             cols = self.now[name].shape[0 if matrix.transposed else 1]
             self.now[name] = matrix.rows(unpack_bits(getattr(matrix.module, BUFFER), cols)).contiguous()
             self._handles.append(matrix.module.weight.register_post_accumulate_grad_hook(self._look(matrix)))
 
-    def guarded(self, guard: MaskGuard) -> None:
+    def take_guard(self, guard: MaskGuard, optimizer: torch.optim.Optimizer, step: int) -> None:
         """The guard of this training."""
-        self.guard = guard
+        self.guard, self.optimizer = guard, optimizer
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         after = state.global_step + 1

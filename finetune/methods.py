@@ -19,6 +19,7 @@ _TABLE = {
     "bias-norm": "recovery:BiasNorm",
     "full": "recovery:Full",
     "pst": "pst_method:Pst",
+    "dst": "dst:Dst",
 }
 DEFAULT_METHOD = "masklora"
 
@@ -30,7 +31,8 @@ class Attached:
     Attributes:
         masks: parameter name -> bool mask that training keeps, under the names that the model has now.
         finish: makes an ordinary model of it again, in place, and returns figures for the report.
-        callbacks, make_optimizer: as in `training.TrainingConfig`.
+        callbacks, make_optimizer: as in `training.TrainingConfig`. A callback with a method `take_guard` is given
+            the MaskGuard, the optimizer and the step when training begins: a method that moves masks needs them.
         kept: masks of the ordinary model afterwards, where the method moved them; None: as before.
         patterns: parameter name -> what its mask promises afterwards, where that is new.
     """

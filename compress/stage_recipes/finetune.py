@@ -22,6 +22,9 @@ class FinetuneStage(TrainingStage):
     score_rank: int = Field(8, ge=1, description="pst: columns of the factors of the learned score")
     sparsity: float | None = Field(None, ge=0, lt=1, description="pst: fraction of zeros of every matrix; default 0.5")
     pattern: str | None = Field(None, description='pst: "2:4" and the like, instead of a sparsity')
+    every: int = Field(20, ge=1, description="dst: steps between two moves of the masks")
+    drop: float = Field(0.3, gt=0, le=1, description="dst: share of the kept weights that the first move replaces")
+    stop: float = Field(0.75, gt=0, le=1, description="dst: share of the steps after which masks stay")
     extras: bool = Field(True, description="masklora: biases and norms are trained too")
 
     @model_validator(mode="after")
