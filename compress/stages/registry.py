@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 _TABLE = {
     "activation": "activation:Activation",
     "prune": "prune_kind:Prune",
+    "heads": "heads:Heads",
     "evaluate": "evaluate:Evaluate",
     "finetune": "finetune:Finetune",
     "imp": "imp:Imp",
