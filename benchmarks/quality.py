@@ -6,6 +6,7 @@
     python benchmarks/quality.py --methods gossamer --redo                # run again what is there
     python benchmarks/quality.py --render                                 # only write docs/quality.md
     python benchmarks/quality.py nm --help                                # N:M by training: quality_nm.py
+    python benchmarks/quality.py soups --help                             # IMP and soups: quality_soups.py
 
 One cell is one model, method, pattern and seed: a full `compress` and an `eval` of what it wrote, as on the command
 line. Each finished cell is one JSON line in the results file; a rerun skips the cells it finds there. Why our method
@@ -33,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
 PAGE = ROOT / "docs" / "quality.md"
 METHODS = ["magnitude", "wanda", "ria", "sparsegpt", OURS]
-SUITES = {"nm": "quality_nm"}  # first word -> module beside this one, whose `main` takes the other words
+SUITES = {"nm": "quality_nm", "soups": "quality_soups"}  # first word -> module beside this one, whose `main` takes the other words
 SEEDS = [0, 1, 2, 3, 4]
 NSAMPLES, SEQLEN = 128, 256
 WITHOUT_TEXT = {"magnitude"}  # the same result for every calibration seed: run once
