@@ -7,6 +7,7 @@
     python benchmarks/quality.py --render                                 # only write docs/quality.md
     python benchmarks/quality.py nm --help                                # N:M by training: quality_nm.py
     python benchmarks/quality.py recovery --help                          # after one-shot pruning: quality_recovery.py
+    python benchmarks/quality.py soups --help                             # IMP and soups: quality_soups.py
 
 One cell is one model, method, pattern and seed: a full `compress` and an `eval` of what it wrote, as on the command
 line. Each finished cell is one JSON line in the results file; a rerun skips the cells it finds there. Why our method
@@ -34,7 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
 PAGE = ROOT / "docs" / "quality.md"
 METHODS = ["magnitude", "wanda", "ria", "sparsegpt", OURS]
-SUITES = {"nm": "quality_nm", "recovery": "quality_recovery"}  # first word -> module here; its `main` takes the rest
+# first word -> module here; its `main` takes the rest
+SUITES = {"nm": "quality_nm", "recovery": "quality_recovery", "soups": "quality_soups"}
 SEEDS = [0, 1, 2, 3, 4]
 NSAMPLES, SEQLEN = 128, 256
 WITHOUT_TEXT = {"magnitude"}  # the same result for every calibration seed: run once

@@ -107,7 +107,8 @@ def tighten(
         RecipeError: the pattern does not fit a shape.
     """
     for name, weight in weights.items():
-        pattern.check(*weight.shape, name)
+        rows, cols = weight.shape
+        pattern.check(rows, cols, name)
     if isinstance(pattern, Unstructured) and pattern.scope == "model":
         return _over_the_model(weights, masks, pattern, score)
     found = {}

@@ -15,6 +15,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -168,7 +169,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Callable[[nn.Module], object
 
     LayerNorm and RMSNorm have none, so for most language models there is nothing to do.
     """
-    tracking = [module for module in model.modules() if _tracks(module)]
+    tracking: list[Any] = [module for module in model.modules() if _tracks(module)]
     momenta, training = [module.momentum for module in tracking], model.training
     for module in tracking:
         module.reset_running_stats()

@@ -233,7 +233,7 @@ class PhasedRun:
             damage = masked.set_masks(found)
         else:
             damage = self._prune_with_method(masked, phase)
-        self._rates = Rates(self.stage.learning_rate, **damage)
+        self._rates = Rates(self.stage.learning_rate, damage=damage["damage"], pruned=damage["pruned"])
 
     def _prune_with_method(self, masked: Masked, phase: Phase) -> dict[str, float]:
         """A one-shot method on the model so far, block by block as in a prune stage; it may change weights too."""

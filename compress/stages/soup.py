@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,10 @@ class SoupKind:
 
     def run(self, context: Context, stage: SoupPlan) -> StageReport:
         return PhasedRun(context, stage, SoupPhase(context, stage)).run()
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    return StateFile(path).tensors()
 
 
 class SoupPhase:
@@ -172,7 +177,7 @@ class SoupPhase:
 
     def _choose(self, masked: Masked, paths: list[Path], entries: list[dict[str, Any]], last: bool) -> dict[str, Any]:
         """Compare best candidate, ensemble and soups; leave the one that was asked for in the model."""
-        load: list[Callable[[], dict[str, Tensor]]] = [lambda p=path: StateFile(p).tensors() for path in paths]
+        load: list[Callable[[], dict[str, Tensor]]] = [partial(_read, path) for path in paths]
         count = len(paths)
         device = next(masked.model.parameters()).device
 

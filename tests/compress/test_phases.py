@@ -83,7 +83,7 @@ def test_phases_follow_the_schedule(tiny, tmp_path, kind):
     assert [e["sparsity"] for e in entries] == pytest.approx([0.5, 0.75, 0.875], abs=1e-4)
     assert [e["pruned"] for e in entries] == pytest.approx([0.5] * 3, abs=1e-3)
     assert all(0 < e["damage"] < 1 for e in entries)
-    runs = said["stages"][0]["training"]
+    runs = said["training"]
     steps = [2, 3, 3] if kind == "imp" else [2, 2, 3, 3, 3, 3]
     assert [run["steps"] for run in runs] == steps
 
