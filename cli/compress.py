@@ -9,7 +9,9 @@ import typer
 
 from ..errors import RecipeError
 from . import options as o
+from . import trained as t
 from .failure import typed_command
+from .job import run_job, show_plan
 
 if TYPE_CHECKING:
     from ..compress.recipe import Machine, Recipe
@@ -19,6 +21,7 @@ EXAMPLES = o.examples(
     "gossamer compress MODEL -o OUT --pattern 2:4 --calibration train.txt --eval test.txt",
     "gossamer compress MODEL -o OUT --method magnitude --no-eval --format dense",
     "gossamer compress MODEL -o OUT --values int8",
+    "gossamer compress MODEL -o OUT --method nm-flow --pattern 1:8 --data train.txt --tokens 1000000",
     "gossamer compress MODEL -o OUT --recipe recipe.yaml --dry-run",
     "gossamer compress MODEL -o OUT --activation auto --activation-sparsity 0.5",
     "gossamer compress MODEL -o OUT --resume",
@@ -182,6 +185,12 @@ def compress(
         ),
     ] = None,
     seqlen: o.SequenceLength = None,
+    data: t.Data = None,
+    tokens: t.Tokens = None,
+    steps: t.Steps = None,
+    learning_rate: t.LearningRate = None,
+    pattern_for: t.PatternFor = None,
+    fields: t.Fields = None,
     eval_data: o.Evaluation = None,
     no_eval: Annotated[
         bool, typer.Option("--no-eval", help="Skip the evaluation.", rich_help_panel=o.DATA, show_default=False)
@@ -274,6 +283,10 @@ def compress(
         "reconstruct": reconstruct or None, "include": include or None, "exclude": exclude or None,
         "untie": untie or None, "calibration": calibration, "nsamples": nsamples, "seqlen": seqlen,
     }  # fmt: skip
+    training = {
+        "data": data, "tokens": tokens, "steps": steps, "learning_rate": learning_rate,
+        "pattern_for": pattern_for or None, "set": fields or None,
+    }  # fmt: skip
     skipping = {
         "method": activation, "sparsity": activation_sparsity, "target_ppl_increase": target_ppl_increase,
         "target_speedup": target_speedup, "guide": activation_guide,
@@ -282,32 +295,24 @@ def compress(
     export = {"format": file_format, "values": values, "max_shard_size": max_shard_size}
     general = {"seed": seed, "allow_overlap": allow_overlap or None}
     if recipe is None:
-        built = recipe_from_options(prune, evaluation, export, general, no_eval=no_eval, activation=skipping)
+        built = recipe_from_options(prune, training, evaluation, export, general, no_eval=no_eval, activation=skipping)
     else:
-        built = recipe_from_file(
-            recipe,
-            {
-                **prune,
-                **_as_activation(skipping),
-                **_as_options(evaluation),
-                "no_eval": no_eval or None,
-                **export,
-                **general,
-            },
-        )
+        given = {**prune, **training, **_as_activation(skipping), **_as_options(evaluation), **export, **general}
+        built = recipe_from_file(recipe, given | {"no_eval": no_eval or None})
     job: dict[str, Any] = {
         "model": model, "out": out, "recipe": built, "machine": build_machine(device, dtype, max_memory),
         "revision": revision, "token": token, "trust_remote_code": trust_remote_code, "resume": resume,
         "overwrite": overwrite,
     }  # fmt: skip
     if dry_run:
-        _show_plan(job, json)
+        show_plan(job, json)
     else:
-        _run(job, typed_command(ctx), json, quiet)
+        run_job(job, typed_command(ctx), json, quiet)
 
 
 def recipe_from_options(
     prune: dict[str, Any],
+    training: dict[str, Any],
     evaluation: dict[str, Any],
     export: dict[str, Any],
     general: dict[str, Any],
@@ -319,7 +324,7 @@ def recipe_from_options(
 
     An activation policy is made after pruning, or in place of it: then options of pruning alone are mistakes.
     """
-    from ..compress.recipe import ActivationStage, EvaluateStage, ExportStage, PruneStage, Recipe, build
+    from ..compress.recipe import ActivationStage, EvaluateStage, ExportStage, Recipe, build
 
     stages: list[Any] = []
     skipping = _given(activation or {})
@@ -327,10 +332,13 @@ def recipe_from_options(
     others = {name: value for name, value in _given(prune).items() if name not in TEXT}
     prunes = not skipping or bool(others.keys() & {"method", "sparsity", "pattern"})
     if prunes:
-        stages.append(build(PruneStage, **_given(prune)))
-    elif others:
+        measures = others.get("method") not in t.trained_methods() or not skipping
+        seen = text if measures else {name: value for name, value in text.items() if name == "seqlen"}
+        stages.append(_first_stage({**others, **seen}, _given(training)))
+    elif others or _given(training):
+        wrong = _spelled({**others, **_given(training)})
         raise RecipeError(
-            f"{_spelled(others)} belongs to pruning, and {_spelled(_as_activation(skipping))} alone prunes nothing",
+            f"{wrong} belongs to pruning, and {_spelled(_as_activation(skipping))} alone prunes nothing",
             hint="add --sparsity, --pattern or --method to prune as well",
         )
     if skipping:
@@ -341,6 +349,21 @@ def recipe_from_options(
         raise RecipeError(f"--no-eval contradicts {_spelled(_as_options(evaluation))}", hint="give one of them")
     stages.append(build(ExportStage, **_given(export)))
     return build(Recipe, stages=stages, **_given(general))
+
+
+def _first_stage(prune: dict[str, Any], training: dict[str, Any]) -> Any:
+    """What --method names: a one-shot method of the prune stage, or a stage that trains."""
+    from ..compress.recipe import PruneStage, build
+
+    if "method" in prune:
+        t.check_known(prune["method"])
+    if prune.get("method") not in t.trained_methods():
+        t.refuse_training_options(training, _spelled(training))
+        return build(PruneStage, **prune)
+    fields = {
+        name: value for name, value in {**prune, **training}.items() if name not in ("method", "pattern_for", "set")
+    }
+    return t.trained_stage(prune["method"], fields, training.get("pattern_for"), training.get("set"))
 
 
 def recipe_from_file(file: Path, options: dict[str, Any]) -> Recipe:
@@ -378,34 +401,3 @@ def _as_activation(activation: dict[str, Any]) -> dict[str, Any]:
 
 def _spelled(options: dict[str, Any]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in _given(options))
-
-
-def _run(job: dict[str, Any], command: str, as_json: bool, quiet: bool) -> None:
-    from .console import hush_libraries, show_json, show_lines, show_table, watch
-
-    hush_libraries(quiet)
-    from ..compress import distributed
-    from ..compress.run import compress as run
-
-    with watch(quiet) as progress:
-        report = run(**job, progress=progress, command=command)
-    if not distributed.is_main():
-        return
-    if as_json:
-        show_json(report.data)
-        return
-    show_table(str(job["out"]), ("", "before", "after"), report.rows())
-    show_lines(report.footer())
-
-
-def _show_plan(job: dict[str, Any], as_json: bool) -> None:
-    from ..compress.run import plan
-    from .console import show_json, show_lines, show_table
-    from .planview import plan_document, plan_lines, plan_rows
-
-    document = plan_document(plan(**job))
-    if as_json:
-        show_json(document)
-        return
-    show_table("Plan (nothing was written)", ("matrix", "shape", "pattern", "zeros"), plan_rows(document))
-    show_lines(plan_lines(document))

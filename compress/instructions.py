@@ -69,7 +69,8 @@ def _text(content: Any, where: str, role: str) -> str:
 
 def _plain(messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
     """Contents on lines of their own, and where the responses stand."""
-    text, spans = "", []
+    text = ""
+    spans: list[tuple[int, int]] = []
     for message in messages:
         text += "\n" if text else ""
         if message["role"] == "assistant":
@@ -82,7 +83,7 @@ def _templated(messages: list[dict[str, str]], where: str, tokenizer: Any) -> tu
     """The template's text; a response is what it adds to the text of the messages before and its opening."""
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-        spans = []
+        spans: list[tuple[int, int]] = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue

@@ -23,6 +23,7 @@ from .stage_recipes.evaluate import EvaluateStage
 from .stage_recipes.export import ExportStage
 from .stage_recipes.finetune import FinetuneStage
 from .stage_recipes.gradual import GradualStage, RandomStage
+from .stage_recipes.heads import HeadsStage
 from .stage_recipes.imp import ImpStage, SoupStage
 from .stage_recipes.nm_flow import NmFlowStage
 from .stage_recipes.prune import PruneStage
@@ -34,6 +35,7 @@ __all__ = [
     "ExportStage",
     "FinetuneStage",
     "GradualStage",
+    "HeadsStage",
     "ImpStage",
     "Machine",
     "NmFlowStage",
@@ -57,6 +59,7 @@ _Kinds = Union[
     NmFlowStage,
     FinetuneStage,
     ActivationStage,
+    HeadsStage,
     EvaluateStage,
     ExportStage,
 ]

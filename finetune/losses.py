@@ -27,7 +27,7 @@ class LossConfig:
     """Which loss, and its numbers.
 
     Attributes:
-            (||h - h_dense||^2 / ||h_dense||^2 per token, after Kurtic et al., arXiv 2310.06927); 0: left out.
+        kind: "lm": cross-entropy to the text. "distill": KL(dense, sparse). "mix": share * distill + (1 - share) * lm.
         temperature: both distributions of "distill" are softened by it; the loss is multiplied by its square, so that
             gradients keep their size (Hinton et al., arXiv 1503.02531).
         share: of "distill" in "mix".

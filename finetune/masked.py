@@ -44,7 +44,7 @@ class MaskGuard:
 
     def __init__(self, model: nn.Module, masks: Masks) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        self._pruned_at: dict[str, Tensor] = {}
+        self._entries: dict[str, Tensor] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._digests: dict[str, str] = {}
         self._handles: list[Any] = []
@@ -134,6 +134,10 @@ class MaskGuard:
         """Share of pruned entries among the masked parameters."""
         return self.zeros / self.size if self._parameters else 0.0
 
+    def shape(self, name: str) -> torch.Size:
+        """Of the parameter, and so of its mask."""
+        return self._parameters[name].shape
+
     def digests(self) -> dict[str, str]:
         """Parameter -> sha256 of its mask's bits: equal on every rank, and unchanged by training."""
         return dict(self._digests)
@@ -154,13 +158,13 @@ class MaskGuard:
         self._digests[name] = hashlib.sha256(
             pack_bits(mask.reshape(-1, mask.shape[-1]).cpu()).contiguous().numpy().tobytes()
         ).hexdigest()
-        self._pruned_at[name] = ~_like(mask, parameter)
+        self._entries[name] = ~_like(mask, parameter)
 
     def _pruned(self, name: str) -> Tensor:
         parameter = self._parameters[name]
-        if self._pruned_at[name].device != parameter.device:  # moved since, as the Trainer does
-            self._pruned_at[name] = self._pruned_at[name].to(parameter.device)
-        return self._pruned_at[name]
+        if self._entries[name].device != parameter.device:  # moved since, as the Trainer does
+            self._entries[name] = self._entries[name].to(parameter.device)
+        return self._entries[name]
 
     def _mask_gradient(self, name: str) -> Any:
         def hook(parameter: Tensor) -> None:
@@ -184,7 +188,7 @@ def agree_on_masks(guard: MaskGuard) -> None:
             raise TrainingError(f"rank {rank} holds another mask of {differing[0]} than rank 0")
 
 
-def _like(mask: Tensor, parameter: Tensor) -> Tensor:
+def _like(mask: Tensor, parameter: Any) -> Tensor:
     """The mask on the parameter's device, and as a DTensor of its placement where the parameter is one."""
     mask = mask.to(parameter.device)
     if not hasattr(parameter, "placements"):

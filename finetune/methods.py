@@ -12,10 +12,13 @@ from ..errors import RecipeError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..pruning.pattern import Pattern
+
 _TABLE = {
     "masklora": "recovery:MaskLoRA",
     "bias-norm": "recovery:BiasNorm",
     "full": "recovery:Full",
+    "pst": "pst_method:Pst",
 }
 DEFAULT_METHOD = "masklora"
 
@@ -29,6 +32,7 @@ class Attached:
         finish: makes an ordinary model of it again, in place, and returns figures for the report.
         callbacks, make_optimizer: as in `training.TrainingConfig`.
         kept: masks of the ordinary model afterwards, where the method moved them; None: as before.
+        patterns: parameter name -> what its mask promises afterwards, where that is new.
     """
 
     masks: Mapping[str, Tensor]
@@ -37,6 +41,7 @@ class Attached:
     make_optimizer: Callable[[Any], Any] | None = None
     kept: Callable[[], Mapping[str, Tensor]] | None = None
     notes: list[str] = field(default_factory=list)
+    patterns: Mapping[str, str] = field(default_factory=dict)
 
 
 class Method(Protocol):
@@ -53,6 +58,10 @@ class Method(Protocol):
 
     def share(self, parameters: int, shapes: Sequence[tuple[int, int]], options: Mapping[str, Any]) -> float:
         """Share of all parameters that get a gradient, for the estimate of memory. `shapes`: of the targets."""
+        ...
+
+    def prunes(self, options: Mapping[str, Any]) -> Pattern | None:
+        """The pattern to which it prunes every linear layer of the blocks; None: it keeps the masks that there are."""
         ...
 
     def attach(

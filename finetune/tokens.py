@@ -65,7 +65,8 @@ def order(rows: int, count: int, seed: int) -> Tensor:
 
     A pure function: a resumed run, another number of processes and another batch size see the same sequence.
     """
-    parts, found = [], 0
+    parts: list[Tensor] = []
+    found = 0
     while found < count:
         generator = torch.Generator().manual_seed((seed * 1_000_003 + len(parts)) % 2**63)
         parts.append(torch.randperm(rows, generator=generator))

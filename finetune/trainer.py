@@ -5,36 +5,31 @@ The Trainer and accelerate do what they do everywhere: mixed precision, accumula
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging
 
-from ..errors import CheckpointError, TrainingError
+from ..errors import TrainingError
+from .bookkeeping import Bookkeeping
 from .losses import IGNORED, loss_sum
-from .masked import MaskGuard, Masks, agree_on_masks
+from .masked import MaskGuard, Masks
 from .optimizers import make_optimizer
+from .resuming import changing, interruptible, newest_checkpoint, read_tensors, write_tensors
+from .sharded import remember, restore
 from .tokens import Sequence, TokenRows
-from .training import Metrics, StepDone, TrainingConfig
-
-STATE = "trainer_state.json"
-WEIGHTS = "model.safetensors"
-METRICS = "metrics.jsonl"
+from .training import Metrics, TrainingConfig
 
 
 def run(model: Any, config: TrainingConfig, masks: Masks, data: TokenRows, teacher: Any | None) -> Metrics:
@@ -44,11 +39,18 @@ def run(model: Any, config: TrainingConfig, masks: Masks, data: TokenRows, teach
     total = config.steps_for(data.length)
     begun = newest_checkpoint(config.folder) if config.resume else None
     rows = Sequence(data, total * config.batch, config.seed)
-    trainer = MaskedTrainer(model, config, masks, rows, total, data.length, teacher)
-    with interruptible() as pressed:
+    with _quiet(), interruptible() as pressed:
+        trainer = MaskedTrainer(model, config, masks, rows, total, data.length, teacher)
         trainer.pressed = pressed
-        trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
-    trainer.finish()
+        before = remember(model) if trainer.is_fsdp_enabled else None
+        try:
+            trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
+            trainer.prove()
+        finally:
+            trainer.release()
+        if before is not None:
+            restore(before)
+    model.eval()
     if trainer.interrupted:
         raise KeyboardInterrupt
     return trainer.metrics()
@@ -57,26 +59,26 @@ def run(model: Any, config: TrainingConfig, masks: Masks, data: TokenRows, teach
 class MaskedTrainer(Trainer):
     """A Trainer that cannot lose a zero. `guard` holds the masks from the beginning of training on."""
 
-    guard: MaskGuard
-
     def __init__(
         self, model: Any, config: TrainingConfig, masks: Masks, rows: Sequence, total: int, length: int,
         teacher: Any | None,
     ) -> None:  # fmt: skip
-        arguments = _arguments(model, config, total)
-        callbacks = [*config.callbacks, _Bookkeeping(self)]
-        super().__init__(model=model, args=arguments, train_dataset=rows, data_collator=_stack, callbacks=callbacks)
-        for noisy in (PrinterCallback, ProgressCallback):
-            self.remove_callback(noisy)
-        self.config, self.masks, self.total, self.length = config, masks, total, length
-        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(arguments.device)
-        self.loss_is_scaled_for_ga = True  # divided by the tokens of the whole step
+        self.network: nn.Module = model
+        self.config, self.masks, self.rows, self.total, self.length = config, masks, rows, total, length
+        self.guard = MaskGuard(nn.Module(), {})
         self.pressed: Callable[[], bool] = lambda: False
         self.interrupted = False
         self.micro_losses: list[Tensor] = []
         self.history: list[dict[str, float]] = []
         self.started = time.monotonic()
         self.resumed_from = 0
+        arguments = _arguments(model, config, total)
+        callbacks = [*config.callbacks, Bookkeeping(self)]
+        super().__init__(model=model, args=arguments, train_dataset=rows, data_collator=_stack, callbacks=callbacks)
+        for noisy in (PrinterCallback, ProgressCallback):
+            self.remove_callback(noisy)
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(arguments.device)
+        self.loss_is_scaled_for_ga = True  # divided by the tokens of the whole step
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -103,195 +105,73 @@ class MaskedTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = make_optimizer(self.model if model is None else model, self.config)
+            self.optimizer = make_optimizer(self.network if model is None else model, self.config)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
             peak, total = self.config.learning_rate, self.total
-            factor = lambda step: self.config.rate(min(step, total - 1), total) / peak  # noqa: E731
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+
+            def factor(step: int) -> float:
+                return self.config.rate(min(step, total - 1), total) / peak
+
+            self.lr_scheduler = LambdaLR(cast(torch.optim.Optimizer, optimizer or self.optimizer), factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset)
+        return SequentialSampler(self.rows)
 
     # ---- checkpoints ----
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.guard.prove()
+        self.prove()
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """What training changes, under the model's own names: trainable parameters and persistent buffers."""
+        """What training changes, under the model's own names."""
         if self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            folder.mkdir(parents=True, exist_ok=True)
-            found = changing(self.model) if state_dict is None else state_dict
-            save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / WEIGHTS)
+            found = changing(self.network) if state_dict is None else state_dict
+            write_tensors(Path(output_dir or str(self.args.output_dir)), found)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        path = Path(resume_from_checkpoint) / WEIGHTS
-        try:
-            saved = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}", hint="start afresh without --resume") from error
-        wanted = changing(self.model)
-        if saved.keys() != wanted.keys() or any(saved[name].shape != wanted[name].shape for name in saved):
-            raise CheckpointError(f"{path} is of another model or method", hint="start afresh without --resume")
-        with torch.no_grad():
-            for name, tensor in wanted.items():
-                tensor.copy_(saved[name])
+        else:
+            read_tensors(Path(resume_from_checkpoint), self.network)
 
     # ---- the end ----
 
-    def finish(self) -> None:
-        """The last proof; hooks off, the model as it was found but for its weights."""
-        if self.guard.prove() != self.guard.zeros:
-            raise TrainingError("the number of pruned weights has changed")
+    def prove(self) -> None:
+        """TrainingError unless every pruned entry is zero and every weight that changes is a number."""
+        self.guard.prove()
+        for name, parameter in self.network.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter.detach().sum())):
+                raise TrainingError(
+                    f"{name} is not finite after step {self.state.global_step}; nothing was saved",
+                    hint="lower the learning rate, or clip gradients",
+                )
+
+    def release(self) -> None:
+        """Hooks off, whatever happened."""
         self.guard.detach()
         if self.config.gradient_checkpointing:
-            self.model.gradient_checkpointing_disable()
-        self.model.eval()
+            cast(Any, self.network).gradient_checkpointing_disable()
 
     def metrics(self) -> Metrics:
         seconds = time.monotonic() - self.started
+        per_step = self.config.batch * self.length
         steps = self.state.global_step - self.resumed_from
-        tokens = self.total * self.config.batch * self.length
         return Metrics(
             steps=self.state.global_step,
-            tokens=tokens,
+            tokens=self.state.global_step * per_step,
             loss=self.history[-1]["loss"] if self.history else math.nan,
             seconds=seconds,
-            tokens_per_second=steps * self.config.batch * self.length / max(seconds, 1e-9),
+            tokens_per_second=steps * per_step / max(seconds, 1e-9),
             sparsity=self.guard.sparsity if len(self.guard) else None,
             resumed_from=self.resumed_from,
             history=tuple(self.history),
         )
-
-
-class _Bookkeeping(TrainerCallback):
-    """Masks on, losses checked, metrics written, Ctrl-C noticed."""
-
-    def __init__(self, trainer: MaskedTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        trainer = self.trainer
-        trainer.guard = MaskGuard(trainer.model, trainer.masks)
-        if args.world_size > 1:
-            agree_on_masks(trainer.guard)
-        inner = trainer.optimizer
-        while hasattr(inner, "optimizer"):  # accelerate's wrapper
-            inner = inner.optimizer
-        trainer.guard.watch(inner)
-        trainer.resumed_from = state.global_step
-        trainer.started = time.monotonic()
-        if args.should_save:
-            trainer.history = _history(trainer.config.folder / METRICS, state.global_step)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Before weights change: they stay those of the last good step."""
-        trainer = self.trainer
-        loss = torch.stack(trainer.micro_losses).sum()
-        trainer.micro_losses.clear()
-        flags = torch.stack(
-            [(~torch.isfinite(loss)).float(), torch.tensor(float(trainer.pressed()), device=loss.device)]
-        )
-        if args.world_size > 1:
-            torch.distributed.all_reduce(flags)
-        bad, pressed = (bool(flag) for flag in flags.tolist())
-        if bad:
-            raise _not_finite(state.global_step + 1, trainer.config.folder)
-        trainer.interrupted = trainer.interrupted or pressed
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        every, interrupted = self.trainer.config.save_every, self.trainer.interrupted
-        if interrupted or (every and state.global_step % every == 0):
-            control.should_save = True
-        if interrupted or state.global_step >= self.trainer.total:
-            control.should_log = True
-        if interrupted:
-            control.should_training_stop = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **more: Any) -> None:
-        trainer = self.trainer
-        if logs is None or "loss" not in logs or not args.should_save:
-            return
-        done = state.global_step - trainer.resumed_from
-        seconds = time.monotonic() - trainer.started
-        line = {
-            "step": state.global_step,
-            "loss": logs["loss"],
-            "lr": logs["learning_rate"],
-            "tokens": state.global_step * trainer.config.batch * trainer.length,
-            "tokens_per_s": round(done * trainer.config.batch * trainer.length / max(seconds, 1e-9), 1),
-        }
-        if len(trainer.guard):
-            line["sparsity"] = round(trainer.guard.sparsity, 8)
-        line |= {key: value for key, value in logs.items() if key not in ("loss", "learning_rate", "epoch")}
-        trainer.history.append(line)
-        with (trainer.config.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if trainer.config.progress is not None:
-            trainer.config.progress(
-                StepDone(
-                    step=state.global_step,
-                    steps=trainer.total,
-                    loss=line["loss"],
-                    learning_rate=line["lr"],
-                    sparsity=line.get("sparsity"),
-                    tokens_per_second=line["tokens_per_s"],
-                    seconds_left=seconds / max(done, 1) * (trainer.total - state.global_step),
-                    more={key: value for key, value in line.items() if key not in _KNOWN},
-                )
-            )
-
-
-_KNOWN = ("step", "loss", "lr", "sparsity", "tokens", "tokens_per_s")
-
-
-def changing(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> tensor of everything that training may change: trainable parameters and persistent buffers."""
-    found = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    kept = model.state_dict().keys()
-    return found | {name: buffer for name, buffer in model.named_buffers() if name in kept}
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the largest step that was written to its end; its state file is written last."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            state = json.loads((path / STATE).read_text(encoding="utf-8"))
-            found.append((int(state["global_step"]), path))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return max(found)[1] if found else None
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C is only noted (the function given says so), the second one ends the program as usual."""
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: Any) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _arguments(model: Any, config: TrainingConfig, total: int) -> TrainingArguments:
@@ -317,7 +197,7 @@ def _arguments(model: Any, config: TrainingConfig, total: int) -> TrainingArgume
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
         save_strategy="no",
-        save_total_limit=2,
+        save_total_limit=1,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -327,29 +207,6 @@ def _arguments(model: Any, config: TrainingConfig, total: int) -> TrainingArgume
 
 def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-
-
-def _history(path: Path, step: int) -> list[dict[str, float]]:
-    """The lines up to `step`, all that stays of an earlier run's file."""
-    lines = []
-    if path.exists() and step > 0:
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                continue  # cut off by the kill
-    kept = [line for line in lines if line.get("step", 0) <= step]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    return kept
-
-
-def _not_finite(step: int, folder: Path) -> TrainingError:
-    good = newest_checkpoint(folder)
-    kept = "no checkpoint was saved before" if good is None else f"the last good checkpoint is {good.name}"
-    return TrainingError(
-        f"the loss is not finite at step {step}; {kept}",
-        hint="lower the learning rate, clip gradients, or train in float32 or bfloat16 instead of float16",
-    )
 
 
 def _refuse_zero() -> None:
@@ -364,3 +221,14 @@ def _refuse_zero() -> None:
             "training under masks needs FSDP version 2; version 1 flattens parameters, and no mask fits",
             hint="accelerate launch --use_fsdp --fsdp_version 2",
         )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the Trainer's own remarks; ours go to whoever watches."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import RecipeError
 from .losses import LossConfig
 from .masked import Masks
+from .quantised import keep_unpacked
 from .schedules import DEFAULT_SCHEDULE, WARMUP, Rates, get_schedule
 from .tokens import TokenRows
 
@@ -50,7 +51,7 @@ class TrainingConfig:
         gradient_checkpointing: activations of a block are computed again in the backward pass.
         seed: order of the rows, dropout.
         loss: see `losses.LossConfig`.
-        save_every: steps between checkpoints; 0: only when the run is interrupted.
+        save_every: steps between checkpoints, the last step included; 0: only when the run is interrupted.
         log_every: steps between two lines of metrics.jsonl.
         resume: go on after the newest complete checkpoint in `folder`; afresh when there is none.
         progress: told about every line of metrics.jsonl.
@@ -85,7 +86,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.tokens is None):
             raise RecipeError("give the number of steps or the number of tokens, one of the two")
-        if min(self.steps or 1, self.tokens or 1, self.batch, self.accumulation, self.log_every) < 1:
+        length = self.tokens if self.steps is None else self.steps
+        if min(length or 0, self.batch, self.accumulation, self.log_every) < 1:
             raise RecipeError("steps, tokens, batch, accumulation and log_every must be at least 1")
         if self.precision not in PRECISIONS:
             raise RecipeError(f"precision {self.precision!r} is unknown; allowed: {', '.join(PRECISIONS)}")
@@ -151,6 +153,7 @@ def train(
     """
     from .trainer import run  # transformers' Trainer takes seconds to import
 
+    keep_unpacked(model)
     if masks is None:
         masks = getattr(model, "gossamer_masks", None) or {}
     return run(model, config, masks, data, teacher)

@@ -36,9 +36,13 @@ def test_all_commands_are_there():
         "demo",
         "env",
         "eval",
+        "finetune",
         "generate",
         "inspect",
         "methods",
+        "plan-heads",
+        "soup",
+        "windows",
     ]
 
 

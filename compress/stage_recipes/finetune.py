@@ -19,6 +19,9 @@ class FinetuneStage(TrainingStage):
     learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False, description="default: the method's own")  # type: ignore[assignment]
     rank: int = Field(16, ge=1, description="columns of the low-rank factors")
     alpha: float = Field(32.0, gt=0, description="the low-rank update is multiplied by alpha / rank")
+    score_rank: int = Field(8, ge=1, description="pst: columns of the factors of the learned score")
+    sparsity: float | None = Field(None, ge=0, lt=1, description="pst: fraction of zeros of every matrix; default 0.5")
+    pattern: str | None = Field(None, description='pst: "2:4" and the like, instead of a sparsity')
     extras: bool = Field(True, description="masklora: biases and norms are trained too")
 
     @model_validator(mode="after")
@@ -27,4 +30,6 @@ class FinetuneStage(TrainingStage):
             raise Mistake(
                 f"fine-tuning method {self.method!r} is unknown", hint=f"allowed: {', '.join(method_names())}"
             )
+        if self.sparsity is not None and self.pattern is not None:
+            raise Mistake("give sparsity or pattern, not both", hint="N:M says it already: 2:4 is 50 %")
         return self

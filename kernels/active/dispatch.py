@@ -31,8 +31,9 @@ def active_gemv(
 
     A weight is W^T [in, out] of `channel_gemv` or a packed tensor of `dual_gemv` (uint8), all of x's dtype and number
     of inputs, with a bias [out] in x's dtype or None: sums begin there, in float32. `center`, float32 [in], is taken
-    off x first, rounded to x's dtype. Of several rows, an input counts as read when any row needs it. On GPUs the number is a tensor int32 [1], which nobody has waited for. No operator of
-    torch: inside torch.compile call the single ones. Raises KernelError as they do.
+    off x first, rounded to x's dtype. Of several rows, an input counts as read when any row needs it. On GPUs the
+    number is a tensor int32 [1], which nobody has waited for. No operator of torch: inside torch.compile call the
+    single ones. Raises KernelError as they do.
     """
     outputs = [_outputs(x, weight) for weight in weights]
     if not outputs or len(biases) != len(weights):

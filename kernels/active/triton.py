@@ -34,4 +34,4 @@ def active_gemv(
         else:
             matrix = matrix_of(weight, record_of(weight), unpack)
             results.append(dual.dual_gemv(x, batch, matrix, threshold, count, bias, listed))
-    return results, listed.count
+    return results, listed.number

@@ -124,7 +124,7 @@ class Listed(NamedTuple):
 
     ids: Tensor
     factors: Tensor
-    count: Tensor
+    number: Tensor
 
 
 def list_active(x: Tensor, batch: int, threshold: Tensor) -> Listed:
@@ -190,7 +190,8 @@ def channel_gemv(
 ) -> Tensor:
     """x [..., in] times weight_t [in, out] over the active inputs, which may be `listed` already, plus bias.
 
-    The same bits on every run and on every GPU. Those of a row among others can differ from those of the row alone: the list of both is cut at other places.
+    The same bits on every run and on every GPU. Those of a row among others can differ from those of the row alone: the
+    list of both is cut at other places.
     """
     if not batch * weight_t.numel():
         return empty_sum(x, weight_t.shape[1], bias)

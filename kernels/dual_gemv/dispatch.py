@@ -70,8 +70,8 @@ def dual_gemv(x: Tensor, packed: Tensor, threshold: Tensor, rows: int, bias: Ten
 
     Input i of a row is active unless |x_i| <= threshold_i (float32 [in]), exactly as in `channel_gemv`; a channel is
     read when any row of x needs it. Sums in float32, from `bias` [rows] in x's dtype on, or from zero. x: the dtype of
-    the values, contiguous, 1 to 8 rows. The same bits for any number of threads, and for a row alone or among others. Raises KernelError for what does not fit, a
-    malformed matrix, and where a gradient would be needed.
+    the values, contiguous, 1 to 8 rows. The same bits for any number of threads, and for a row alone or among others. Raises
+    KernelError for what does not fit, a malformed matrix, and where a gradient would be needed.
 
     In channels that are read, pruned entries multiply as +0.0: an active infinity or NaN in x makes NaN of them.
     Weights should be finite: an infinite or NaN weight that is read for one row makes NaN of all rows.

@@ -106,7 +106,8 @@ def dual_gemv(
 ) -> Tensor:
     """x [..., in] times W^T over the active inputs and kept weights, plus bias; `listed` as in `channel_gemv`.
 
-    The same bits on every run and on every GPU. Those of a row among others can differ from those of the row alone: the list of both is cut at other places.
+    The same bits on every run and on every GPU. Those of a row among others can differ from those of the row alone: the
+    list of both is cut at other places.
     """
     channels, words = matrix.masks.shape
     if not batch * rows * channels:

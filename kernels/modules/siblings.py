@@ -51,7 +51,7 @@ class Siblings:
         return result
 
     def compute(self, layer: Layer, x: Tensor, run: Callable[[Tensor, list[Any]], list[Tensor]]) -> Tensor:
-        """The result of `layer`; if it is the first of its siblings, the others' are kept for them. `run`: of layers."""
+        """The result of `layer`; of the first of its siblings also the others', kept for them. `run`: of layers."""
         if layer is not self.layers[0] and not self.given:
             return run(x, [layer])[0]
         if self._held is not None:  # somebody did not come for his result: they are not always called in turn

@@ -59,7 +59,12 @@ def test_greedy_with_left_padding(model, seed):
 @torch.no_grad()
 def test_beams(model):
     run = lambda m: m.generate(
-        **padded(3, 21), max_new_tokens=30, num_beams=4, do_sample=False, return_dict_in_generate=True, output_scores=True
+        **padded(3, 21),
+        max_new_tokens=30,
+        num_beams=4,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
     )
     wanted, found = both(model, plan_for(model, 3), run)
     assert torch.equal(found.sequences, wanted.sequences)
@@ -135,9 +140,7 @@ def test_holes_in_the_mask(model):
         wanted = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
         cache = new_cache(model)
         found = [
-            model(
-                ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache
-            ).logits
+            model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache).logits
             for a, b in ((0, 15), (15, 30), (30, 31), (31, 32), (32, 40))
         ]
     torch.testing.assert_close(torch.cat(found, 1)[mask.bool()], wanted[mask.bool()], atol=2e-4, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""A head plan in a checkpoint: applied by every way of loading, kept by saving, run by our loop, beside sparse weights."""
+"""A head plan in a checkpoint: applied by every way of loading, saved, run by our loop, with packed weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gossamer.attention.plan import HeadPlan, HeadRule
 from gossamer.attention.ragged import RaggedCache
 from gossamer.compress import benchmodel
 from gossamer.compress.generate import generate
-from gossamer.compress.heads import apply, applied
+from gossamer.compress.heads import applied, apply
 from gossamer.errors import CheckpointError
 
 
@@ -104,7 +104,9 @@ def test_our_loop_runs_on_what_the_plan_keeps(tmp_path, monkeypatch):
     model = gossamer.load(folder)
     found = torch.stack(list(generate(model, IDS, 12)), 1)
     assert len(made) == 1
-    assert made[0].layers[0].keys.shape[1] == sum(made[0].plan.kept(0, head, 28) for head in range(made[0].plan.kv_heads))
+    assert made[0].layers[0].store.keys.shape[1] == sum(
+        made[0].plan.kept(0, head, 28) for head in range(made[0].plan.kv_heads)
+    )
     with applied(model, model.gossamer_heads.plan, cache="masked"):
         assert torch.equal(torch.stack(list(generate(model, IDS, 12)), 1), found)
 
