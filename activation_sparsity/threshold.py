@@ -8,7 +8,7 @@ code: thresholds are quantiles of |x|, not of a histogram that is taken to be sy
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from .base import LinearPolicy
 from .greedy import STEP, greedy
 from .method import BlockData, Extent, Fitted, Method, Site
 from .quantiles import Quantiles
+from .refine import balanced
 
 
 class Threshold(Method):
@@ -26,6 +27,7 @@ class Threshold(Method):
 
     def __init__(self, *, uniform: bool = False, step: float = STEP) -> None:
         self.uniform, self.step = uniform, step
+        self._found: dict[int, dict[str, float]] = {}  # by block; a corrected goal moves all of them
         self.needs = frozenset({"inputs"}) if uniform else frozenset({"inputs", "error"})
 
     def scales(self, site: Site, name: str) -> Tensor | None:
@@ -49,10 +51,21 @@ class Threshold(Method):
 
         shares = dict.fromkeys(sizes, goal)
         if not self.uniform and 0 < goal < 1:
-            assert block.error is not None
-            error = block.error
-            shares = greedy(sizes, goal, lambda trial: error(entries(trial), {}), self.step)
+            shares = self._found.get(block.index) or self._search(block, sizes, goal, entries)
+            self._found[block.index] = shares
+            shares = balanced(shares, sizes, goal * sum(sizes.values()))
         return Fitted(entries(shares), facts={"budgets": shares})
+
+    def _search(
+        self,
+        block: BlockData,
+        sizes: Mapping[str, int],
+        goal: float,
+        entries: Callable[[Mapping[str, float]], dict[str, LinearPolicy]],
+    ) -> dict[str, float]:
+        assert block.error is not None
+        error = block.error
+        return greedy(sizes, goal, lambda trial: error(entries(trial), {}), self.step)
 
 
 def _scores(x: Tensor, scale: Tensor | None) -> Tensor:

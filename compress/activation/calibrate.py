@@ -10,7 +10,7 @@ A finished block's entries are durable before the next begins, so a killed run g
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -218,7 +218,7 @@ class Calibration:
         policy = Policy("", {}, fitted.linears, fitted.mlps) if self.method.follows else None
         self.walk.advance(index, block, hidden, policy, reads)
 
-    def _error(self, index: int, block: nn.Module, hidden: HiddenStore):  # type: ignore[no-untyped-def]
+    def _error(self, index: int, block: nn.Module, hidden: HiddenStore) -> Callable[[Linears, MLPs], float]:
         """Squared error of the block's output at sparse positions, over that of what the block adds."""
         count = min(PROBES, len(self.walk.windows))
         x = torch.cat([hidden.get(w) for w in distributed.followed(count)][:PROBES])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -59,7 +60,7 @@ def measured(shape: Shape, dtype: torch.dtype, rounds: int = ROUNDS) -> dict[str
     contenders = [Contender(_DENSE, lambda: dense_gemv(x, weight))]
     for share in SHARES:
         limit = skipping(x, share)[0]
-        contenders.append(Contender(repr(share), lambda limit=limit: channel_gemv(x, weight_t, limit)))
+        contenders.append(Contender(repr(share), partial(channel_gemv, x, weight_t, limit)))
     with torch.inference_mode():
         return {name: summary(times).decile for name, times in run_rounds(contenders, rounds).items()}
 

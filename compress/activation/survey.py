@@ -7,11 +7,13 @@ the model's own prediction at sparse positions, so that mean squares of gradient
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...activation_sparsity.curve import Curve
 from ...activation_sparsity.method import BlockData, Site
@@ -68,41 +70,11 @@ def _with_gradients(run: Calibration) -> dict[str, Curve]:
                 gradient.put(window, model.output_gradient(hidden.get(window), walk.args, window, loss))
         for index in reversed(range(model.num_blocks)):
             block = walk.block(index)
-            xs: dict[str, list[Tensor]] = {}
-            gs: dict[str, list[Tensor]] = {}
-            for window in distributed.turns(len(walk.windows)):
-                seen = None
-                if window is not None:
-                    below, found, x = site_gradients(
-                        model,
-                        index,
-                        block,
-                        run.found[index],
-                        inputs[index].get(window),
-                        gradient.get(window),
-                        walk,
-                        window,
-                    )
-                    gradient.put(window, below)
-                    seen = {f"g {name}": value[rows[window]] for name, value in found.items()}
-                    seen |= {f"x {name}": value[rows[window]].float() for name, value in x.items()}
-                for shown in distributed.in_turn(seen, model.device):
-                    for key, value in shown.items():
-                        (gs if key[0] == "g" else xs).setdefault(key[2:], []).append(value)
+            xs, gs = _backward(run, index, block, inputs[index], gradient, rows)
             inputs[index].close()
-            found = {name: torch.cat(parts) for name, parts in gs.items()}
-            distributed.on_main(
-                lambda found=found, index=index: save_file(
-                    {name: value.to(torch.bfloat16) for name, value in found.items()},
-                    run.keep / f"gradient-{index:05d}.safetensors",
-                )
-            )
+            distributed.on_main(partial(save_file, gs, run.keep / f"gradient-{index:05d}.safetensors"))
             sites = [
-                Site(
-                    {p.name: model.weight(block, p).float() for p in site},
-                    torch.cat(xs[site[0].name]),
-                    found[site[0].name].to(torch.bfloat16).float(),
-                )
+                Site({p.name: model.weight(block, p).float() for p in site}, xs[site[0].name], gs[site[0].name].float())
                 for site in run.found[index].sites
             ]
             curves |= run.method.survey(BlockData(index, sites, dict(run.found[index].mlps)))
@@ -115,7 +87,35 @@ def _with_gradients(run: Calibration) -> dict[str, Curve]:
     return curves
 
 
-def _sampled_loss(start: int, window: int):  # type: ignore[no-untyped-def]
+def _backward(
+    run: Calibration,
+    index: int,
+    block: nn.Module,
+    inputs: HiddenStore,
+    gradient: HiddenStore,
+    rows: list[Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(inputs float32, gradients bfloat16) of the sampled tokens by site; `gradient` moves to the block's input."""
+    model, walk = run.model, run.walk
+    samples: dict[str, list[Tensor]] = {}
+    for window in distributed.turns(len(walk.windows)):
+        seen = None
+        if window is not None:
+            hidden, upper = inputs.get(window), gradient.get(window)
+            below, found, x = site_gradients(model, index, block, run.found[index], hidden, upper, walk, window)
+            gradient.put(window, below)
+            seen = {f"g {name}": value[rows[window]] for name, value in found.items()}
+            seen |= {f"x {name}": value[rows[window]].float() for name, value in x.items()}
+        for shown in distributed.in_turn(seen, model.device):
+            for key, value in shown.items():
+                samples.setdefault(key, []).append(value)
+    joined = {key: torch.cat(parts) for key, parts in samples.items()}
+    xs = {key[2:]: value for key, value in joined.items() if key[0] == "x"}
+    gs = {key[2:]: value.to(torch.bfloat16) for key, value in joined.items() if key[0] == "g"}
+    return xs, gs
+
+
+def _sampled_loss(start: int, window: int) -> Callable[[Tensor], Tensor]:
     """Summed cross-entropy of tokens drawn from the prediction at positions from `start` on; seeded by the window."""
 
     def loss(logits: Tensor) -> Tensor:

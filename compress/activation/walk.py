@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ...activation_sparsity.base import Policy
 from ...errors import DataError
 from .. import distributed
-from ..blocks import BlockArgs, StreamedModel
+from ..blocks import BlockArgs, Prunable, StreamedModel
 from ..evaluate import Score, capture, summarise
 from ..hidden import HiddenStore
 from ..progress import Progress
@@ -147,7 +148,7 @@ class Walk:
                 own = [p for p in self.model.prunables(index) if p.name == down]
                 for window in distributed.followed(len(self.windows)):
                     seen: list[Tensor] = []
-                    watch = self.model.observe(block, own, lambda _, x, to=seen: to.append(x.clone())) if own else None
+                    watch = self.model.observe(block, own, partial(_note, seen)) if own else None
                     with watch or nullcontext():
                         x = self.model.run_block(index, block, hidden.get(window), self.args, window)
                     hidden.put(window, x)
@@ -213,6 +214,10 @@ class Walk:
             if not torch.allclose(row.float(), alone.float(), rtol=1e-3, atol=1e-3 * float(alone.float().std())):
                 return False
         return True
+
+
+def _note(seen: list[Tensor], _: Prunable, x: Tensor) -> None:
+    seen.append(x.clone())
 
 
 def prompt_length(length: int, prompt: float) -> int:
