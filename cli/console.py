@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..compress.progress import BlockDone, Progress
+
+if TYPE_CHECKING:
+    from ..finetune.training import StepDone
 
 PIPE_WIDTH = 160
 BETWEEN_LINES = 10.0  # seconds
@@ -65,6 +68,22 @@ class ConsoleProgress(Progress):
         self._printed = now
         left = f"  {duration(seconds_left)} left" if done < total else ""
         self.console.print(Text(f"{label} {done}/{total} {unit}{left}"))
+
+    def step(self, label: str, event: StepDone) -> None:
+        """On a terminal every report, else one every few seconds, and the last."""
+        parts = [f"{label} {event.step}/{event.steps}", f"loss {event.loss:.4f}", f"lr {event.learning_rate:.2e}"]
+        if event.sparsity is not None:
+            parts.append(f"sparsity {100 * event.sparsity:.2f} %")
+        parts += [f"{name} {value:.4g}" for name, value in event.more.items()]
+        parts.append(f"{event.tokens_per_second:,.0f} tokens/s")
+        if event.step < event.steps:
+            parts.append(f"{duration(event.seconds_left)} left")
+        self.working("  ".join(parts))
+        now = time.monotonic()
+        if event.step < event.steps and now - self._printed < BETWEEN_LINES:
+            return
+        self._printed = now
+        self.console.print(Text("  ".join(parts)))
 
     def note(self, text: str) -> None:
         self.console.print(Text(f"note: {text}"))

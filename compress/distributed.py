@@ -88,7 +88,7 @@ def in_turn(tensors: Mapping[str, Tensor] | None, device: torch.device) -> Itera
             yield tensors
         return
     mine = None if tensors is None else {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    for owner, layout in enumerate(_from_all(mine)):
+    for owner, layout in enumerate(from_all(mine)):
         if layout is None:
             continue
         here = tensors if owner == rank() and tensors is not None else None
@@ -116,7 +116,7 @@ def sum_(tensor: Tensor) -> Tensor:
 
 def gather(values: Sequence[float]) -> list[float]:
     """The values of all ranks, one after another."""
-    return [value for part in _from_all(list(values)) for value in part]
+    return [value for part in from_all(list(values)) for value in part]
 
 
 def broadcast_(tensors: Sequence[Tensor], source: int) -> None:
@@ -135,11 +135,47 @@ def from_rank(value: T, source: int) -> T:
     return box[0]
 
 
-def _from_all(value: Any) -> list[Any]:
+def from_all(value: Any) -> list[Any]:
+    """The values of all ranks; they must pickle."""
     values = [value] * world()
     if world() > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+# ---- each for itself -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, accelerate and the Trainer see one process: every rank trains a model of its own. No collectives inside.
+
+    The process group stays; only what accelerate knows of it is set aside.
+    """
+    if world() == 1:
+        yield
+        return
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    states = (PartialState, AcceleratorState, GradientState)
+    known = [dict(state._shared_state) for state in states]
+    environment = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")}
+    for state in states:
+        state._shared_state.clear()
+    for name in environment:
+        os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        for state, facts in zip(states, known, strict=True):
+            state._shared_state.clear()
+            state._shared_state.update(facts)
+        os.environ.update({name: value for name, value in environment.items() if value is not None})
+
+
+def sharded() -> bool:
+    """Whether accelerate was asked to cut models into pieces (FSDP)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 # ---- failing together ------------------------------------------------------------------------------------------------
@@ -155,7 +191,7 @@ def agreed() -> Iterator[None]:
         if world() == 1:
             raise
         failure = error
-    failures = _from_all(failure)
+    failures = from_all(failure)
     if any(failures):
         first = next(error for error in failures if error is not None)
         first.__dict__[_SHARED] = True

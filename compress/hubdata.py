@@ -57,16 +57,30 @@ def load_hub_text(spec: str, role: Role) -> TextData:
     """Load a short name or a dataset id. DataError when `datasets`, the hub or the dataset is not there."""
     short = _SHORT.get(spec)
     parsed = None if short else DatasetSpec.parse(spec)
+    _require(spec, role)
+    if short:
+        return short(role)
+    assert parsed is not None
+    return _any_dataset(parsed, role)
+
+
+def hub_records(spec: str) -> tuple[str, Iterator[tuple[object, str]]]:
+    """(name, (row, where it is)) of the training rows of a dataset id, streamed. DataError as `load_hub_text`."""
+    parsed = DatasetSpec.parse(spec)
+    _require(spec, "calibration")
+    name, rows = _stream(parsed, "calibration")
+    column = parsed.column
+    chosen = (row if column is None else {"text": record_text(row, name, column)} for row in rows)
+    return name, ((row, f"{name} row {number}") for number, row in enumerate(chosen, start=1))
+
+
+def _require(spec: str, role: Role) -> None:
     if importlib.util.find_spec("datasets") is None:
         raise DataError(
             f"{spec} is not a file here, and reading it as a dataset needs the package `datasets`",
             hint=f"pip install 'gossamer[train]', or give a text, JSONL or Parquet file with {_option(role)}",
         )
     _require_hub(spec, role)
-    if short:
-        return short(role)
-    assert parsed is not None
-    return _any_dataset(parsed, role)
 
 
 def _require_hub(spec: str, role: Role) -> None:
@@ -161,9 +175,7 @@ class _Column(Sequence[str]):
 
 
 def _any_dataset(spec: DatasetSpec, role: Role) -> TextData:
-    split = spec.split or _default_split(spec, role)
-    rows = _load(spec.id, role, spec.id, spec.config, split=split, streaming=True)
-    name = f"{spec.id} ({', '.join(part for part in (spec.config, split, spec.column) if part)})"
+    name, rows = _stream(spec, role)
     parts: list[str] = []
     size = 0
     for number, row in enumerate(rows, start=1):
@@ -175,6 +187,12 @@ def _any_dataset(spec: DatasetSpec, role: Role) -> TextData:
     else:
         said = "rows joined by an empty line"
     return TextData(join_documents(parts, SEPARATOR), name, said)
+
+
+def _stream(spec: DatasetSpec, role: Role) -> tuple[str, Any]:
+    split = spec.split or _default_split(spec, role)
+    rows = _load(spec.id, role, spec.id, spec.config, split=split, streaming=True)
+    return f"{spec.id} ({', '.join(part for part in (spec.config, split, spec.column) if part)})", rows
 
 
 def _default_split(spec: DatasetSpec, role: Role) -> str:

@@ -7,16 +7,27 @@ prefix sum; every hash hit is confirmed token by token.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 from torch import Tensor
 
 from ..errors import DataError
-from .textdata import TextData
 
 WINDOW = 64
 ALLOWED_SHARE = 0.01
 
 _BASE = 0x9E3779B97F4A7C15  # odd, hence invertible modulo 2^64
+
+
+class Named(Protocol):
+    """A text as it is spoken of."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def digest(self) -> str: ...
 
 
 def overlap_share(evaluation: Tensor, calibration: Tensor, window: int = WINDOW) -> float:
@@ -39,9 +50,9 @@ def overlap_share(evaluation: Tensor, calibration: Tensor, window: int = WINDOW)
 
 
 def check_overlap(
-    evaluation: TextData,
+    evaluation: Named,
     evaluation_ids: Tensor,
-    calibration: TextData,
+    calibration: Named,
     calibration_ids: Tensor,
     *,
     allow: bool = False,

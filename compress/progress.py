@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..finetune.training import StepDone
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class Progress:
     def windows(self, label: str, done: int, total: int, seconds_left: float, unit: str = "windows") -> None:
         """So many windows, or other units, of a phase without blocks (embeddings, output matrix) are finished."""
 
+    def step(self, label: str, event: StepDone) -> None:
+        """Some more optimizer steps of a training run are done."""
+
     def note(self, text: str) -> None:
         """Something the user should know and that also goes into the report."""
 
@@ -56,6 +63,9 @@ class Recorder(Progress):
 
     def windows(self, label: str, done: int, total: int, seconds_left: float, unit: str = "windows") -> None:
         self.inner.windows(label, done, total, seconds_left, unit)
+
+    def step(self, label: str, event: StepDone) -> None:
+        self.inner.step(label, event)
 
     def note(self, text: str) -> None:
         if text not in self.notes:

@@ -20,16 +20,55 @@ from .sizes import parse_bytes
 from .stage_recipes.base import BaseStage, Frozen
 from .stage_recipes.evaluate import EvaluateStage
 from .stage_recipes.export import ExportStage
+from .stage_recipes.finetune import FinetuneStage
+from .stage_recipes.gradual import GradualStage, RandomStage
+from .stage_recipes.imp import ImpStage, SoupStage
 from .stage_recipes.prune import PruneStage
 
-__all__ = ["STAGES", "EvaluateStage", "ExportStage", "Machine", "PruneStage", "Recipe", "build", "load_recipe"]
+__all__ = [
+    "STAGES",
+    "EvaluateStage",
+    "ExportStage",
+    "FinetuneStage",
+    "GradualStage",
+    "ImpStage",
+    "Machine",
+    "PruneStage",
+    "RandomStage",
+    "Recipe",
+    "SoupStage",
+    "build",
+    "load_recipe",
+]
 
 DEFAULT_CALIBRATION = "c4"
 
 # A new kind of stage: its class here twice, and its work in stages/registry.py.
-Stage = Annotated[Union[PruneStage, EvaluateStage, ExportStage], Field(discriminator="stage")]
+Stage = Annotated[
+    Union[
+        PruneStage,
+        ImpStage,
+        SoupStage,
+        GradualStage,
+        RandomStage,
+        FinetuneStage,
+        EvaluateStage,
+        ExportStage,
+    ],
+    Field(discriminator="stage"),
+]
 STAGES: dict[str, type[BaseStage]] = {
-    kind.model_fields["stage"].default: kind for kind in (PruneStage, EvaluateStage, ExportStage)
+    kind.model_fields["stage"].default: kind
+    for kind in (
+        PruneStage,
+        ImpStage,
+        SoupStage,
+        GradualStage,
+        RandomStage,
+        FinetuneStage,
+        EvaluateStage,
+        ExportStage,
+    )
 }
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..errors import DataError
 from .data import Role, calibration_tokens, evaluation_windows, load_text, token_ids
 from .evaluate import Protocol
-from .overlap import check_overlap
+from .overlap import Named, check_overlap
 from .recipe import Recipe
+from .traindata import TrainingText, load_training
 
 if TYPE_CHECKING:
     from .blocks import StreamedModel
@@ -38,8 +39,8 @@ class Texts:
         self.vocabulary = model.vocab_size
         self._tokenizer: Any = None
         self._read: dict[tuple[str, Role], TextData] = {}
-        self._calibration: list[tuple[TextData, Tensor]] = []
-        self._evaluation: list[tuple[TextData, Tensor]] = []
+        self._calibration: list[tuple[Named, Tensor]] = []
+        self._evaluation: list[tuple[Named, Tensor]] = []
 
     def calibration(self, data: str, nsamples: int, seqlen: int) -> tuple[Tensor, TextSource]:
         """Windows [nsamples, seqlen], and what is known of the text that they are from."""
@@ -48,6 +49,15 @@ class Texts:
         self._check_vocabulary(windows)
         self._calibration.append((text, windows))
         return windows, TextSource(text.name, text.protocol, text.digest)
+
+    def training(self, data: str, length: int, heldout: float, tokens: int) -> TrainingText:
+        """Rows of `length` tokens to train on and to hold out; of a large text no more than `tokens` need."""
+        text = load_training(data, self.tokenizer, length, heldout=heldout, limit=tokens)
+        for rows in (text.train.ids, text.heldout.ids):
+            if len(rows):
+                self._check_vocabulary(rows)
+        self._calibration.append((text, text.train.ids))
+        return text
 
     def evaluation(self, data: str, seqlen: int, limit: int | None, dtype: torch.dtype) -> tuple[Tensor, Protocol, str]:
         """(windows [n, seqlen], protocol, digest)."""

@@ -25,6 +25,14 @@ def read_path(path: Path) -> TextData:
     return TextData(_read_file(path), name=path.name, protocol=protocol)
 
 
+def read_records(path: Path) -> Iterator[tuple[object, str]] | None:
+    """(record, where it is) of a JSONL or Parquet file; None for a folder or running text. DataError as `read_path`."""
+    kind = "text" if path.is_dir() else _kind(path)
+    if kind == "text":
+        return None
+    return _parquet_records(path) if kind == "parquet" else _json_records(_decode(path), path)
+
+
 def looks_like_path(spec: str) -> bool:
     """Whether a DATA argument that does not exist was meant as a file rather than a dataset id."""
     return spec.startswith((".", "/", "~")) or "\\" in spec or _kind(Path(spec)) != "text" or spec.endswith(_IN_FOLDER)
@@ -48,10 +56,10 @@ def _files_below(folder: Path) -> list[Path]:
 def _read_file(path: Path) -> str:
     kind = _kind(path)
     if kind == "parquet":
-        return join_documents(_parquet_rows(path), SEPARATOR)
+        return join_documents((_row(*found) for found in _parquet_records(path)), SEPARATOR)
     text = _decode(path)
     if kind == "jsonl":
-        return join_documents(_json_rows(text, path), SEPARATOR)
+        return join_documents((_row(*found) for found in _json_records(text, path)), SEPARATOR)
     return text
 
 
@@ -85,7 +93,7 @@ def _decode(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")  # what Python's own text mode does
 
 
-def _json_rows(text: str, path: Path) -> Iterator[str]:
+def _json_records(text: str, path: Path) -> Iterator[tuple[object, str]]:
     if text.lstrip().startswith("["):
         yield from _json_array(text, path)
         return
@@ -96,16 +104,16 @@ def _json_rows(text: str, path: Path) -> Iterator[str]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{path} line {number} is not JSON: {error.msg}") from error
-        yield _row(record, f"{path} line {number}")
+        yield record, f"{path} line {number}"
 
 
-def _json_array(text: str, path: Path) -> Iterator[str]:
+def _json_array(text: str, path: Path) -> Iterator[tuple[object, str]]:
     try:
         records = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not JSON: {error.msg} (line {error.lineno})") from error
     for number, record in enumerate(records, start=1):
-        yield _row(record, f"{path} entry {number}")
+        yield record, f"{path} entry {number}"
 
 
 def _row(record: object, where: str) -> str:
@@ -116,7 +124,7 @@ def _row(record: object, where: str) -> str:
     return record_text(record, where)
 
 
-def _parquet_rows(path: Path) -> Iterator[str]:
+def _parquet_records(path: Path) -> Iterator[tuple[object, str]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -126,6 +134,6 @@ def _parquet_rows(path: Path) -> Iterator[str]:
         file = parquet.ParquetFile(path)
         for batch in file.iter_batches():
             for number, record in enumerate(batch.to_pylist(), start=1):
-                yield record_text(record, f"{path} row {number}")
+                yield record, f"{path} row {number}"
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 _TABLE = {
     "prune": "prune_kind:Prune",
     "evaluate": "evaluate:Evaluate",
+    "finetune": "finetune:Finetune",
+    "imp": "imp:Imp",
+    "soup": "soup:SoupKind",
+    "gradual": "gradual:Gradual",
+    "random": "random_search:RandomSearch",
 }
 
 

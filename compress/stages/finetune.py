@@ -1,0 +1,102 @@
+"""The finetune stage: the model as it stands is trained under its masks; none of its zeros is lost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from ...errors import RecipeError
+from ...finetune.methods import get_method
+from .. import distributed
+from ..jobs import MatrixJob
+from ..needs import Needs
+from ..plan import Plan, Planning
+from ..prunable import Prunable
+from ..stage_recipes.finetune import FinetuneStage
+from ..stage_recipes.training import TrainingStage
+from ..training import (
+    TrainingPlan,
+    heldout_loss,
+    metrics_entry,
+    retrainer,
+    training_config,
+    training_needs,
+    training_plan,
+)
+from ..whole import kept_of, open_whole, write_whole
+from .base import Context, StageReport
+
+_COMMON = {*TrainingStage.model_fields, "stage", "method"}
+
+
+@dataclass(frozen=True)
+class FinetunePlan(TrainingPlan):
+    """`targets`: all prunable matrices of the blocks, whether they have a mask or not."""
+
+    stage: FinetuneStage
+    jobs: tuple[MatrixJob, ...] = ()
+    targets: tuple[Prunable, ...] = field(default=(), kw_only=True)
+
+
+class Finetune:
+    """Training under the masks that there are."""
+
+    def plan(self, index: int, stage: FinetuneStage, planning: Planning) -> FinetunePlan:
+        """The text and what a method may adapt. RecipeError for an option that the method does not know."""
+        method = get_method(stage.method)
+        strange = sorted(stage.model_fields_set - _COMMON - method.reads)
+        if strange:
+            raise RecipeError(
+                f"{', '.join(strange)} means nothing to fine-tuning method {stage.method}",
+                hint=f"it knows {', '.join(sorted(method.reads)) or 'no options of its own'}",
+            )
+        if stage.learning_rate is None:
+            stage = stage.model_copy(update={"learning_rate": method.learning_rate})
+        model = planning.skeleton
+        targets = tuple(p for i in range(model.num_blocks) for p in model.prunables(i))
+        return FinetunePlan(index, stage, targets=targets, **training_plan(stage, planning))
+
+    def needs(self, plan: Plan, stage: FinetunePlan) -> Needs:
+        shapes = [target.shape for target in stage.targets]
+        parameters = sum(rows * cols for rows, cols in shapes)
+        share = get_method(stage.stage.method).share(parameters, shapes, stage.stage.model_dump())
+        return training_needs(plan, stage, trained=share)
+
+    def run(self, context: Context, stage: FinetunePlan) -> StageReport:
+        started = time.monotonic()
+        context.progress.working("open the model")
+        model = open_whole(context)
+        masks = kept_of(model)
+        before = heldout_loss(model, stage)
+        retrain = retrainer(context, stage)
+        names = list(dict.fromkeys(target.parameter for target in stage.targets))
+        method = get_method(stage.stage.method)
+        attached = method.attach(model, masks, names, stage.stage.model_dump(), context.plan.recipe.seed)
+        for note in attached.notes:
+            context.progress.note(note)
+        config = training_config(context, stage, callbacks=attached.callbacks, make_optimizer=attached.make_optimizer)
+        metrics = retrain(model, config, attached.masks)
+        figures = attached.finish()
+        kept = masks if attached.kept is None else attached.kept()
+        after = heldout_loss(model, stage)
+        folder = context.part_folder(stage)
+        distributed.on_main(lambda: write_whole(context, model, kept, {}, folder))
+        difference = after - before
+        error = float(difference.std() / len(difference) ** 0.5) if len(difference) > 1 else None
+        return StageReport(
+            "finetune",
+            stage.index,
+            time.monotonic() - started,
+            {
+                "method": stage.stage.method,
+                **figures,
+                "zeros": sum(int((~mask).sum()) for mask in kept.values()),
+                "heldout": {
+                    "rows": len(before),
+                    "before": float(before.mean()) if len(before) else None,
+                    "after": float(after.mean()) if len(after) else None,
+                    "standard_error": error,
+                },
+                "training": [metrics_entry(metrics)],
+            },
+        )

@@ -1,0 +1,257 @@
+"""The soup stage: in every phase several candidates from one parent under one mask, and their average."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import RecipeError
+from ...finetune.schedules import Rates
+from ...finetune.tokens import TokenRows
+from ...finetune.training import TrainingConfig
+from ...pruning.factors import candidates, get_factor
+from ...pruning.imp import Phase
+from ...pruning.soup import (
+    Soup,
+    check_count,
+    check_same_masks,
+    greedy,
+    has_statistics,
+    learn_weights,
+    masks_sha256,
+    recalibrate,
+    uniform_weights,
+)
+from .. import distributed
+from ..checkpoint import atomic_write_text
+from ..needs import Needs
+from ..plan import Plan, Planning
+from ..soups import ensemble_per_row, log_probabilities, mixed, owner_of, per_row, slopes
+from ..stage_recipes.imp import SoupStage
+from ..training import heldout_rows, metrics_entry, retrainer, training_config, training_needs
+from ..wholestate import StateFile, load_tensors, packed_masks, whole_tensors, write_state
+from .base import Context, StageReport
+from .imp import Imp, mean, phase_seed
+from .phases import Masked, PhasedRun, SoupPlan, phase_steps
+
+
+class SoupKind:
+    """P phases: prune the parent once, train the candidates, go on with their average."""
+
+    def plan(self, index: int, stage: SoupStage, planning: Planning) -> SoupPlan:
+        """As `Imp.plan`, and the text on which everything is compared at the end."""
+        check_count(stage.candidates, distributed.world())
+        if distributed.sharded():
+            raise RecipeError(
+                "candidates of a soup are trained one per process, and FSDP was asked for",
+                hint="start the same command without --use_fsdp",
+            )
+        found = Imp().plan(index, stage, planning)
+        rows = None
+        if stage.measure is not None:
+            windows, _, _ = planning.texts.evaluation(stage.measure, found.text.train.length, None, torch.float32)
+            rows = TokenRows(windows, name=stage.measure)
+        return SoupPlan(**vars(found), measured=rows)
+
+    def needs(self, plan: Plan, stage: SoupPlan) -> Needs:
+        found = training_needs(plan, stage)
+        assert isinstance(stage.stage, SoupStage)
+        parameters = sum(torch.Size(plan.source.meta(key).shape).numel() for key in plan.source.keys())
+        return Needs(found.peak, found.disk + 4 * parameters * (stage.stage.candidates + 2))
+
+    def run(self, context: Context, stage: SoupPlan) -> StageReport:
+        return PhasedRun(context, stage, SoupPhase(context, stage)).run()
+
+
+class SoupPhase:
+    """What a phase of a soup does instead of one retraining."""
+
+    def __init__(self, context: Context, plan: SoupPlan) -> None:
+        assert isinstance(plan.stage, SoupStage)
+        self.context, self.plan, self.stage = context, plan, plan.stage
+        self.retrain = retrainer(context, plan)
+        self.rows = heldout_rows(plan)
+        self.steps = phase_steps(plan.steps, plan.stage.phases)
+
+    def __call__(self, masked: Masked, phase: Phase, rates: Rates) -> dict[str, Any]:
+        """Train the candidates, leave the soup in `masked.model`; the phase's entry."""
+        folder = self.context.state_folder(self.plan) / f"phase-{phase.number}"
+        parent = whole_tensors(masked.model)
+        distributed.on_main(lambda: write_state(folder / "parent.safetensors", parent, masked.masks))
+        del parent
+        digest = self._agreed_digest(masked)
+        paths = [folder / f"candidate-{i + 1}.safetensors" for i in range(self.stage.candidates)]
+        last = phase.number == phase.of
+        with distributed.agreed():
+            for index, path in enumerate(paths):
+                if owner_of(index) == distributed.rank() and not path.exists():
+                    self._train(masked, phase, index, rates, folder, last)
+        entries = self._collect(paths, masked, digest)
+        chosen = self._choose(masked, paths, entries, last)
+        entry = {key: value for key, value in chosen.items() if key != "weights"}
+        return {
+            "masks_sha256": digest,
+            "factor": self.stage.factor,
+            "candidates": [
+                {k: v for k, v in e.items() if k not in ("training", "log_p", "measured_p")} for e in entries
+            ],
+            "soup": self.stage.soup,
+            "weights": list(chosen["weights"]),
+            **entry,
+            "training": [e["training"] for e in entries],
+        }
+
+    # ---- candidates ----
+
+    def _configs(self, phase: Phase, rates: Rates) -> list[tuple[Any, TrainingConfig]]:
+        """(value of the factor, configuration) of every candidate."""
+        field = get_factor(self.stage.factor).field
+        whole = training_config(self.context, self.plan, f"phase-{phase.number}")
+        base = {
+            name: getattr(whole, name)
+            for name in ("learning_rate", "weight_decay", "warmup", "momentum", "clip", "batch", "accumulation")
+        }
+        base |= {"steps": self.steps[phase.number - 1], "seed": phase_seed(self.context, phase.number)}
+        varied = candidates(base, self.stage.factor, self.stage.candidates, self.stage.factor_values)
+        return [
+            (
+                changes[field],
+                training_config(
+                    self.context, self.plan, f"phase-{phase.number}-candidate-{number}", rates=rates, **changes
+                ),
+            )
+            for number, changes in enumerate(varied, 1)
+        ]
+
+    def _train(self, masked: Masked, phase: Phase, index: int, rates: Rates, folder: Path, last: bool) -> None:
+        """One candidate, by this process alone; its state appears when it is complete."""
+        value, config = self._configs(phase, rates)[index]
+        load_tensors(masked.model, StateFile(folder / "parent.safetensors").tensors())
+        with distributed.alone():
+            metrics = self.retrain(masked.model, config, masked.masks)
+        if has_statistics(masked.model):
+            self._recalibrate(masked.model)
+        more = {"log_p": log_probabilities(masked.model, self.rows, self.stage.batch)}
+        if last and self.plan.measured is not None:
+            more["measured_p"] = log_probabilities(masked.model, self.plan.measured, self.stage.batch)
+        entry = {"candidate": index + 1, "value": value, "training": metrics_entry(metrics, f"phase-{phase.number}-candidate-{index + 1}")}  # fmt: skip
+        atomic_write_text(folder / f"candidate-{index + 1}.json", json.dumps(entry))
+        write_state(folder / f"candidate-{index + 1}.safetensors", whole_tensors(masked.model), masked.masks, more)
+
+    def _collect(self, paths: list[Path], masked: Masked, digest: str) -> list[dict[str, Any]]:
+        """Entries of all candidates, from the processes that trained them. CheckpointError for another mask."""
+        own: dict[int, dict[str, Any]] = {}
+        with distributed.agreed():
+            for index, path in enumerate(paths):
+                if owner_of(index) != distributed.rank():
+                    continue
+                held = StateFile(path)
+                if held.masks_sha256(masked.masks) != digest:
+                    check_same_masks(
+                        [packed_masks(masked.masks), packed_masks(held.masks(masked.masks))],
+                        ["the parent", f"candidate {index + 1}"],
+                    )
+                entry = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+                more = held.more()
+                own[index] = {
+                    **entry, "heldout": mean(per_row(more["log_p"], self.rows)), "log_p": more["log_p"],
+                    "measured_p": more.get("measured_p"),
+                }  # fmt: skip
+        found: dict[int, dict[str, Any]] = {}
+        for part in distributed.from_all(own):
+            found |= part
+        return [found[index] for index in range(len(paths))]
+
+    # ---- the soup ----
+
+    def _choose(self, masked: Masked, paths: list[Path], entries: list[dict[str, Any]], last: bool) -> dict[str, Any]:
+        """Compare best candidate, ensemble and soups; leave the one that was asked for in the model."""
+        load: list[Callable[[], dict[str, Tensor]]] = [lambda p=path: StateFile(p).tensors() for path in paths]
+        count = len(paths)
+        device = next(masked.model.parameters()).device
+
+        def blend(weights: tuple[float, ...]) -> None:
+            load_tensors(masked.model, mixed(load, weights, device))
+            if has_statistics(masked.model):
+                self._recalibrate(masked.model)
+
+        def evaluate(weights: tuple[float, ...]) -> Tensor:
+            blend(weights)
+            return self._same(per_row(log_probabilities(masked.model, self.rows, self.stage.batch), self.rows))
+
+        found: dict[str, Soup] = {}
+        figures: dict[str, Any] = {}
+        if len(self.rows):
+            losses = [per_row(entry["log_p"], self.rows) for entry in entries]
+            best = min(range(count), key=lambda i: (float(losses[i].mean()), i))
+            found["best"] = Soup(uniform_weights([best], count), losses[best])
+            figures["ensemble"] = mean(ensemble_per_row([entry["log_p"] for entry in entries], self.rows))
+            whole = uniform_weights(range(count), count)
+            found["uniform"] = Soup(whole, evaluate(whole))
+            known = {whole: found["uniform"].losses}
+            found["greedy"] = greedy(losses, lambda w: known[w] if w in known else evaluate(w), self.stage.margin)
+            if self.stage.soup == "learned":
+                weights = learn_weights(count, lambda w: self._slope(masked, blend, load, w), self.stage.learning_steps)
+                found["learned"] = Soup(weights, evaluate(weights))
+        else:
+            found["uniform"] = Soup(uniform_weights(range(count), count), torch.zeros(0))
+        heldout = {name: {"loss": mean(soup.losses), "weights": list(soup.weights)} for name, soup in found.items()}
+        figures = {"compared": heldout, **figures}
+        if last and self.plan.measured is not None:
+            figures["measured"] = self._measure(masked, blend, entries, found)
+        chosen = found[self.stage.soup]
+        blend(chosen.weights)
+        return {"weights": chosen.weights, "heldout": mean(chosen.losses), **figures}
+
+    def _slope(
+        self, masked: Masked, blend: Callable[[tuple[float, ...]], None], load: Any, weights: tuple[float, ...]
+    ) -> tuple[float, list[float]]:
+        blend(weights)
+        return slopes(masked.model, load, self.rows, self.stage.batch)
+
+    def _measure(
+        self,
+        masked: Masked,
+        blend: Callable[[tuple[float, ...]], None],
+        entries: list[dict[str, Any]],
+        soups: dict[str, Soup],
+    ) -> dict[str, Any]:
+        """Losses on the text of `measure`, of which nothing above depends."""
+        rows = self.plan.measured
+        assert rows is not None
+        found: dict[str, Any] = {
+            "text": rows.name,
+            "candidates": [mean(per_row(entry["measured_p"], rows)) for entry in entries],
+            "ensemble": mean(ensemble_per_row([entry["measured_p"] for entry in entries], rows)),
+        }
+        for name, soup in soups.items():
+            blend(soup.weights)
+            losses = self._same(per_row(log_probabilities(masked.model, rows, self.stage.batch), rows))
+            found[name] = mean(losses)
+        return found
+
+    def _recalibrate(self, model: Any) -> None:
+        rows, device = self.plan.text.train, next(model.parameters()).device
+        batches = [
+            lambda m, ids=rows.ids[start : start + self.stage.batch]: m(input_ids=ids.to(device), use_cache=False)
+            for start in range(0, min(len(rows), 64 * self.stage.batch), self.stage.batch)
+        ]
+        recalibrate(model, batches)
+
+    def _same(self, losses: Tensor) -> Tensor:
+        """Rank 0's figures on every rank: all of them must choose alike."""
+        return distributed.from_rank(losses, 0)
+
+    def _agreed_digest(self, masked: Masked) -> str:
+        """The digest of the masks, which must be the same on every rank."""
+        own = packed_masks(masked.masks)
+        digest = masks_sha256(own)
+        if len(set(distributed.from_all(digest))) > 1:
+            theirs = distributed.from_all(own)
+            check_same_masks(theirs, [f"rank {rank}" for rank in range(len(theirs))])
+        return digest

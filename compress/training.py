@@ -1,0 +1,133 @@
+"""What stages that train share: their plan, their text, and `train` with everything of the run filled in.
+
+def plan(self, index, stage, planning):  return TrainingPlan(index, stage, jobs, **training_plan(stage, planning))
+def run(self, context, plan):
+    model = open_whole(context)
+    retrain = retrainer(context, plan)                          # (model, config, masks=None) -> Metrics
+    metrics = retrain(model, training_config(context, plan), kept_of(model, plan.jobs))
+    write_whole(...); return StageReport(..., result={"training": [metrics_entry(metrics)]})
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..finetune.losses import LossConfig, row_losses
+from ..finetune.tokens import TokenRows
+from ..finetune.training import Metrics, Retrain, StepDone, TrainingConfig, train
+from . import distributed
+from .needs import Needs, whole_needs
+from .plan import Plan, Planning, StagePlan, sequence_length
+from .stage_recipes.training import TrainingStage
+from .stages.base import Context
+from .text import TextSource
+from .traindata import TrainingText
+from .whole import open_whole
+
+HELDOUT_ROWS = 128  # at most so many held-out rows are measured
+
+
+@dataclass(frozen=True)
+class TrainingPlan(StagePlan):
+    """A stage that trains. `text`: its rows; `steps`: optimizer steps of one run over `text.train`."""
+
+    stage: TrainingStage
+    text: TrainingText = field(compare=False, kw_only=True)
+    steps: int = field(kw_only=True)
+
+    @property
+    def digest(self) -> str:
+        return self.text.digest
+
+
+def training_plan(stage: TrainingStage, planning: Planning) -> dict[str, Any]:
+    """The arguments of a TrainingPlan beyond its jobs. DataError or RecipeError for a text that does not fit."""
+    length = sequence_length(stage.seqlen, planning.skeleton.max_positions, "--seqlen")
+    steps = stage.count_steps(length)
+    text = planning.texts.training(stage.data, length, stage.heldout, steps * stage.batch * length)
+    source = TextSource(text.name, text.protocol, text.digest)
+    return {"text": text, "steps": steps, "calibration": source}
+
+
+def training_config(context: Context, plan: TrainingPlan, part: str = "", **changes: Any) -> TrainingConfig:
+    """The stage's fields as a TrainingConfig that goes on after a kill.
+
+    `part`: a name for each of several runs of one stage (phase-1, candidate-3): checkpoints in a folder of its own, and
+    shown beside the progress. `changes`: other fields of TrainingConfig.
+    """
+    stage = plan.stage
+    found: dict[str, Any] = {
+        "folder": context.state_folder(plan) / (part or "run"),
+        "steps": plan.steps,
+        "seed": context.plan.recipe.seed,
+        "loss": LossConfig(stage.loss, stage.temperature, stage.share, stage.hidden),
+        "resume": True,
+        "progress": reporter(context, " ".join([stage.stage, *part.split("-")]).strip()),
+    }
+    same = (
+        "learning_rate", "schedule", "warmup", "optimizer", "momentum", "weight_decay", "batch", "accumulation", "clip",
+        "precision", "gradient_checkpointing", "save_every", "log_every",
+    )  # fmt: skip
+    found |= {name: getattr(stage, name) for name in same}
+    return TrainingConfig(**(found | changes))
+
+
+def reporter(context: Context, label: str) -> Any:
+    """What tells the watcher about steps."""
+
+    def tell(event: StepDone) -> None:
+        context.progress.step(label, event)
+
+    return tell
+
+
+def retrainer(context: Context, plan: TrainingPlan, teacher: Any | None = None) -> Retrain:
+    """`train` on the stage's rows. Where the loss needs a teacher and none is given, it is the dense model."""
+    if teacher is None and plan.stage.needs_teacher:
+        teacher = open_whole(context, dense=True)
+
+    def retrain(model: Any, config: TrainingConfig, masks: Any = None) -> Metrics:
+        with torch.enable_grad():
+            return train(model, config, masks, data=plan.text.train, teacher=teacher)
+
+    return retrain
+
+
+def heldout_rows(plan: TrainingPlan) -> TokenRows:
+    """The held-out rows that are measured, at most `HELDOUT_ROWS` of them: the same for every model."""
+    rows = plan.text.heldout
+    return replace(
+        rows,
+        ids=rows.ids[:HELDOUT_ROWS],
+        labels=None if rows.labels is None else rows.labels[:HELDOUT_ROWS],
+        positions=None if rows.positions is None else rows.positions[:HELDOUT_ROWS],
+    )
+
+
+def heldout_loss(model: Any, plan: TrainingPlan) -> torch.Tensor:
+    """Mean loss of every measured held-out row, float32 [rows]."""
+    return row_losses(model, heldout_rows(plan), plan.stage.batch)
+
+
+def metrics_entry(metrics: Metrics, name: str = "") -> dict[str, Any]:
+    """One run as it stands in the report, its lines of metrics.jsonl included: the picture is drawn from them."""
+    return {
+        "name": name,
+        "steps": metrics.steps,
+        "tokens": metrics.tokens,
+        "loss": metrics.loss,
+        "seconds": round(metrics.seconds, 3),
+        "tokens_per_second": round(metrics.tokens_per_second, 1),
+        "sparsity": metrics.sparsity,
+        "history": list(metrics.history),
+    }
+
+
+def training_needs(plan: Plan, stage: TrainingPlan, *, trained: float = 1.0, models: int = 1) -> Needs:
+    """Memory and disk of a stage that trains; `trained` and `models` as in `needs.whole_needs`, the teacher apart."""
+    length = stage.text.train.length
+    rows = -(-stage.stage.batch // stage.stage.accumulation // max(1, distributed.world()))
+    return whole_needs(plan, stage, trained, rows * length, models + stage.stage.needs_teacher)

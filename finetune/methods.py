@@ -1,0 +1,83 @@
+"""The methods of `gossamer finetune`. Import-free table: a method is one class as below and one line here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TABLE = {
+    "masklora": "recovery:MaskLoRA",
+    "bias-norm": "recovery:BiasNorm",
+    "full": "recovery:Full",
+}
+DEFAULT_METHOD = "masklora"
+
+
+@dataclass
+class Attached:
+    """A model made ready for training.
+
+    Attributes:
+        masks: parameter name -> bool mask that training keeps, under the names that the model has now.
+        finish: makes an ordinary model of it again, in place, and returns figures for the report.
+        callbacks, make_optimizer: as in `training.TrainingConfig`.
+        kept: masks of the ordinary model afterwards, where the method moved them; None: as before.
+    """
+
+    masks: Mapping[str, Tensor]
+    finish: Callable[[], dict[str, Any]]
+    callbacks: tuple[Any, ...] = ()
+    make_optimizer: Callable[[Any], Any] | None = None
+    kept: Callable[[], Mapping[str, Tensor]] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class Method(Protocol):
+    """One way of fine-tuning.
+
+    Attributes:
+        reads: fields of the finetune stage that mean something to it, beyond those of every training stage; giving
+            another one is a mistake.
+        learning_rate: the peak when the user gives none.
+    """
+
+    reads: frozenset[str]
+    learning_rate: float
+
+    def share(self, parameters: int, shapes: Sequence[tuple[int, int]], options: Mapping[str, Any]) -> float:
+        """Share of all parameters that get a gradient, for the estimate of memory. `shapes`: of the targets."""
+        ...
+
+    def attach(
+        self, model: Any, masks: Mapping[str, Tensor], targets: Sequence[str], options: Mapping[str, Any], seed: int
+    ) -> Attached:
+        """Choose what is trained; modules may be replaced.
+
+        Args:
+            model: dense in memory, in float32, pruned entries 0.
+            masks: of the matrices that have one, in the shape of the parameter, on its device.
+            targets: parameter names of all prunable matrices, masked or not.
+            options: the fields of the stage.
+            seed: for whatever is drawn.
+        """
+        ...
+
+
+def method_names() -> tuple[str, ...]:
+    """All methods, in the order of the table."""
+    return tuple(_TABLE)
+
+
+def get_method(name: str) -> Method:
+    """RecipeError for a name that is not in the table."""
+    if name not in _TABLE:
+        raise RecipeError(f"fine-tuning method {name!r} is unknown; allowed: {', '.join(_TABLE)}")
+    module, _, kind = _TABLE[name].partition(":")
+    return getattr(importlib.import_module(f".{module}", __package__), kind)()
