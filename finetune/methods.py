@@ -10,12 +10,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..errors import RecipeError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
+
+    from .tokens import TokenRows
 
 _TABLE = {
     "masklora": "recovery:MaskLoRA",
     "bias-norm": "recovery:BiasNorm",
     "full": "recovery:Full",
+    "spiel-ag": "spiel.method:SpielAG",
+    "spiel-ma": "spiel.method:SpielMA",
+    "static": "spiel.method:Static",
+    "lora": "spiel.method:Lora",
 }
 DEFAULT_METHOD = "masklora"
 
@@ -29,6 +37,8 @@ class Attached:
         finish: makes an ordinary model of it again, in place, and returns figures for the report.
         callbacks, make_optimizer: as in `training.TrainingConfig`.
         kept: masks of the ordinary model afterwards, where the method moved them; None: as before.
+        prepare: called with the training rows before training, on every start.
+        save: writes the adapter that was trained into a folder and returns the names of its files; before `finish`.
     """
 
     masks: Mapping[str, Tensor]
@@ -37,6 +47,8 @@ class Attached:
     make_optimizer: Callable[[Any], Any] | None = None
     kept: Callable[[], Mapping[str, Tensor]] | None = None
     notes: list[str] = field(default_factory=list)
+    prepare: Callable[[TokenRows], None] | None = None
+    save: Callable[[Path], list[str]] | None = None
 
 
 class Method(Protocol):

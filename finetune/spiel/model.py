@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ... import __version__
 from ...errors import CheckpointError, RecipeError
 from ...pruning.mask import Mask
+from ..budget import share_out, total
 from .base import UNCHECKED, fingerprint
-from .budget import share_out, total
 from .config import SpielConfig
 from .layer import Linear, SpielLayer, layers_of, named_layers
 from .layout import COLUMNS, COUNTS, ROWPTR, VALUES, decode, encode

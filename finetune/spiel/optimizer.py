@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import TrainingError
+from ..reselection import Reselection
 from .config import SpielConfig
 from .layer import Linear, layers_of
 from .moments import start_adam, start_sm3, step_adam, step_sm3
 from .policy import Policy, Tracker, get_policy
 from .ranks import average, check_equal
-from .schedule import Reselection
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from spiel_models import Net, adapted, batch, fill, loss_of
 from torch import nn
 
 from gossamer.errors import ModelError, RecipeError, TrainingError
+from gossamer.finetune.reselection import Reselection
 from gossamer.finetune.spiel.candidates import Candidates
 from gossamer.finetune.spiel.layer import layers_of
 from gossamer.finetune.spiel.optimizer import SpielOptimizer
 from gossamer.finetune.spiel.policy import filled, top_product
-from gossamer.finetune.spiel.schedule import Reselection
 from gossamer.finetune.spiel.select import global_counts, selecting
 from gossamer.pruning.mask import Mask
 from gossamer.pruning.pattern import NM, Unstructured
