@@ -10,6 +10,7 @@ import typer
 from ..errors import RecipeError
 from . import options as o
 from .failure import typed_command
+from .job import run_job, show_plan
 
 if TYPE_CHECKING:
     from ..compress.recipe import Machine, Recipe
@@ -240,9 +241,9 @@ def compress(
         "overwrite": overwrite,
     }  # fmt: skip
     if dry_run:
-        _show_plan(job, json)
+        show_plan(job, json)
     else:
-        _run(job, typed_command(ctx), json, quiet)
+        run_job(job, typed_command(ctx), json, quiet)
 
 
 def recipe_from_options(
@@ -294,34 +295,3 @@ def _as_options(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 def _spelled(options: dict[str, Any]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in _given(options))
-
-
-def _run(job: dict[str, Any], command: str, as_json: bool, quiet: bool) -> None:
-    from .console import hush_libraries, show_json, show_lines, show_table, watch
-
-    hush_libraries(quiet)
-    from ..compress import distributed
-    from ..compress.run import compress as run
-
-    with watch(quiet) as progress:
-        report = run(**job, progress=progress, command=command)
-    if not distributed.is_main():
-        return
-    if as_json:
-        show_json(report.data)
-        return
-    show_table(str(job["out"]), ("", "before", "after"), report.rows())
-    show_lines(report.footer())
-
-
-def _show_plan(job: dict[str, Any], as_json: bool) -> None:
-    from ..compress.run import plan
-    from .console import show_json, show_lines, show_table
-    from .planview import plan_document, plan_lines, plan_rows
-
-    document = plan_document(plan(**job))
-    if as_json:
-        show_json(document)
-        return
-    show_table("Plan (nothing was written)", ("matrix", "shape", "pattern", "zeros"), plan_rows(document))
-    show_lines(plan_lines(document))

@@ -17,7 +17,7 @@ from rich.text import Text
 from ..compress.progress import BlockDone, Progress
 
 if TYPE_CHECKING:
-    from ..finetune.training import StepDone
+    from ..compress.progress import StepDone
 
 PIPE_WIDTH = 160
 BETWEEN_LINES = 10.0  # seconds

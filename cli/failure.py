@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from ..errors import GossamerError
 
 INTERRUPTED = 130
-_RESUMABLE = "compress"
+_RESUMABLE = {"compress": "after the last finished block", "finetune": "from the last checkpoint"}
 _STORAGE = {
     errno.ENOSPC: "free disk space, or choose another folder",
     errno.EDQUOT: "free disk space, or choose another folder",
@@ -71,6 +71,6 @@ def _exit(message: str, hint: str | None, code: int, *, alone: bool = False) -> 
 
 
 def _how_to_go_on(words: list[str]) -> str | None:
-    if not words or words[0] != _RESUMABLE:
+    if not words or words[0] not in _RESUMABLE:
         return None
-    return "repeat the command with --resume to go on after the last finished block"
+    return f"repeat the command with --resume to go on {_RESUMABLE[words[0]]}"

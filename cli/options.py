@@ -13,6 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 PRUNING = "Pruning"
+TRAINING = "Training"
 DATA = "Data"
 OUTPUT = "Output"
 MACHINE = "Machine"

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from ..kernels.modules.sparse_linear import dense_products
 from .environment import processor_name
 from .generate import Timing, generate
+from .heads import new_cache
 from .load import load
 from .progress import Progress
 from .report import human_bytes
@@ -95,7 +96,7 @@ def _contenders(folder: str, progress: Progress) -> Iterator[Contender]:
     if model.gossamer_masks and model.dtype is torch.float32:  # kernels hold 16-bit weights
         model = load(folder, dtype=torch.bfloat16)
     if model.gossamer_masks:
-        yield Contender("ours, sparse", folder, model, sparse=True)
+        yield Contender(f"ours, sparse{_attached(model)}", folder, model, sparse=True)
         return
     ours = model if model.dtype is torch.bfloat16 else load(folder, dtype=torch.bfloat16)
     read: Any = AutoModelForCausalLM.from_pretrained
@@ -104,7 +105,11 @@ def _contenders(folder: str, progress: Progress) -> Iterator[Contender]:
     yield Contender("transformers bfloat16", folder, plain)
     yield Contender("transformers bfloat16, no oneDNN", folder, plain, _no_onednn)
     yield Contender("transformers float16", folder, half)
-    yield Contender("ours, dense", folder, ours)
+    yield Contender(f"ours, dense{_attached(ours)}", folder, ours)
+
+
+def _attached(model: Any) -> str:
+    return ", head plan" if getattr(model, "gossamer_heads", None) is not None else ""
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -162,7 +167,7 @@ def _error(contender: Contender, ids: Tensor) -> float:
 
 def _last_logits(model: Any, ids: Tensor) -> Tensor:
     """After a pass over all but the last token and one over that: both kinds of product take part."""
-    out = model(input_ids=ids[:, :-1], use_cache=True)
+    out = model(input_ids=ids[:, :-1], past_key_values=new_cache(model, ids.shape[1]), use_cache=True)
     return model(input_ids=ids[:, -1:], past_key_values=out.past_key_values, use_cache=True).logits[:, -1].float()
 
 

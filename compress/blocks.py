@@ -204,6 +204,29 @@ class StreamedModel(Anatomy):
             handle.remove()
         return seen[0]
 
+    def output_gradient(
+        self, hidden: torch.Tensor, args: BlockArgs, w: int, loss: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """d loss(logits) / d hidden, [1, L, d] on the CPU: `hidden` is the last block's output, logits float32."""
+        x = hidden.to(self.device, copy=True).requires_grad_()
+        stub = injecting_stub(self.block_names, args.returns, x)
+        with self.outer(), stubbed(list(self._blocks), stub), torch.enable_grad():
+            loss(self._forward(args.windows[w]).logits[0].float()).backward()
+        assert x.grad is not None
+        return x.grad.cpu()
+
+    def block_gradient(
+        self, i: int, block: nn.Module, hidden: torch.Tensor, gradient: torch.Tensor, args: BlockArgs, w: int
+    ) -> torch.Tensor:
+        """The gradient at block i's input, from the one at its output, for window w: [1, L, d] on the CPU."""
+        x = hidden.to(self.device, copy=True).requires_grad_()
+        positional, named = args.arguments(i, w, x)
+        with torch.enable_grad():
+            output = args.returns[i].unpack(block(*positional, **named))
+            output.backward(gradient.to(self.device, output.dtype))
+        assert x.grad is not None
+        return x.grad.cpu()
+
     def input_steps(self, i: int, block: nn.Module, hidden: torch.Tensor, args: BlockArgs, w: int = 0) -> list[Step]:
         """Steps in the order of computation; a step is a list of groups; a group's matrices share one input.
 

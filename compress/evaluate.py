@@ -72,7 +72,7 @@ def score(
             _cross_entropy(model.logits(hidden.get(w), args, w), windows[w])
             for w in _reported(distributed.my_share(len(windows)), f"{label}, output", progress)
         ]
-    return _summarise(distributed.gather(losses))
+    return summarise(distributed.gather(losses))
 
 
 def compare(
@@ -105,7 +105,7 @@ def compare(
                 after = _cross_entropy(logits, windows[w])
                 rows.append((before, after, _kl(reference, logits.log_softmax(-1))))
     columns = [distributed.gather([row[k] for row in rows]) for k in range(3)]
-    return Comparison(_summarise(columns[0]), _summarise(columns[1]), _mean(columns[2]))
+    return Comparison(summarise(columns[0]), summarise(columns[1]), _mean(columns[2]))
 
 
 def _reported(windows: Sequence[int], label: str, progress: Progress) -> Iterator[int]:
@@ -184,11 +184,11 @@ def _kl(reference: Tensor, log_probabilities: Tensor) -> float:
     return float(total) / (reference.shape[0] - 1)
 
 
-def _mean(values: list[float]) -> float:
+def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _summarise(losses: list[float]) -> Score:
+def summarise(losses: Sequence[float]) -> Score:
     mean = _mean(losses)
     spread = math.fsum((loss - mean) ** 2 for loss in losses)
     error = math.sqrt(spread / (len(losses) - 1) / len(losses)) if len(losses) > 1 else math.nan

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from ..errors import DataError, RecipeError
+from .heads import new_cache
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,13 @@ def _check_length(model: Any, length: int, new: int) -> None:
 
 
 def _cache(model: Any, length: int) -> Any:
-    """Keys and values for `length` positions, made once; None, transformers' choice, where a model has another kind."""
+    """Keys and values for `length` positions, made once; None, transformers' choice, where a model has another kind.
+
+    Of a model with a head plan, only what the plan keeps.
+    """
+    ragged = new_cache(model, length)
+    if ragged is not None:
+        return ragged
     try:
         return StaticCache(config=model.config, max_cache_len=length)
     except (TypeError, ValueError, AttributeError):

@@ -35,12 +35,12 @@ def write_picture(folder: Path, picture: bytes | None) -> None:
     path.write_bytes(picture)
 
 
-def write_page(folder: Path, report: Report, recipe: str, picture: bytes | None) -> None:
-    """Write report.html into `folder`; the picture (PNG) is embedded."""
-    atomic_write_text(folder / "report.html", page_text(report, recipe, picture))
+def write_page(folder: Path, report: Report, recipe: str, picture: bytes | None, trained: bytes | None = None) -> None:
+    """Write report.html into `folder`; the pictures (PNG), of matrices and of training, are embedded."""
+    atomic_write_text(folder / "report.html", page_text(report, recipe, picture, trained))
 
 
-def page_text(report: Report, recipe: str, picture: bytes | None) -> str:
+def page_text(report: Report, recipe: str, picture: bytes | None, trained: bytes | None = None) -> str:
     """The page. Everything that comes from outside is escaped."""
     title = html.escape(report["output"])
     parts = [
@@ -49,7 +49,8 @@ def page_text(report: Report, recipe: str, picture: bytes | None) -> str:
         "weights.</p>",
         _table(("", "before", "after"), report.rows()),
         "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in report.footer()) + "</ul>",
-        _image(picture),
+        _image(picture, "error and sparsity of every kind of matrix"),
+        _image(trained, "loss and sparsity while it was trained"),
         "<h2>How it was made</h2>",
         f"<pre>{html.escape(report['command'] or 'through the Python API')}</pre>",
         f"<pre>{html.escape(recipe)}</pre>",
@@ -64,11 +65,11 @@ def page_text(report: Report, recipe: str, picture: bytes | None) -> str:
     )
 
 
-def _image(picture: bytes | None) -> str:
+def _image(picture: bytes | None, said: str) -> str:
     if picture is None:
         return ""
     data = base64.b64encode(picture).decode("ascii")
-    return f'<p><img alt="error and sparsity of every kind of matrix" src="data:image/png;base64,{data}"></p>'
+    return f'<p><img alt="{said}" src="data:image/png;base64,{data}"></p>'
 
 
 def _layers(report: Report) -> str:
@@ -82,7 +83,7 @@ def _layers(report: Report) -> str:
             percent(row["sparsity"]),
             _number(row["error_before"]),
             _number(row["error_after"]),
-            f"{row['seconds']:.1f}",
+            "" if row["seconds"] is None else f"{row['seconds']:.1f}",
         )
         for row in report["layers"]
     ]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Eight colours that stay apart for colour-blind readers (Okabe and Ito, "Color Universal Design", 2008).
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
 _MARKERS = "os^DvP*X"
 
 Series = dict[str, dict[int, float]]
@@ -59,7 +59,7 @@ def _lines(axes: Any, series: Series, title: str) -> None:
         axes.plot(
             list(blocks),
             list(blocks.values()),
-            color=_COLOURS[index % len(_COLOURS)],
+            color=COLOURS[index % len(COLOURS)],
             marker=_MARKERS[index % len(_MARKERS)],
             markersize=4,
             linewidth=1.2,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, get_args
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -17,22 +17,26 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ..errors import RecipeError
 from .mistakes import Mistake, checked, explain
 from .sizes import parse_bytes
+from .stage_recipes.activation import ActivationStage
 from .stage_recipes.base import BaseStage, Frozen
 from .stage_recipes.evaluate import EvaluateStage
 from .stage_recipes.export import ExportStage
 from .stage_recipes.finetune import FinetuneStage
 from .stage_recipes.gradual import GradualStage, RandomStage
 from .stage_recipes.imp import ImpStage, SoupStage
+from .stage_recipes.nm_flow import NmFlowStage
 from .stage_recipes.prune import PruneStage
 
 __all__ = [
     "STAGES",
+    "ActivationStage",
     "EvaluateStage",
     "ExportStage",
     "FinetuneStage",
     "GradualStage",
     "ImpStage",
     "Machine",
+    "NmFlowStage",
     "PruneStage",
     "RandomStage",
     "Recipe",
@@ -43,33 +47,21 @@ __all__ = [
 
 DEFAULT_CALIBRATION = "c4"
 
-# A new kind of stage: its class here twice, and its work in stages/registry.py.
-Stage = Annotated[
-    Union[
-        PruneStage,
-        ImpStage,
-        SoupStage,
-        GradualStage,
-        RandomStage,
-        FinetuneStage,
-        EvaluateStage,
-        ExportStage,
-    ],
-    Field(discriminator="stage"),
+# A new kind of stage: its class here, and its work in stages/registry.py.
+_Kinds = Union[
+    PruneStage,
+    ImpStage,
+    SoupStage,
+    GradualStage,
+    RandomStage,
+    NmFlowStage,
+    FinetuneStage,
+    ActivationStage,
+    EvaluateStage,
+    ExportStage,
 ]
-STAGES: dict[str, type[BaseStage]] = {
-    kind.model_fields["stage"].default: kind
-    for kind in (
-        PruneStage,
-        ImpStage,
-        SoupStage,
-        GradualStage,
-        RandomStage,
-        FinetuneStage,
-        EvaluateStage,
-        ExportStage,
-    )
-}
+Stage = Annotated[_Kinds, Field(discriminator="stage")]
+STAGES: dict[str, type[BaseStage]] = {kind.model_fields["stage"].default: kind for kind in get_args(_Kinds)}
 
 
 class Recipe(Frozen):

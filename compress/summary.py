@@ -20,6 +20,7 @@ from .plan import Plan
 from .report import SCHEMA, Report, environment
 from .source import FolderSource
 from .stages.base import Context, StageReport
+from .trainingfigures import training_runs, without_history, write_training
 
 
 def build_report(
@@ -57,6 +58,7 @@ def build_report(
             "stages": [_stage_entry(report) for report in reports],
             "layers": [row | {"stage": r.index} for r in reports for row in r.result.get("layers", ())],
             "reconstruction": [row | {"stage": r.index} for r in reports for row in r.result.get("rebuilt", ())],
+            "training": without_history(training_runs(reports)),
             "skipped": [{"name": n, "reason": why} for stage in plan.changes for n, why in stage.skipped],
             "masks": files.mask_digest,
             "notes": _notes(context),
@@ -71,7 +73,8 @@ def build_report(
         report.save(files.folder)
         write_picture(files.folder, picture)
         write_card(files.folder, report, plan)
-        write_page(files.folder, report, plan.recipe.to_yaml(), picture)
+        trained = write_training(files.folder, training_runs(reports))
+        write_page(files.folder, report, plan.recipe.to_yaml(), picture, trained)
     return report
 
 
@@ -85,7 +88,7 @@ def prunable_keys(plan: Plan) -> set[str]:
 def _stage_entry(report: StageReport) -> dict[str, Any]:
     """A stage in the report: what is told elsewhere (rows per matrix, evaluations) is left out."""
     own = {} if report.kind == "evaluate" else report.result
-    figures = {key: value for key, value in own.items() if key not in ("layers", "rebuilt")}
+    figures = {key: value for key, value in own.items() if key not in ("layers", "rebuilt", "training")}
     return {"stage": report.kind, "index": report.index, "seconds": round(report.seconds, 3), **figures}
 
 

@@ -36,6 +36,7 @@ def test_all_commands_are_there():
         "demo",
         "env",
         "eval",
+        "finetune",
         "generate",
         "inspect",
         "methods",

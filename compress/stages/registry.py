@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .base import Context, StageReport
 
 _TABLE = {
+    "activation": "activation:Activation",
     "prune": "prune_kind:Prune",
     "evaluate": "evaluate:Evaluate",
     "finetune": "finetune:Finetune",
@@ -18,6 +19,7 @@ _TABLE = {
     "soup": "soup:SoupKind",
     "gradual": "gradual:Gradual",
     "random": "random_search:RandomSearch",
+    "nm-flow": "nm_flow:NmFlow",
 }
 
 

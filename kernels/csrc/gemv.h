@@ -58,6 +58,8 @@ struct ChannelCall {
 
 struct DualCall;    // dual.h
 struct NeuronCall;  // neuron.h
+struct WindowPart;  // window.h
+struct WindowSizes;
 
 // One processor tier. All functions are pure: the same numbers for the same arguments, however the range is split.
 struct Tier {
@@ -85,6 +87,11 @@ struct Tier {
                             std::int32_t* active, float* values);
     void (*dual_run)(int dtype, const DualCall&, std::int64_t panel_begin, std::int64_t panel_end);
     void (*neuron_run)(int dtype, const NeuronCall&, std::int64_t begin, std::int64_t end);
+    WindowSizes (*window_sizes)(int dtype, int group, std::int64_t width);
+    void (*window_prepare)(int dtype, const void* query, std::int64_t width, float* prepared);
+    void (*window_run)(int dtype, const WindowPart&);
+    // Sums of one query over its total to y [width].
+    void (*window_finish)(int dtype, const float* sums, float total, std::int64_t width, void* y);
 };
 
 // The same tables, defined in tier_*.cpp. A tier that was not compiled is absent from tiers().

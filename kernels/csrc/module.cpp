@@ -16,13 +16,14 @@
 #include "parallel.h"
 #include "tiers.h"
 #include "tiles.h"
+#include "window.h"
 
 namespace nb = nanobind;
 
 namespace {
 
 // Raised whenever a signature changes, so that a stale build is noticed (kernels/extension.py).
-constexpr int kInterface = 5;
+constexpr int kInterface = 6;
 
 using Address = std::uintptr_t;
 
@@ -151,6 +152,22 @@ void define_neuron(nb::module_& m) {
     }, nb::call_guard<nb::gil_scoped_release>());
 }
 
+void define_window(nb::module_& m) {
+    namespace g = gossamer;
+    using New = std::tuple<Address, Address, Address>;  // key, value, slots
+    using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+    m.def("window_attention", [](Address tier, int dtype, Address query, New added, Address keys, Address values,
+                                 Address ranges, Sizes sizes, float scale, Address out, int threads) {
+        const auto [key, value, slots] = added;
+        const auto [batch, kv_heads, group, width, rows] = sizes;
+        const g::Window window{at<const void>(query), at<const void>(key), at<const void>(value),
+                               at<const std::int64_t>(slots), at<void>(keys), at<void>(values),
+                               at<const std::int64_t>(ranges), batch, kv_heads, group, width, rows, scale,
+                               at<void>(out)};
+        return g::window_attention(*at<const g::Tier>(tier), dtype, window, threads);
+    }, nb::call_guard<nb::gil_scoped_release>());
+}
+
 }  // namespace
 
 NB_MODULE(_C, m) {
@@ -161,4 +178,5 @@ NB_MODULE(_C, m) {
     define_gemv(m);
     define_dual(m);
     define_neuron(m);
+    define_window(m);
 }

@@ -7,6 +7,7 @@
 #include "float16.h"
 #include "int8_avx2.h"
 #include "rows_bitmask.h"
+#include "rows_window.h"
 #include "split_dot.h"
 
 namespace gossamer {
@@ -47,6 +48,31 @@ struct Avx2 {
     static void store(float* at, F f) { _mm256_storeu_ps(at, f); }
     static F add(F a, F b) { return _mm256_add_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    static F max(F a, F b) { return _mm256_max_ps(a, b); }  // b where either is NaN
+    static F scale2(F a, F n) {
+        const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+        const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), power));
+        return _mm256_blendv_ps(scaled, a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    }
+    // 8 rows of 8 words become columns.
+    static void transpose(F* r) {
+        F t[8];
+        for (int i = 0; i < 8; i += 2) {
+            t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+            t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+        }
+        for (int i = 0; i < 8; i += 4) {
+            r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+            r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+            r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+            r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+        }
+        for (int i = 0; i < 4; ++i) {
+            t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+            t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+        }
+        for (int i = 0; i < 8; ++i) r[i] = t[i];
+    }
     static unsigned exceed(F x, F t) {
         const __m256 size = _mm256_andnot_ps(set1(-0.0f), x);
         return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(size, t, _CMP_NLE_UQ)));
@@ -127,6 +153,9 @@ struct Channel<Fp16> {
 
 template <class W>
 using Dense = SplitDot<Channel<W>>;
+
+template <class W>
+using Words = WideWords<Channel<W>>;
 
 inline __m256 expand8(Bf16, int mask, __m128i values) {
     const __m256i control = _mm256_load_si256(reinterpret_cast<const __m256i*>(kTables.floats[mask]));

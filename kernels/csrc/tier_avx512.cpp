@@ -2,12 +2,16 @@
 #include "vector512.h"
 
 #include "int8_avx512.h"
+#include "rows_window.h"
 
 namespace gossamer {
 namespace {
 
 template <class W>
 using Dense = SplitDot<Channel<W>>;
+
+template <class W>
+using Words = WideWords<Channel<W>>;
 
 template <class W>
 using Mask = SplitMask<Channel<W>>;

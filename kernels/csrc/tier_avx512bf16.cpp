@@ -3,6 +3,7 @@
 #include "vector512.h"
 
 #include "int8_avx512.h"
+#include "rows_window.h"
 
 namespace gossamer {
 namespace {
@@ -34,6 +35,33 @@ struct Pairs {
     }
     static void prepare_step(const W* x, std::uint8_t* out) { std::memcpy(out, x, 64); }
 };
+
+template <class W>
+struct WordsOf {
+    using Type = WideWords<Channel<W>>;
+};
+
+// A word is two neighbours of a row.
+struct PairWords {
+    using S = Avx512;
+    using W = Bf16;
+    static constexpr int kPer = 2;
+    static __m512 word(const W* w) { return _mm512_loadu_ps(w); }
+    static __m512 mul(__m512 acc, __m512 words, const float* q) {
+        return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(words), reinterpret_cast<__m512bh>(_mm512_set1_ps(*q)));
+    }
+    static void query(const W* from, std::int64_t count, float* to) {
+        std::memcpy(to, from, static_cast<std::size_t>(4 * count));
+    }
+};
+
+template <>
+struct WordsOf<Bf16> {
+    using Type = PairWords;
+};
+
+template <class W>
+using Words = typename WordsOf<W>::Type;
 
 template <>
 struct DenseOf<Bf16> {

@@ -7,6 +7,7 @@
 #include "float16.h"
 #include "int8_scalar.h"
 #include "rows_bitmask.h"
+#include "rows_window.h"
 #include "split_dot.h"
 
 namespace gossamer {
@@ -50,6 +51,20 @@ struct Neon {
     static void store(float* at, F f) { vst1q_f32(at, f); }
     static F add(F a, F b) { return vaddq_f32(a, b); }
     static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+    static F max(F a, F b) { return vmaxq_f32(a, b); }
+    static F scale2(F a, F n) {
+        const int32x4_t power = vshlq_n_s32(vcvtq_s32_f32(n), 23);
+        const F scaled = vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), power));
+        return vbslq_f32(vceqq_f32(a, a), scaled, a);
+    }
+    // 4 rows of 4 words become columns.
+    static void transpose(F* r) {
+        const float32x4x2_t low = vtrnq_f32(r[0], r[1]), high = vtrnq_f32(r[2], r[3]);
+        r[0] = vcombine_f32(vget_low_f32(low.val[0]), vget_low_f32(high.val[0]));
+        r[1] = vcombine_f32(vget_low_f32(low.val[1]), vget_low_f32(high.val[1]));
+        r[2] = vcombine_f32(vget_high_f32(low.val[0]), vget_high_f32(high.val[0]));
+        r[3] = vcombine_f32(vget_high_f32(low.val[1]), vget_high_f32(high.val[1]));
+    }
     static unsigned exceed(F x, F t) {
         static constexpr std::uint32_t kBits[4] = {1, 2, 4, 8};
         return vaddvq_u32(vbicq_u32(vld1q_u32(kBits), vcleq_f32(vabsq_f32(x), t)));
@@ -138,6 +153,9 @@ struct Channel<Fp16> {
 
 template <class W>
 using Dense = SplitDot<Channel<W>>;
+
+template <class W>
+using Words = WideWords<Channel<W>>;
 
 template <class Weight>
 struct Mask {

@@ -3,6 +3,7 @@
 
 #include "float16.h"
 #include "int8_scalar.h"
+#include "rows_window.h"
 #include "split_dot.h"
 #include "tiles.h"
 
@@ -33,6 +34,27 @@ struct Scalar {
     static F fma(F a, F b, F c) {
         for (int i = 0; i < kLanes; ++i) c.lane[i] += a.lane[i] * b.lane[i];
         return c;
+    }
+    static F max(F a, F b) {
+        for (int i = 0; i < kLanes; ++i) b.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+        return b;
+    }
+    static F scale2(F a, F n) {
+        for (int i = 0; i < kLanes; ++i) {
+            const bool nan = a.lane[i] != a.lane[i];
+            const auto power = static_cast<std::uint32_t>(nan ? 0 : static_cast<std::int32_t>(n.lane[i])) << 23;
+            a.lane[i] = nan ? a.lane[i] : float_of(bits_of(a.lane[i]) + power);
+        }
+        return a;
+    }
+    static void transpose(F* r) {
+        for (int i = 0; i < kLanes; ++i) {
+            for (int j = 0; j < i; ++j) {
+                const float other = r[i].lane[j];
+                r[i].lane[j] = r[j].lane[i];
+                r[j].lane[i] = other;
+            }
+        }
     }
     static unsigned exceed(F x, F t) {
         unsigned bits = 0;
@@ -84,6 +106,9 @@ struct Channel {
 
 template <class W>
 using Dense = SplitDot<Channel<W>>;
+
+template <class W>
+using Words = WideWords<Channel<W>>;
 
 template <class Weight>
 struct Mask {

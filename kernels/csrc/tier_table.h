@@ -1,5 +1,5 @@
 // From formats to a table of functions. Included once by every tier_*.cpp, behind its formats, which are the types
-// Dense<W>, Mask<W>, Dual<W> and Channel<W> of an unnamed namespace with W in {float, Bf16, Fp16}, and Int8.
+// Dense<W>, Mask<W>, Dual<W>, Channel<W> and Words<W> of an unnamed namespace with W in {float, Bf16, Fp16}, and Int8.
 #pragma once
 
 #include "float16.h"
@@ -9,6 +9,7 @@
 #include "rows_dual.h"
 #include "rows_int8.h"
 #include "rows_neuron.h"
+#include "rows_window.h"
 
 namespace gossamer {
 namespace {
@@ -117,10 +118,35 @@ void neuron_run_(int dtype, const NeuronCall& call, std::int64_t begin, std::int
     by_dtype(dtype, [&](auto t) { neuron_rows<Dense<typename decltype(t)::W>>(call, begin, end); });
 }
 
+template <class W>
+using Windowed = WindowOf<Channel<W>, Words<W>>;
+
+WindowSizes window_sizes_(int dtype, int group, std::int64_t width) {
+    return by_dtype(dtype, [&](auto t) { return Windowed<typename decltype(t)::W>::sizes(group, width); });
+}
+
+void window_prepare_(int dtype, const void* query, std::int64_t width, float* prepared) {
+    by_dtype(dtype, [&](auto t) {
+        using W = typename decltype(t)::W;
+        Windowed<W>::prepare(static_cast<const W*>(query), width, prepared);
+    });
+}
+
+void window_run_(int dtype, const WindowPart& part) {
+    by_dtype(dtype, [&](auto t) { Windowed<typename decltype(t)::W>::run(part); });
+}
+
+void window_finish_(int dtype, const float* sums, float total, std::int64_t width, void* y) {
+    by_dtype(dtype, [&](auto t) {
+        using W = typename decltype(t)::W;
+        Windowed<W>::finish(sums, total, width, static_cast<W*>(y));
+    });
+}
+
 constexpr Tier make_tier(const char* name) {
     return Tier{name,         dense_row_, bitmask_row_, dense_prepare_, bitmask_prepare_, dense_run_,   bitmask_run_,
                 int8_bytes_,  int8_prepare_, int8_run_,  channel_run_,   narrow_,          expand_row_, compact_,
-                dual_run_,    neuron_run_};
+                dual_run_,    neuron_run_,  window_sizes_, window_prepare_,  window_run_,      window_finish_};
 }
 
 }  // namespace

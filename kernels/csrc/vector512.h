@@ -22,6 +22,40 @@ struct Avx512 {
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static float sum(F f) { return _mm512_reduce_add_ps(f); }
+    static F max(F a, F b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+    static F scale2(F a, F n) { return _mm512_scalef_ps(a, n); }
+    // 16 rows of 16 words become columns.
+    static void transpose(F* r) {
+        F t[16];
+        for (int i = 0; i < 16; i += 2) {
+            t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+            t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+        }
+        const auto low = [](F a, F b) {
+            return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+        };
+        const auto high = [](F a, F b) {
+            return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+        };
+        for (int i = 0; i < 16; i += 4) {  // r[i + j]: column j of every 4 lanes of 4 rows
+            r[i] = low(t[i], t[i + 2]);
+            r[i + 1] = high(t[i], t[i + 2]);
+            r[i + 2] = low(t[i + 1], t[i + 3]);
+            r[i + 3] = high(t[i + 1], t[i + 3]);
+        }
+        for (int j = 0; j < 4; ++j) {
+            t[j] = _mm512_shuffle_f32x4(r[j], r[j + 4], 0x88);
+            t[j + 4] = _mm512_shuffle_f32x4(r[j], r[j + 4], 0xDD);
+            t[j + 8] = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0x88);
+            t[j + 12] = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0xDD);
+        }
+        for (int j = 0; j < 4; ++j) {
+            r[j] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0x88);
+            r[j + 8] = _mm512_shuffle_f32x4(t[j], t[j + 8], 0xDD);
+            r[j + 4] = _mm512_shuffle_f32x4(t[j + 4], t[j + 12], 0x88);
+            r[j + 12] = _mm512_shuffle_f32x4(t[j + 4], t[j + 12], 0xDD);
+        }
+    }
     static unsigned exceed(F x, F t) { return _mm512_cmp_ps_mask(_mm512_abs_ps(x), t, _CMP_NLE_UQ); }
     // Compressed in a register and stored whole: the instruction that stores what it compresses is slow on AMD.
     static void append(unsigned bits, F f, float* out) {

@@ -1,0 +1,205 @@
+"""Gossamer's own policy: weight-aware thresholds around centres, constants in the bias, budgets by their cost.
+
+For a site with input x and matrices W_p, and a share s of its channels to skip:
+
+    m_j = |x_j - c_j| b_j^a > t          b_j: how much channel j matters; a in {0, 1/2, 1}; t the s-quantile
+    c_j = E[x_j | dropped]               so that what is dropped has mean zero; W_p c goes into the bias
+    y_p = W_p ((x - c) m) + W_p c + b    + a low-rank map of the rest where a rank saves more error than its bytes cost
+
+b and the exponent are taken per site by the error on tokens that were not fitted on. Everything is measured on the
+activations of the model as sparse as it is below (`follows`), at sparse positions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .base import LinearPolicy
+from .curve import GRID, Curve, equal_error, least_total, rising
+from .lowrank import with_residual
+from .method import BlockData, Evaluate, Extent, Fitted, Log, Method, Site, column_norms
+from .quantiles import quantile
+from .refine import grouped, refine
+
+EXPONENTS = (0.0, 0.5, 1.0)
+ROUNDS = 3  # of centres and masks in turns
+PROBE = 512  # tokens that errors are measured on
+SINK = 20.0  # times the median norm: such tokens are not calibrated on
+
+
+@dataclass(frozen=True)
+class Options:
+    """Parts of the method, each of which can be left out."""
+
+    centers: bool = True
+    exponents: tuple[float, ...] = EXPONENTS
+    gradient: bool = True
+    allocation: str = "search"
+    groups: int = 40
+    rounds: int = 3
+    residual: bool = True
+    follows: bool = True
+
+
+class Auto(Method):
+    """See the module."""
+
+    name = "auto"
+    surveys = True
+
+    def __init__(self, options: Options | None = None, *, search: bool = True) -> None:
+        """`search` False: no refinement by the loss of the whole model."""
+        self.options = options or Options(allocation="search" if search else "even")
+        self._tables: dict[str, list[Mapping[str, LinearPolicy]]] = {}  # by site, for every share of the grid
+        self.follows = self.options.follows
+        self.needs = frozenset({"inputs", "gradient"} if self.options.gradient else {"inputs"})
+
+    def survey(self, block: BlockData) -> dict[str, Curve]:
+        """See `Method.survey`."""
+        return {site.leader: self._curve(_without_sinks(site)) for site in block.sites}
+
+    def _curve(self, site: Site) -> Curve:
+        probe = _probe(site)
+        found = [self._entries(probe, probe, share) for share in GRID[1:]]
+        self._tables[site.leader] = [{}, *(choice.entries for choice in found)]
+        return Curve(GRID, rising([0.0, *(self._error(probe, choice) for choice in found)]), site.size)
+
+    def share(
+        self, curves: Mapping[str, Curve], target: float, extent: Extent, evaluate: Evaluate, log: Log
+    ) -> dict[str, float]:
+        """The best of a few starts, refined by the loss of the whole model. See `Method.share`."""
+        weights = target * extent.whole
+        sizes = {name: curve.size for name, curve in curves.items()}
+        even = dict.fromkeys(curves, weights / extent.sites)
+        starts = {"even": even, "equal": equal_error(curves, weights)[0], "total": least_total(curves, weights)}
+        if self.options.allocation in starts:
+            return starts[self.options.allocation]
+        order = sorted(curves, key=_natural)
+        starts["between"] = {name: (even[name] + starts["total"][name]) / 2 for name in curves}
+
+        def loss(shares: Mapping[str, float]) -> float:
+            return evaluate([Fitted(self._nearest(shares))])
+
+        best = min(starts.values(), key=loss)
+        try:
+            return refine(best, sizes, grouped(order, self.options.groups), loss, self.options.rounds, log)
+        finally:
+            self._tables.clear()
+
+    def _nearest(self, shares: Mapping[str, float]) -> dict[str, LinearPolicy]:
+        """Entries of the survey, for the nearest share of its grid."""
+        found: dict[str, LinearPolicy] = {}
+        for name, share in shares.items():
+            k = min(range(len(GRID)), key=lambda k: abs(GRID[k] - share))
+            found |= self._tables[name][k]
+        return found
+
+    def fit(self, block: BlockData, budgets: Mapping[str, float], target: float, extent: Extent) -> Fitted:
+        """See `Method.fit`."""
+        linears: dict[str, LinearPolicy] = {}
+        facts = {}
+        for whole in block.sites:
+            share = budgets[whole.leader]
+            if share <= 0:
+                continue
+            site = _without_sinks(whole)
+            probe = _probe(site)
+            found = self._entries(site, probe, share)
+            assert found is not None
+            if self.options.residual:
+                entries, rank = with_residual(site.x, site.weights, partial(self._maps, site, probe), share)
+                found = Choice(entries, found.exponent, rank)
+            linears |= found.entries
+            facts[whole.leader] = {"share": share, "exponent": found.exponent, "rank": found.rank}
+        return Fitted(linears, facts={"sites": facts})
+
+    def _maps(self, site: Site, probe: Site, share: float) -> Mapping[str, LinearPolicy]:
+        return self._entries(site, probe, share).entries
+
+    def _entries(self, site: Site, probe: Site, share: float) -> Choice:
+        best: tuple[float, Choice] | None = None
+        for exponent in self.options.exponents:
+            scale = self._importance(site) ** exponent
+            center = torch.zeros(site.width) if not self.options.centers else None
+            threshold, middle = split(site.x, scale, share, center)
+            entries = {}
+            for name, weight in site.weights.items():
+                shift = weight @ middle if self.options.centers else None
+                entries[name] = LinearPolicy(threshold, middle if self.options.centers else None, shift)
+            found = Choice(entries, exponent, 0)
+            error = self._error(probe, found)
+            if best is None or error < best[0]:
+                best = error, found
+        assert best is not None
+        return best[1]
+
+    def _importance(self, site: Site) -> Tensor:
+        if site.gradient is not None:
+            norms = site.gradient.square().mean(0).sqrt()
+            return norms.clamp_min(1e-3 * float(norms.mean()))
+        return column_norms(site.weights)
+
+    def _error(self, site: Site, found: Choice) -> float:
+        """Of what is dropped: the loss it costs to second order, or the squared output error over the output."""
+        dropped = _dropped(site.x, next(iter(found.entries.values())))
+        if site.gradient is not None:
+            return float((dropped * site.gradient).sum(1).square().mean())
+        total = 0.0
+        for weight in site.weights.values():
+            total += float((dropped @ weight.T).square().sum() / (site.x @ weight.T).square().sum().clamp_min(1e-30))
+        return total / len(site.weights)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Entries of a site's matrices with the exponent and the rank they were made with."""
+
+    entries: Mapping[str, LinearPolicy]
+    exponent: float
+    rank: int
+
+
+def split(x: Tensor, scale: Tensor, share: float, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(threshold [in], center [in]): |x - center| scale <= t drops `share` of all entries; center = mean of the dropped.
+
+    `center` given: it stays.
+    """
+    middle = x.median(0).values if center is None else center
+    for _ in range(ROUNDS if center is None else 1):
+        value = quantile((x - middle).abs() * scale, share)
+        threshold = value / scale.clamp_min(torch.finfo(torch.float32).tiny)
+        if center is not None:
+            break
+        drop = (x - middle).abs() <= threshold
+        count = drop.sum(0)
+        middle = torch.where(count > 0, (x * drop).sum(0) / count.clamp_min(1), middle)
+    value = quantile((x - middle).abs() * scale, share)
+    return value / scale.clamp_min(torch.finfo(torch.float32).tiny), middle
+
+
+def _dropped(x: Tensor, entry: LinearPolicy) -> Tensor:
+    moved = x if entry.center is None else x - entry.center
+    return torch.where(moved.abs() <= entry.threshold, moved, moved.new_zeros(()))
+
+
+def _probe(site: Site) -> Site:
+    step = max(1, len(site.x) // PROBE)
+    gradient = None if site.gradient is None else site.gradient[::step]
+    return replace(site, x=site.x[::step], gradient=gradient)
+
+
+def _without_sinks(site: Site) -> Site:
+    norms = site.x.norm(dim=1)
+    keep = norms <= SINK * norms.median()
+    if bool(keep.all()):
+        return site
+    return replace(site, x=site.x[keep], gradient=None if site.gradient is None else site.gradient[keep])
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -1,0 +1,203 @@
+"""A decoder block under an activation policy: its matrices as the policy's reference semantics say, and what was read.
+
+Tokens before `start` are dense, as a prompt is; all later ones are sparse. Core neurons are chosen for every sequence
+from its dense tokens, without the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...activation_sparsity.base import CoreGuide, CoreNeurons, GateThreshold, LinearPolicy, Policy
+from ...activation_sparsity.cores import nearest_cluster, stable_core
+from ...activation_sparsity.reference import active as counts_of
+from ...activation_sparsity.reference import centered, gate_active, mixed_linear, neurons_only
+from ..blocks import Prunable, StreamedModel
+from ..prunable import matrix_view, owner_of
+
+
+@dataclass
+class Reads:
+    """Weights read by sparse tokens, of those there are: exact sums over tokens, per matrix."""
+
+    read: dict[str, int] = field(default_factory=dict)
+    whole: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, read: int, whole: int) -> None:
+        """So many weights were read where a dense model reads `whole`."""
+        self.read[name] = self.read.get(name, 0) + read
+        self.whole[name] = self.whole.get(name, 0) + whole
+
+    def update(self, other: Reads) -> None:
+        """Add the sums of `other`."""
+        for name in other.whole:
+            self.add(name, other.read[name], other.whole[name])
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that was skipped, over all tokens and matrices."""
+        whole = sum(self.whole.values())
+        return 1.0 - sum(self.read.values()) / whole if whole else 0.0
+
+    def by_matrix(self) -> dict[str, float]:
+        """The same for every matrix."""
+        return {name: 1.0 - self.read[name] / self.whole[name] for name in self.whole}
+
+
+@dataclass
+class Sequences:
+    """State of the sequences that run together: the cluster of each, where a policy is guided by similarity."""
+
+    clusters: Sequence[int] | None = None
+
+
+@contextmanager
+def applied(
+    model: StreamedModel,
+    index: int,
+    block: nn.Module,
+    policy: Policy,
+    start: int,
+    reads: Reads | None = None,
+    sequences: Sequences | None = None,
+) -> Iterator[None]:
+    """Inside, `block` (of `model`, number `index`) runs under `policy`, tokens from `start` on; `reads` is added to."""
+    path = model.block_names[index]
+    prunables = {p.name: p for p in model.prunables(index)}
+    with ExitStack() as stack:
+        covered: set[str] = set()
+        for name, entry in policy.mlps.items():
+            if entry.parts.down in prunables:
+                covered |= {entry.parts.up, entry.parts.down, entry.parts.gate or entry.parts.up}
+                hooks = _NeuronHooks(entry, policy.guide, start, reads, sequences or Sequences(), name, prunables)
+                hooks.attach(stack, block, path)
+        for name, prunable in prunables.items():
+            if name in covered:
+                continue
+            module = owner_of(block, path, prunable)
+            if prunable.kind == "expert":
+                continue
+            linear = policy.linears.get(name)
+            if linear is None:
+                stack.callback(module.register_forward_hook(_count_dense(prunable, start, reads)).remove)
+                continue
+            weight = matrix_view(block, path, prunable)
+            bias = getattr(module, "bias", None)
+            hook = _linear_hook(prunable, weight, bias, linear, start, reads)
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+def _tokens(x: Tensor, start: int) -> int:
+    return x[..., start:, :].shape[:-1].numel() if x.dim() > 2 else x.shape[0]
+
+
+def _count_dense(prunable: Prunable, start: int, reads: Reads | None) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], __: Tensor) -> None:
+        if reads is not None and args:
+            tokens = _tokens(args[0], start)
+            reads.add(prunable.name, tokens * prunable.size, tokens * prunable.size)
+
+    return hook
+
+
+def _linear_hook(
+    prunable: Prunable, weight: Tensor, bias: Tensor | None, policy: LinearPolicy, start: int, reads: Reads | None
+) -> Callable[..., Tensor]:
+    out, width = prunable.shape
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = args[0]
+        if reads is not None:
+            sparse = centered(x[..., start:, :], policy)
+            tokens = sparse.shape[:-1].numel()
+            channels = int(counts_of(sparse, policy.threshold).sum())
+            reads.add(prunable.name, channels * out + tokens * policy.rank * (out + width), tokens * prunable.size)
+        return mixed_linear(x, weight, bias, policy, start, output)
+
+    return hook
+
+
+class _NeuronHooks:
+    """An MLP that computes some of its neurons for sparse tokens."""
+
+    def __init__(
+        self,
+        entry: GateThreshold | CoreNeurons,
+        guide: CoreGuide | None,
+        start: int,
+        reads: Reads | None,
+        sequences: Sequences,
+        name: str,
+        prunables: Mapping[str, Prunable],
+    ) -> None:
+        self.entry, self.guide, self.start, self.reads = entry, guide, start, reads
+        self.sequences, self.name, self.prunables = sequences, name, prunables
+        self.mask: Tensor | None = None
+
+    def attach(self, stack: ExitStack, block: nn.Module, path: str) -> None:
+        """Register the hooks; `stack` removes them."""
+        parts = self.entry.parts
+        if isinstance(self.entry, GateThreshold):
+            assert parts.gate is not None
+            gate = owner_of(block, path, self.prunables[parts.gate])
+            stack.callback(gate.register_forward_hook(self._gate).remove)
+        down = owner_of(block, path, self.prunables[parts.down])
+        stack.callback(down.register_forward_pre_hook(self._down).remove)
+
+    def _gate(self, _: nn.Module, __: object, output: Tensor) -> None:
+        assert isinstance(self.entry, GateThreshold)
+        gate = output.chunk(2, dim=-1)[0] if self.entry.parts.fused else output
+        self.mask = gate_active(gate[..., self.start :, :], self.entry)
+
+    def _down(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        inner = args[0]
+        if isinstance(self.entry, CoreNeurons):
+            mask = self._core(inner)
+        else:
+            assert self.mask is not None
+            mask = self.mask
+        self._count(mask)
+        sparse = neurons_only(inner[..., self.start :, :], mask)
+        return (torch.cat([inner[..., : self.start, :], sparse], dim=-2), *args[1:])
+
+    def _core(self, inner: Tensor) -> Tensor:
+        assert isinstance(self.entry, CoreNeurons) and self.guide is not None
+        rows = inner.reshape(-1, *inner.shape[-2:])
+        mask = torch.zeros(len(rows), rows.shape[1] - self.start, rows.shape[2], dtype=torch.bool, device=inner.device)
+        for number, sequence in enumerate(rows):
+            if self.sequences.clusters is not None:
+                assert self.entry.clusters is not None
+                core = self.entry.clusters[self.sequences.clusters[number]]
+            else:
+                core = stable_core(sequence[1 : self.start], self.entry, self.guide.alpha)
+            mask[number][:, core.long()] = True
+        return mask.view(*inner.shape[:-2], -1, inner.shape[-1])
+
+    def _count(self, mask: Tensor) -> None:
+        if self.reads is None:
+            return
+        parts, neurons, tokens = self.entry.parts, int(mask.sum()), mask.shape[:-1].numel()
+        gate = parts.gate or parts.up
+        for name in dict.fromkeys((gate, parts.up, parts.down)):
+            prunable = self.prunables[name]
+            each = prunable.size // parts.neurons  # weights per neuron in this matrix
+            whole = tokens * prunable.size
+            read = neurons * each
+            if isinstance(self.entry, GateThreshold) and name == gate:
+                read = (whole + read) // 2 if parts.fused else whole
+            self.reads.add(name, read, whole)
+
+
+def cluster_of(inner: Tensor, policy: Policy, start: int) -> int:
+    """The cluster of one sequence from inner [tokens, neurons] of the MLP that gives its signature."""
+    assert policy.guide is not None and policy.guide.signature is not None
+    entry = policy.mlps[policy.guide.signature]
+    assert isinstance(entry, CoreNeurons)
+    return nearest_cluster(inner[1:start], entry, policy.guide)

@@ -1,0 +1,296 @@
+"""Calibration of an activation policy, block by block: survey the dense model, share the budget out, fit, correct.
+
+    survey   (methods that share over the whole model) error curves of every site in the dense model
+    fit      every block in order; on the dense model's activations, or on those of the sparse blocks below
+    correct  what the policy really skips is counted on windows that nothing was fitted on, the last HELD of them; the
+             fit is repeated with the goal moved by the difference until it is below TOLERANCE
+
+A finished block's entries are durable before the next begins, so a killed run goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...activation_sparsity.base import Policy
+from ...activation_sparsity.method import Extent, Fitted, Linears, Method, MLPs
+from ...activation_sparsity.refine import balanced
+from ...errors import RecipeError
+from .. import distributed
+from ..blocks import StreamedModel
+from ..hidden import HiddenStore
+from ..progress import BlockDone, Progress
+from ..timing import Clock
+from .apply import Reads, applied
+from .gather import check_usable, gather
+from .sites import BlockSites, find_sites
+from .survey import survey
+from .walk import PROMPT, Walk
+
+TOLERANCE = 0.002  # of the realised sparsity on calibration text
+FITS = 4  # at most
+HELD = 0.125  # of the calibration windows
+PROBES = 4  # windows on which a block's error is measured, and on which searches run
+SEARCH = 16
+
+
+class Parts(Protocol):
+    """Where finished work is kept: in memory, or in the folder of a run with its journal."""
+
+    def budgets(self) -> dict[str, float] | None:
+        """Of a finished survey."""
+        ...
+
+    def keep_budgets(self, budgets: Mapping[str, float]) -> None:
+        """The survey is finished."""
+        ...
+
+    def block(self, round_: int, index: int) -> tuple[Fitted, dict[str, int], dict[str, int]] | None:
+        """A finished block with what was read of it, or None."""
+        ...
+
+    def keep_block(self, round_: int, index: int, fitted: Fitted, reads: Reads) -> None:
+        """The block is finished."""
+        ...
+
+
+class InMemory:
+    """Parts that are gone with the process."""
+
+    def budgets(self) -> dict[str, float] | None:
+        return None
+
+    def keep_budgets(self, budgets: Mapping[str, float]) -> None:
+        pass
+
+    def block(self, round_: int, index: int) -> tuple[Fitted, dict[str, int], dict[str, int]] | None:
+        return None
+
+    def keep_block(self, round_: int, index: int, fitted: Fitted, reads: Reads) -> None:
+        pass
+
+
+class Calibration:
+    """Makes one policy of a model from calibration windows [n, L]."""
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        windows: Tensor,
+        method: Method,
+        *,
+        memory_bytes: int,
+        scratch: Path,
+        parts: Parts | None = None,
+        progress: Progress | None = None,
+        usable: Tensor | None = None,
+        prompt: float = PROMPT,
+        resident: bool = False,
+        name: str = "the calibration text",
+        walk: Walk | None = None,
+        keep: Path | None = None,
+    ) -> None:
+        """`scratch`: for files that a restart does not need; `keep`: for those that it does (gradients)."""
+        self.model, self.method = model, method
+        self.progress = progress or Progress()
+        self.parts = parts or InMemory()
+        self.usable = torch.ones_like(windows, dtype=torch.bool) if usable is None else usable
+        self.walk = walk or Walk(
+            model, windows, memory_bytes=memory_bytes, scratch=scratch, prompt=prompt, resident=resident,
+            counted=held_windows(len(windows)),
+        )  # fmt: skip
+        if len(windows) > 1:
+            self.usable = self.usable.clone()
+            self.usable[-held_windows(len(windows)) :] = False
+        check_usable(self.usable, self.walk.start, name)
+        self.scratch, self.keep, self.memory_bytes = scratch, keep or scratch, memory_bytes
+        self.found: dict[int, BlockSites] = {}
+        self._structure()
+
+    def _structure(self) -> None:
+        """Sites and MLPs of every block, from the first window in the dense model."""
+        hidden = self.walk._embedded.get(0)
+        for index in range(self.model.num_blocks):
+            block = self.walk.block(index)
+            self.found[index] = find_sites(self.model, index, block, hidden, self.walk.args)
+            hidden = self.model.run_block(index, block, hidden, self.walk.args, 0)
+
+    @property
+    def extent(self) -> Extent:
+        """What there is to skip."""
+        sizes = {p.name: p.size for i in range(self.model.num_blocks) for p in self.model.prunables(i)}
+        gates = others = 0
+        for found in self.found.values():
+            for _, parts in found.mlps:
+                up, down = sizes[parts.up], sizes[parts.down]
+                gates += up // 2 if parts.fused else (sizes[parts.gate] if parts.gate is not None else 0)
+                others += down + (up // 2 if parts.fused else up)
+        sites = sum(p.size for found in self.found.values() for p in found.maps)
+        return Extent(sum(sizes.values()), gates, others, sites)
+
+    @property
+    def reachable(self) -> float:
+        """The highest sparsity that the method can have on this model."""
+        return self.method.reachable(self.extent)
+
+    def run(self, target: float) -> Policy:
+        """The policy that skips `target` of all linear maps' weights. RecipeError when the method cannot reach it."""
+        extent = self.extent
+        highest = self.method.reachable(extent)
+        if target > highest + 1e-9:
+            raise RecipeError(
+                f"{self.method.name} can skip at most {highest:.1%} of this model's linear weights, {target:.1%} was asked "
+                "for",
+                hint=f"ask for at most {int(highest * 1000) / 1000}, or use --activation auto",
+            )
+        shares = self._shares(target, extent)
+        sizes = {site[0].name: sum(p.size for p in site) for found in self.found.values() for site in found.sites}
+        goal = target
+        best: tuple[float, Policy] | None = None
+        for round_ in range(FITS):
+            budgets = balanced(shares, sizes, goal * extent.whole) if shares and round_ else shares
+            policy, realised = self._fit(round_, goal, target, budgets, extent)
+            if best is None or abs(realised - target) < abs(best[0] - target):
+                best = realised, policy
+            if abs(realised - target) <= TOLERANCE:
+                break
+            goal = min(max(goal + target - realised, 0.0), highest)
+        assert best is not None
+        return best[1]
+
+    def _shares(self, target: float, extent: Extent) -> dict[str, float]:
+        if not self.method.surveys or target <= 0:
+            return {}
+        known = self.parts.budgets()
+        if known is None:
+            known = self.method.share(survey(self), target, extent, self._evaluate, self.progress.note)
+            self.parts.keep_budgets(known)
+        return known
+
+    def _fit(
+        self, round_: int, goal: float, target: float, budgets: Mapping[str, float], extent: Extent
+    ) -> tuple[Policy, float]:
+        blocks: list[Fitted] = []
+        reads = Reads()
+        hidden = self.walk.embedded()
+        clock = Clock(self.model.num_blocks)
+        self.progress.stage(f"activation policy {self.method.name}", self.model.num_blocks)
+        try:
+            for index in range(self.model.num_blocks):
+                block = self.walk.block(index)
+                done = self.parts.block(round_, index)
+                counted = Reads()
+                if done is None:
+                    data = gather(
+                        self.walk, index, block, self.found[index], hidden, self.method.needs, self.usable,
+                        self.gradients(index),
+                    )  # fmt: skip
+                    if "error" in self.method.needs:
+                        data = _with_error(data, self._error(index, block, hidden))
+                    fitted = self.method.fit(data, budgets, goal, extent)
+                    del data
+                    self._advance(index, block, hidden, fitted, counted)
+                    counted = self.walk.all_reads(counted)
+                    self.parts.keep_block(round_, index, fitted, counted)
+                else:
+                    fitted, counted.read, counted.whole = done
+                    self._advance(index, block, hidden, fitted, Reads())
+                reads.update(counted)
+                blocks.append(fitted)
+                seconds, left = clock.tick()
+                name = self.model.block_names[index]
+                self.progress.block(
+                    BlockDone("activation", index, self.model.num_blocks, name, None, counted.sparsity, seconds, left)
+                )
+        finally:
+            hidden.close()
+        blocks, guide = self.method.conclude(blocks, self._evaluate, self.progress.note)
+        policy = self._policy(blocks, guide)
+        if not self.method.follows:
+            reads = self.walk.reads(policy)
+        return self._with_facts(policy, target, reads), reads.sparsity
+
+    def _advance(self, index: int, block: nn.Module, hidden: HiddenStore, fitted: Fitted, reads: Reads) -> None:
+        policy = Policy("", {}, fitted.linears, fitted.mlps) if self.method.follows else None
+        self.walk.advance(index, block, hidden, policy, reads)
+
+    def _error(self, index: int, block: nn.Module, hidden: HiddenStore):  # type: ignore[no-untyped-def]
+        """Squared error of the block's output at sparse positions, over that of what the block adds."""
+        count = min(PROBES, len(self.walk.windows))
+        x = torch.cat([hidden.get(w) for w in distributed.followed(count)][:PROBES])
+        start, args = self.walk.start, self.walk.args
+        dense = self.model.run_block(index, block, x, args, 0)[:, start:].float()
+        size = float((dense - x[:, start:].float()).square().sum().clamp_min(1e-30))
+
+        def error(linears: Linears, mlps: MLPs) -> float:
+            with applied(self.model, index, block, Policy("", {}, linears, mlps), start):
+                y = self.model.run_block(index, block, x, args, 0)[:, start:].float()
+            return float((y - dense).square().sum()) / size
+
+        return error
+
+    def _evaluate(self, blocks: Sequence[Fitted]) -> float:
+        losses = self.search_walk.run(self._policy(blocks, None), reads=False).losses
+        return sum(losses) / len(losses)
+
+    @property
+    def search_walk(self) -> Walk:
+        """A few windows, for searches that look at the whole model."""
+        if not hasattr(self, "_search"):
+            folder = self.scratch / "search"
+            folder.mkdir(parents=True, exist_ok=True)
+            windows = self.walk.windows[:SEARCH]
+            self._search = Walk(
+                self.model, windows, memory_bytes=self.memory_bytes, scratch=folder, resident=self.walk.resident
+            )
+            self._search.share_blocks(self.walk)
+        return self._search
+
+    def _policy(self, blocks: Sequence[Fitted], guide: Any) -> Policy:
+        shapes = {p.name: p.shape for i in range(self.model.num_blocks) for p in self.model.prunables(i)}
+        shapes = {name: shape for name, shape in shapes.items()}
+        sites = {p.name: site[0].name for found in self.found.values() for site in found.sites for p in site}
+        linears = {name: entry for block in blocks for name, entry in block.linears.items()}
+        mlps = {name: entry for block in blocks for name, entry in block.mlps.items()}
+        facts = {key: value for block in blocks for key, value in block.facts.items()}
+        merged: dict[str, Any] = {}
+        for block in blocks:
+            for key, value in block.facts.items():
+                merged[key] = {**merged.get(key, {}), **value} if isinstance(value, Mapping) else value
+        return Policy(self.method.name, shapes, linears, mlps, sites, guide, {**facts, **merged})
+
+    def _with_facts(self, policy: Policy, target: float, reads: Reads) -> Policy:
+        from dataclasses import replace
+
+        facts = dict(policy.facts) | {
+            "target": target,
+            "calibrated": reads.sparsity,
+            "matrices": {name: round(value, 5) for name, value in reads.by_matrix().items()},
+            "windows": list(self.walk.windows.shape),
+            "prompt": self.walk.start,
+        }
+        return replace(policy, facts=facts)
+
+    def gradients(self, index: int) -> dict[str, Tensor] | None:
+        """Gradients at the sites of block `index`, from the survey; None unless the method needs them."""
+        if "gradient" not in self.method.needs:
+            return None
+        from safetensors.torch import load_file
+
+        return load_file(self.keep / f"gradient-{index:05d}.safetensors")
+
+
+def held_windows(windows: int) -> int:
+    """Windows that are kept for counting."""
+    return max(1, int(windows * HELD))
+
+
+def _with_error(data: Any, error: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(data, error=error)

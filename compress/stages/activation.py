@@ -1,0 +1,186 @@
+"""The activation stage: an activation policy, calibrated on the weights as they will be written, beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...activation_sparsity.base import Policy
+from ...activation_sparsity.method import Method
+from ...activation_sparsity.registry import get_policy_method
+from ...errors import RecipeError
+from ..activation.calibrate import Calibration
+from ..activation.parts import StoredParts
+from ..activation.speed import sparsity_for
+from ..activation.target import Found, highest_sparsity
+from ..activation.walk import Walk, increase, prompt_length
+from ..activation_file import FILE, write_policy
+from ..needs import Needs, Peak, block_bytes, held, hidden_bytes
+from ..plan import Plan, Planning, StagePlan, evaluation_dtype, sequence_length
+from ..recipe import DEFAULT_CALIBRATION
+from ..stage_recipes.activation import ActivationStage
+from .base import Context, StageReport
+
+VALIDATION = 0.25  # of as many windows as calibration has, beyond them: where a perplexity target is measured
+RESIDENT = 0.5  # of the memory limit: blocks of a model that takes less stay in memory
+HIDDEN_COPIES = 4  # of the hidden states: embedded, walking, dense inputs of the survey, gradients
+
+
+@dataclass(frozen=True)
+class ActivationPlan(StagePlan):
+    """`windows`: calibration text. `validation`: further windows, where a perplexity target is measured."""
+
+    stage: ActivationStage
+    validation: Tensor | None = field(default=None, compare=False)
+
+
+class Activation:
+    """What the model skips at decode."""
+
+    def plan(self, index: int, stage: ActivationStage, planning: Planning) -> ActivationPlan:
+        """Windows. RecipeError or DataError for whatever does not fit."""
+        model = planning.skeleton
+        get_policy_method(stage.method)
+        seqlen = sequence_length(stage.seqlen, model.max_positions, "--seqlen")
+        prompt_length(seqlen, stage.prompt)
+        if not any(model.prunables(i) for i in range(model.num_blocks)):
+            raise RecipeError("this model has no linear maps in its blocks: there is nothing to skip")
+        extra = 1 + max(4, int(stage.nsamples * VALIDATION)) if stage.target_ppl_increase is not None else 0
+        windows, source = planning.texts.calibration(
+            stage.calibration or DEFAULT_CALIBRATION, stage.nsamples + extra, seqlen
+        )
+        validation = windows[stage.nsamples + 1 :] if extra else None  # one in between: neighbours may overlap
+        return ActivationPlan(
+            index, stage, windows=windows[: stage.nsamples], calibration=source, validation=validation
+        )
+
+    def needs(self, plan: Plan, stage: ActivationPlan) -> Needs:
+        """Hidden states up to the limit, one block with its float32 copy and the sample of its inputs."""
+        dtype = evaluation_dtype(plan.machine)
+        states = hidden_bytes(plan, stage, dtype, HIDDEN_COPIES)
+        block = block_bytes(plan, dtype.itemsize)
+        return Needs(Peak(3 * block + held(plan, states), "one decoder block and its inputs"), states)
+
+    def run(self, context: Context, stage: ActivationPlan) -> StageReport:
+        """Calibrate, write the file, report."""
+        return _Run(context, stage).run()
+
+
+class _Run:
+    def __init__(self, context: Context, plan: ActivationPlan) -> None:
+        self.context, self.plan, self.stage = context, plan, plan.stage
+        self.model = context.open(context.written(), evaluation_dtype(context.plan.machine), untie=context.untied)
+        self.memory = context.plan.machine.max_memory_bytes
+        size = sum(p.size for i in range(self.model.num_blocks) for p in self.model.prunables(i))
+        self.resident = size * self.model.dtype.itemsize < RESIDENT * self.memory
+        self.folder = context.state_folder(plan)
+        self.walk: Walk | None = None
+
+    def run(self) -> StageReport:
+        started = time.monotonic()
+        found: Found | None = None
+        if self.stage.target_ppl_increase is not None:
+            found = self._by_perplexity(self.stage.target_ppl_increase)
+            policy = found.policy
+        else:
+            policy = self._policy(self._goal())
+        path = self.context.attachment(self.plan, FILE.rpartition("/")[2])
+        entry = write_policy(path, policy)
+        result = summary(policy)
+        if found is not None:
+            result["validation"] = {
+                "target": self.stage.target_ppl_increase, "increase": found.increase, "standard_error": found.error,
+                "windows": 0 if self.plan.validation is None else len(self.plan.validation),
+            }  # fmt: skip
+        files = [str(path.relative_to(self.context.work))]
+        seconds = time.monotonic() - started
+        return StageReport("activation", self.plan.index, seconds, result, entry=entry, files=files)
+
+    def _goal(self) -> float:
+        if self.stage.goal is not None:
+            return self.stage.goal
+        assert self.stage.target_speedup is not None
+        return sparsity_for(self.model, self.stage.target_speedup, self.context.progress.note)
+
+    def _policy(self, goal: float) -> Policy:
+        unit = f"{self.plan.name}/goal-{hashlib.sha256(repr(goal).encode()).hexdigest()[:8]}"
+        shapes = {p.name: p.shape for i in range(self.model.num_blocks) for p in self.model.prunables(i)}
+        calibration = self._calibration(make_method(self.stage, self.context.plan.recipe.seed))
+        calibration.parts = StoredParts(self.context, self.folder, unit, shapes)
+        return calibration.run(goal)
+
+    def _calibration(self, method: Method) -> Calibration:
+        assert self.plan.windows is not None
+        calibration = Calibration(
+            self.model, self.plan.windows, method,
+            memory_bytes=self.memory // 2, scratch=self.context.scratch, keep=self.folder,
+            progress=self.context.progress, usable=usable(self.model, self.plan.windows), prompt=self.stage.prompt,
+            resident=self.resident, name=self.plan.calibration.dataset if self.plan.calibration else "the text",
+            walk=self.walk,
+        )  # fmt: skip
+        self.walk = calibration.walk
+        return calibration
+
+    def _by_perplexity(self, limit: float) -> Found:
+        assert self.plan.validation is not None
+        folder = self.context.scratch / "validation"
+        folder.mkdir(parents=True, exist_ok=True)
+        highest = self._calibration(make_method(self.stage, 0)).reachable
+        assert self.walk is not None
+        walk = Walk(
+            self.model, self.plan.validation, memory_bytes=self.memory // 4, scratch=folder,
+            prompt=self.stage.prompt, resident=self.resident,
+        )  # fmt: skip
+        walk.share_blocks(self.walk)
+        dense = walk.run(None).losses
+        return highest_sparsity(
+            self._policy,
+            lambda policy: increase(walk.run(policy, reads=False).losses, dense),
+            limit,
+            highest,
+            self.context.progress.note,
+        )
+
+
+def make_method(stage: ActivationStage, seed: int) -> Method:
+    """The stage's method with its options."""
+    kind: Any = get_policy_method(stage.method)
+    if stage.method == "coreinfer":
+        return kind(mode=stage.guide or "stability", refresh=stage.refresh, seed=seed)  # type: ignore[no-any-return]
+    if stage.method == "rsparse":
+        return kind(search=stage.search, seed=seed)  # type: ignore[no-any-return]
+    if stage.method in ("threshold", "wina"):
+        return kind(uniform=not stage.search)  # type: ignore[no-any-return]
+    if stage.method == "auto":
+        return kind(search=stage.search)  # type: ignore[no-any-return]
+    return kind()  # type: ignore[no-any-return]
+
+
+def usable(model: Any, windows: Tensor) -> Tensor:
+    """bool like `windows`: tokens that are no padding. A pad token that ends texts, too, is not one."""
+    config = model.config.get_text_config()
+    pad, end = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    ends = end if isinstance(end, (list, tuple)) else [end]
+    if pad is None or pad in ends:
+        return torch.ones_like(windows, dtype=torch.bool)
+    return windows != pad
+
+
+def summary(policy: Policy) -> dict[str, Any]:
+    """What the report says of a policy."""
+    facts = policy.facts
+    return {
+        "method": policy.method,
+        "target": facts.get("target"),
+        "sparsity": facts.get("calibrated"),
+        "prompt": facts.get("prompt"),
+        "windows": facts.get("windows"),
+        "matrices": facts.get("matrices"),
+        "residual_ranks": {name: entry.rank for name, entry in policy.linears.items() if entry.rank},
+        "vectors": sum(t.numel() for e in policy.linears.values() for t in e.tensors().values()),
+    }

@@ -1,0 +1,1 @@
+"""Attention of one query per sequence over ranges of a cache. `dispatch` has the public names."""
