@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import bench, compress, convert, demo, env, evaluate, finetune, generate, inspect, methods
+from . import adapter, bench, compress, convert, demo, env, evaluate, finetune, generate, inspect, methods
 from .failure import Application
 from .options import examples
 
@@ -31,7 +31,7 @@ app = typer.Typer(
         "--eval demo-model/heldout.txt",
     ),
 )
-for _module in (compress, finetune, evaluate, generate, inspect, convert, methods, env, demo, bench):
+for _module in (compress, finetune, adapter, evaluate, generate, inspect, convert, methods, env, demo, bench):
     _module.register(app)
 
 

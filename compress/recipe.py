@@ -24,6 +24,7 @@ from .stage_recipes.export import ExportStage
 from .stage_recipes.finetune import FinetuneStage
 from .stage_recipes.gradual import GradualStage, RandomStage
 from .stage_recipes.imp import ImpStage, SoupStage
+from .stage_recipes.merge import MergeStage
 from .stage_recipes.nm_flow import NmFlowStage
 from .stage_recipes.prune import PruneStage
 
@@ -36,6 +37,7 @@ __all__ = [
     "GradualStage",
     "ImpStage",
     "Machine",
+    "MergeStage",
     "NmFlowStage",
     "PruneStage",
     "RandomStage",
@@ -56,6 +58,7 @@ _Kinds = Union[
     RandomStage,
     NmFlowStage,
     FinetuneStage,
+    MergeStage,
     ActivationStage,
     EvaluateStage,
     ExportStage,

@@ -71,7 +71,7 @@ class Finetune:
         retrain = retrainer(context, stage)
         names = list(dict.fromkeys(target.parameter for target in stage.targets))
         method = get_method(stage.stage.method)
-        options = stage.stage.model_dump() | {"steps": stage.steps}
+        options = stage.stage.model_dump() | {"steps": stage.steps, "stored": context.plan.skeleton.dtype}
         attached = method.attach(model, masks, names, options, context.plan.recipe.seed)
         for note in attached.notes:
             context.progress.note(note)

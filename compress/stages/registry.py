@@ -15,6 +15,7 @@ _TABLE = {
     "prune": "prune_kind:Prune",
     "evaluate": "evaluate:Evaluate",
     "finetune": "finetune:Finetune",
+    "merge": "merge:Merge",
     "imp": "imp:Imp",
     "soup": "soup:SoupKind",
     "gradual": "gradual:Gradual",

@@ -22,6 +22,7 @@ from ..methods import Attached
 from ..tokens import TokenRows, order
 from .base import describe
 from .config import BY_DATA, SpielConfig
+from .layer import Linear
 from .model import PREFIX, SpielModel
 from .optimizer import SpielOptimizer
 from .select import selecting
@@ -50,6 +51,9 @@ class _Adapter:
     ) -> Attached:
         names, skipped = _linear_layers(model, targets)
         tuner = self.tuner(model, names, options, seed)
+        for layer in model.modules():
+            if isinstance(layer, Linear):
+                layer.stored = options.get("stored")
         inside = {f"{name}.weight" for name in names}
         now = {_inner(name) if name in inside else name: mask for name, mask in masks.items()}
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
