@@ -77,7 +77,7 @@ def open_adapter(folder: str | Path) -> Adapter:
 def adapter_info(folder: str | Path) -> dict[str, Any]:
     """Method, base, bytes, and of sparse deltas the entries of every layer."""
     adapter = open_adapter(folder)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for layer in adapter.layers() if adapter.kind == SPIEL else []:
         delta = adapter.delta(layer)
         values = delta.values.float()
@@ -142,7 +142,8 @@ def combine(parts: Sequence[tuple[str | Path, float]], out: Path) -> dict[str, A
         raise RecipeError("weights of adapters must be finite numbers")
     opened = [(_spiel(folder), weight) for folder, weight in parts]
     _check_same_base([adapter for adapter, _ in opened])
-    tensors, entries = {}, 0
+    tensors: dict[str, torch.Tensor] = {}
+    entries = 0
     for layer in dict.fromkeys(layer for adapter, _ in opened for layer in adapter.layers()):
         found = [(adapter.delta(layer), weight) for adapter, weight in opened if layer in adapter.layers()]
         made = weighted_sum(found, layer.removeprefix(_PREFIX))

@@ -124,6 +124,19 @@ def test_new_entries_begin_with_adams_own_moments(micro, clip):
     assert held["birth"].tolist() == [0] * len(want)
 
 
+def test_moments_of_new_entries_take_the_scale_of_their_first_gradient():
+    """Clipping that begins with them must not leave them with momentum that outweighs everything after."""
+    model = adapted(policy="ag", slots=1000, interval=10, window=3)
+    optimizer = optimizer_of(model, lr=0.0)
+    train(model, optimizer, 0, 3)
+    first = layers_of(model, "default")[0].spiel_values["default"]
+    before = optimizer.state[first]["m"].clone()
+    train(model, optimizer, 3, 4, clip=1e-4)
+    share = optimizer.state[first]["m"].norm() / (0.9 * before.norm())
+    assert 1e-5 < share < 0.01
+    assert "fresh" not in optimizer.state[first]
+
+
 def test_a_small_sketch_finds_persistent_gradients():
     source = torch.Generator().manual_seed(0)
     rows, cols = 40, 50
