@@ -24,11 +24,12 @@ from .curve import GRID, Curve, equal_error, least_total, rising
 from .lowrank import with_residual
 from .method import BlockData, Evaluate, Extent, Fitted, Log, Method, Site, column_norms
 from .quantiles import quantile
-from .refine import grouped, refine
+from .refine import HIGHEST, balanced, grouped, refine
 
 EXPONENTS = (0.0, 0.5, 1.0)
 ROUNDS = 3  # of centres and masks in turns
 PROBE = 512  # tokens that errors are measured on
+PAYS = 0.98  # of the block's error: a residual that leaves more is not worth its two further products
 SINK = 20.0  # times the median norm: such tokens are not calibrated on
 
 
@@ -57,7 +58,8 @@ class Auto(Method):
         self.options = options or Options(allocation="search" if search else "even")
         self._tables: dict[str, list[Mapping[str, LinearPolicy]]] = {}  # by site, for every share of the grid
         self.follows = self.options.follows
-        self.needs = frozenset({"inputs", "gradient"} if self.options.gradient else {"inputs"})
+        needs = {"inputs": True, "gradient": self.options.gradient, "error": self.options.residual}
+        self.needs = frozenset(name for name, wanted in needs.items() if wanted)
 
     def survey(self, block: BlockData) -> dict[str, Curve]:
         """See `Method.survey`."""
@@ -67,7 +69,8 @@ class Auto(Method):
         probe = _probe(site)
         found = [self._entries(probe, probe, share) for share in GRID[1:]]
         self._tables[site.leader] = [{}, *(choice.entries for choice in found)]
-        return Curve(GRID, rising([0.0, *(self._error(probe, choice) for choice in found)]), site.size)
+        errors = rising([0.0, *(self._error(probe, choice) for choice in found)])
+        return Curve(GRID, errors, site.size, float((site.x == 0).float().mean()))
 
     def share(
         self, curves: Mapping[str, Curve], target: float, extent: Extent, evaluate: Evaluate, log: Log
@@ -75,21 +78,20 @@ class Auto(Method):
         """The best of a few starts, refined by the loss of the whole model. See `Method.share`."""
         weights = target * extent.whole
         sizes = {name: curve.size for name, curve in curves.items()}
+        floors = {name: min(curve.free, HIGHEST) for name, curve in curves.items() if curve.free > 0}
         even = dict.fromkeys(curves, weights / extent.sites)
         starts = {"even": even, "equal": equal_error(curves, weights)[0], "total": least_total(curves, weights)}
+        starts["between"] = {name: (even[name] + starts["total"][name]) / 2 for name in curves}
+        starts = {kind: balanced(shares, sizes, weights, floors) for kind, shares in starts.items()}
         if self.options.allocation in starts:
             return starts[self.options.allocation]
         order = sorted(curves, key=_natural)
-        starts["between"] = {name: (even[name] + starts["total"][name]) / 2 for name in curves}
 
         def loss(shares: Mapping[str, float]) -> float:
             return evaluate([Fitted(self._nearest(shares))])
 
         best = min(starts.values(), key=loss)
-        try:
-            return refine(best, sizes, grouped(order, self.options.groups), loss, self.options.rounds, log)
-        finally:
-            self._tables.clear()
+        return refine(best, sizes, grouped(order, self.options.groups), loss, self.options.rounds, log, floors)
 
     def _nearest(self, shares: Mapping[str, float]) -> dict[str, LinearPolicy]:
         """Entries of the survey, for the nearest share of its grid."""
@@ -112,31 +114,40 @@ class Auto(Method):
             found = self._entries(site, probe, share)
             assert found is not None
             if self.options.residual:
-                entries, rank = with_residual(site.x, site.weights, partial(self._maps, site, probe), share)
-                found = Choice(entries, found.exponent, rank)
+                found = self._with_residual(site, probe, share, found, linears, block)
             linears |= found.entries
             facts[whole.leader] = {"share": share, "exponent": found.exponent, "rank": found.rank}
         return Fitted(linears, facts={"sites": facts})
+
+    def _with_residual(
+        self, site: Site, probe: Site, share: float, found: Choice, others: Mapping[str, LinearPolicy], block: BlockData
+    ) -> Choice:
+        """With a residual of the same cost, if the block's output under it and `others` is nearer to the dense one."""
+        entries, rank = with_residual(site.x, site.weights, partial(self._maps, site, probe), share)
+        if rank == 0 or block.error is None:
+            return found
+        before = block.error({**others, **found.entries}, {})
+        after = block.error({**others, **entries}, {})
+        return Choice(entries, found.exponent, rank) if after < PAYS * before else found
 
     def _maps(self, site: Site, probe: Site, share: float) -> Mapping[str, LinearPolicy]:
         return self._entries(site, probe, share).entries
 
     def _entries(self, site: Site, probe: Site, share: float) -> Choice:
-        best: tuple[float, Choice] | None = None
-        for exponent in self.options.exponents:
-            scale = self._importance(site) ** exponent
-            center = torch.zeros(site.width) if not self.options.centers else None
-            threshold, middle = split(site.x, scale, share, center)
-            entries = {}
-            for name, weight in site.weights.items():
-                shift = weight @ middle if self.options.centers else None
-                entries[name] = LinearPolicy(threshold, middle if self.options.centers else None, shift)
-            found = Choice(entries, exponent, 0)
-            error = self._error(probe, found)
-            if best is None or error < best[0]:
-                best = error, found
-        assert best is not None
-        return best[1]
+        """Entries for a share: the exponent is the best one on the probe, the thresholds are those of the site."""
+        tried = [self._made(probe, share, exponent) for exponent in self.options.exponents]
+        best = min(tried, key=lambda found: self._error(probe, found))
+        return best if probe is site else self._made(site, share, best.exponent)
+
+    def _made(self, site: Site, share: float, exponent: float) -> Choice:
+        scale = self._importance(site) ** exponent
+        center = None if self.options.centers else torch.zeros(site.width)
+        threshold, middle = split(site.x, scale, share, center)
+        entries = {}
+        for name, weight in site.weights.items():
+            centered = (middle, weight @ middle) if self.options.centers else (None, None)
+            entries[name] = LinearPolicy(threshold, *centered)
+        return Choice(entries, exponent, 0)
 
     def _importance(self, site: Site) -> Tensor:
         if site.gradient is not None:
@@ -165,11 +176,11 @@ class Choice:
 
 
 def split(x: Tensor, scale: Tensor, share: float, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(threshold [in], center [in]): |x - center| scale <= t drops `share` of all entries; center = mean of the dropped.
+    """(threshold [in], center [in]): |x - center| scale <= t drops `share` of all entries; center: their mean.
 
     `center` given: it stays.
     """
-    middle = x.median(0).values if center is None else center
+    middle = x[:: max(1, len(x) // PROBE)].median(0).values if center is None else center
     for _ in range(ROUNDS if center is None else 1):
         value = quantile((x - middle).abs() * scale, share)
         threshold = value / scale.clamp_min(torch.finfo(torch.float32).tiny)

@@ -150,7 +150,8 @@ class Policy:
             if found is None or tuple(found) != tuple(shape):
                 has = "has no such matrix" if found is None else f"has {list(found)} there"
                 raise CheckpointError(
-                    f"the activation policy was made for another model: it knows {name} {list(shape)}, this model {has}",
+                    f"the activation policy was made for another model: it knows {name} {list(shape)}, "
+                    f"this model {has}",
                     hint="calibrate anew with gossamer compress MODEL --activation auto",
                 )
 

@@ -27,11 +27,11 @@ class Cats(Method):
 
     def reachable(self, extent: Extent) -> float:
         """See `Method.reachable`."""
-        return extent.others / extent.whole if extent.whole else 0.0
+        return extent.others / extent.whole if extent.gates else 1.0  # without gates `fit` says what is missing
 
     def fit(self, block: BlockData, budgets: Mapping[str, float], target: float, extent: Extent) -> Fitted:
         """See `Method.fit`. ModelError for a model without gated MLPs."""
-        if not extent.others:
+        if not extent.gates:
             raise ModelError(
                 "cats needs MLPs with a gate, act(gate x) * up x, and this model has none",
                 hint="use --activation auto or coreinfer, which take any MLP",

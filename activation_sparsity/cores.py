@@ -2,8 +2,8 @@
 
 Stability: of every prompt token the neurons with the largest importance |h_i| ||W_down[:, i]|| vote, an alpha share of
 those that are not zero; the core is made of the neurons with most votes, ties decided by summed importance, then by the
-lower index. Similarity: the same vote at one layer gives a signature, the nearest cluster of sentences gives the core of
-every layer. h is the input of down, so that gated and plain MLPs are treated alike.
+lower index. Similarity: the same vote at one layer gives a signature, the nearest cluster of sentences gives the core
+of every layer. h is the input of down, so that gated and plain MLPs are treated alike.
 
 Sequences do not see each other: a state holds one set per sequence.
 """

@@ -1,4 +1,4 @@
-"""Error against sparsity of one site, measured on a grid, and budgets over many sites that are made from such curves."""
+"""Error against sparsity of one site, measured on a grid, and budgets over many sites made from such curves."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ STEPS = 60  # of a bisection
 
 @dataclass(frozen=True)
 class Curve:
-    """`errors[k]` >= 0 at `sparsities[k]`, both rising; between the points a straight line. `size`: weights."""
+    """`errors[k]` >= 0 at `sparsities[k]`, both rising; between the points a straight line. `size`: weights.
+
+    `free`: the share of inputs that are zero anyway, as behind a ReLU.
+    """
 
     sparsities: Sequence[float]
     errors: Sequence[float]
     size: int
+    free: float = 0.0
 
     def error(self, sparsity: float) -> float:
         """The error at a sparsity."""
@@ -31,10 +35,6 @@ class Curve:
         k = min(bisect.bisect_right(self.sparsities, sparsity), len(self.sparsities) - 1)
         width = self.sparsities[k] - self.sparsities[k - 1]
         return (self.errors[k] - self.errors[k - 1]) / width if width else 0.0
-
-    def as_dict(self) -> dict[str, object]:
-        """JSON-able."""
-        return {"sparsities": list(self.sparsities), "errors": list(self.errors), "size": self.size}
 
 
 def rising(errors: Sequence[float]) -> list[float]:
@@ -52,7 +52,7 @@ def convex(curve: Curve) -> Curve:
         while len(hull) > 1 and _turns_down(hull[-2], hull[-1], point):
             hull.pop()
         hull.append(point)
-    return Curve([s for s, _ in hull], [e for _, e in hull], curve.size)
+    return Curve([s for s, _ in hull], [e for _, e in hull], curve.size, curve.free)
 
 
 def equal_error(curves: Mapping[str, Curve], weights: float) -> tuple[dict[str, float], float]:

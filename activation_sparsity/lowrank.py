@@ -19,6 +19,8 @@ NUDGE = 0.02  # of the share: the step of the difference quotient
 TOKENS = 1024
 ITERATIONS = 4  # of the randomised decomposition
 MOST = 64  # ranks that are looked at
+LENIENT = 0.25  # of the price that a rank must save to be looked at: what counts is the error that is left
+PARTS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.1)  # of these ranks: the price rises with every channel given up
 
 Entries = Mapping[str, LinearPolicy]
 
@@ -43,23 +45,35 @@ def with_residual(
     ranks = {}
     for name, weight in weights.items():
         values = _singular(before[name], MOST)[0]
-        ranks[name] = int((values.square() > price * sum(weight.shape)).sum())
-    cost = sum(rank * sum(weights[name].shape) for name, rank in ranks.items())
-    if cost == 0 or share + cost / size >= 1:
-        return plain, 0
-    entries = make(share + cost / size)
+        ranks[name] = int((values.square() > LENIENT * price * sum(weight.shape)).sum())
+    best, lowest, taken = plain, start, 0
+    for part in PARTS:
+        chosen = {name: int(part * rank + 0.5) for name, rank in ranks.items()}
+        cost = sum(rank * sum(weights[name].shape) for name, rank in chosen.items())
+        if cost == 0 or share + cost / size >= 1:
+            continue
+        found, left_over = _projected(x, weights, make(share + cost / size), chosen)
+        if left_over < lowest:
+            best, lowest, taken = found, left_over, sum(chosen.values())
+    return best, taken
+
+
+def _projected(
+    x: Tensor, weights: Mapping[str, Tensor], entries: Entries, ranks: Mapping[str, int]
+) -> tuple[Entries, float]:
+    """`entries` with residuals of these ranks, and the squared error that is left."""
     missed = _missed(x, weights, entries)
     found: dict[str, LinearPolicy] = {}
     left_over = 0.0
     for name, entry in entries.items():
-        basis = _singular(missed[name], ranks[name])[1] if ranks[name] else None
         error = missed[name]
-        if basis is not None:
+        if ranks[name]:
+            basis = _singular(error, ranks[name])[1]
             error = error - (error @ basis) @ basis.T
             entry = replace(entry, left=basis.contiguous(), right=(basis.T @ weights[name]).contiguous())
         found[name] = entry
         left_over += float(error.square().sum())
-    return (found, sum(ranks.values())) if left_over < start else (plain, 0)
+    return found, left_over
 
 
 def _missed(x: Tensor, weights: Mapping[str, Tensor], entries: Entries) -> dict[str, Tensor]:

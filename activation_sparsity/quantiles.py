@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 POINTS = 1000  # shares that are kept, besides 0
-LARGEST = 1 << 22  # entries that are sorted; of more, every so many rows are taken
+LARGEST = 1 << 20  # entries that are sorted; of more, every so many rows are taken
 
 
 def quantile(scores: Tensor, share: float) -> float:

@@ -24,17 +24,17 @@ def refine(
     loss: Callable[[Shares], float],
     rounds: int = ROUNDS,
     log: Callable[[str], None] = lambda _: None,
+    floors: Shares | None = None,
 ) -> dict[str, float]:
-    """Shares by site with a lower `loss` and the same number of skipped weights."""
-    best, lowest, step = dict(shares), loss(shares), STEP
+    """Shares by site with a lower `loss` and the same number of skipped weights; none below its floor."""
+    best, lowest, step, floors = dict(shares), loss(shares), STEP, floors or {}
     for number in range(rounds):
         prices = {}
         for k, group in enumerate(groups):
-            trial = _moved(best, dict.fromkeys(group, step))
+            trial = _moved(best, dict.fromkeys(group, step), floors)
             gained = _weights(trial, sizes) - _weights(best, sizes)
             prices[k] = (loss(trial) - lowest) / gained if gained > 0 else float("inf")
         order = sorted(prices, key=lambda k: prices[k])
-        half = len(order) // 2
         found = False
         for move in MOVES:
             middle = (len(order) - 1) / 2
@@ -43,7 +43,7 @@ def refine(
                 for place, k in enumerate(order)
                 for name in groups[k]
             }
-            trial = balanced(_moved(best, changes), sizes, _weights(best, sizes))
+            trial = balanced(_moved(best, changes, floors), sizes, _weights(best, sizes), floors)
             value = loss(trial)
             if value < lowest:
                 best, lowest, found = trial, value, True
@@ -51,25 +51,26 @@ def refine(
         log(f"budgets, round {number + 1} of {rounds}: loss {lowest:.4f}")
         if not found:
             step /= 2
-            if half == 0:
-                break
     return best
 
 
-def balanced(shares: Shares, sizes: Mapping[str, int], weights: float) -> dict[str, float]:
-    """All shares moved by one amount, within [0, HIGHEST], so that `weights` weights are skipped."""
+def balanced(
+    shares: Shares, sizes: Mapping[str, int], weights: float, floors: Shares | None = None
+) -> dict[str, float]:
+    """All shares moved by one amount, within [floor or 0, HIGHEST], so that `weights` weights are skipped."""
+    floors = floors or {}
     low, high = -1.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        if _weights(_moved(shares, dict.fromkeys(shares, middle)), sizes) < weights:
+        if _weights(_moved(shares, dict.fromkeys(shares, middle), floors), sizes) < weights:
             low = middle
         else:
             high = middle
-    return _moved(shares, dict.fromkeys(shares, high))
+    return _moved(shares, dict.fromkeys(shares, high), floors)
 
 
 def grouped(names: Sequence[str], most: int) -> list[list[str]]:
-    """Sites (in model order) in at most `most` groups: same kind, neighbouring blocks. Kind: the name without numbers."""
+    """Sites (in model order) in at most `most` groups: neighbours of one kind (the name without numbers)."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kind = ".".join(part for part in name.split(".") if not part.isdigit())
@@ -83,8 +84,11 @@ def grouped(names: Sequence[str], most: int) -> list[list[str]]:
     return groups
 
 
-def _moved(shares: Shares, changes: Mapping[str, float]) -> dict[str, float]:
-    return {name: min(HIGHEST, max(0.0, share + changes.get(name, 0.0))) for name, share in shares.items()}
+def _moved(shares: Shares, changes: Shares, floors: Shares) -> dict[str, float]:
+    return {
+        name: max(floors.get(name, 0.0), min(HIGHEST, max(0.0, share + changes.get(name, 0.0))))
+        for name, share in shares.items()
+    }
 
 
 def _weights(shares: Shares, sizes: Mapping[str, int]) -> float:

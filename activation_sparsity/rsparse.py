@@ -31,7 +31,7 @@ SPREAD = 0.1  # standard deviation of such a draw around the parent's
 
 
 class RSparse(Method):
-    """`rho`: the uniform share, or where the search starts. `search`: evolve one rho per matrix. `seed`: of the search."""
+    """`rho`: the uniform share, or where the search starts. `search`: evolve one rho per matrix, seeded by `seed`."""
 
     name = "rsparse"
     needs = frozenset({"inputs"})

@@ -1,20 +1,18 @@
 """Several new tokens at once on a ragged cache: prefill, prompts in pieces, further turns.
 
-Sequences with equally many tokens and heads with one rule go together. Queries come in blocks, and a block multiplies only
-the sinks and the range of keys that one of its queries sees: the work follows the plan, not the length.
+Sequences with equally many tokens and heads with one rule go together. Queries come in blocks, and a block multiplies
+only the sinks and the range of keys that one of its queries sees: the work follows the plan, not the length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .mask import UNLIMITED
 from .masked import masked_attention
-from .plan import HeadRule
+from .plan import SLOPES, HeadRule
 
 QUERIES = 256  # of one block
 
@@ -36,42 +34,41 @@ class Span:
         """With further tokens at positions from `start` on."""
         new = torch.arange(start, start + key.shape[2], device=key.device)
         if not self.positions.numel():
-            return Span(new, key, value)
+            return Span(new, key, value)  # as they are: no copy
         return Span(torch.cat([self.positions, new]), torch.cat([self.key, key], 2), torch.cat([self.value, value], 2))
 
 
 def seen_by(rule: HeadRule, block: int, queries: Tensor, keys: Tensor, reach: int) -> Tensor:
-    """bool [q, k]: `HeadPlan.visible` of one rule for positions without padding, within the model's own window."""
-    i, j = queries[:, None], keys[None, :]
-    n = i + 1
-    kept = torch.minimum(n, (rule.alpha + rule.slope * n // 1024).clamp(min=rule.sink + block))
-    return (j <= i) & ((j < rule.sink) | (j > i - (kept - rule.sink)) | (kept > i)) & (j > i - reach)
+    """bool: whether queries see keys, at int64 positions that broadcast; `HeadPlan.visible` within the model's reach."""
+    return (
+        (keys <= queries)
+        & ((keys < rule.sink) | (keys >= oldest_of(rule, block, queries, 0)))
+        & (keys > queries - reach)
+    )
+
+
+def oldest_of(rule: HeadRule, block: int, queries: Tensor, reach: int) -> Tensor:
+    """The oldest position that queries at int64 positions see, sinks aside; it never falls. `reach` 0: no limit."""
+    n = queries + 1
+    kept = torch.minimum(n, (rule.alpha + rule.slope * n // SLOPES).clamp(min=rule.sink + block))
+    oldest = torch.where(kept < n, n - (kept - rule.sink), 0)
+    return torch.maximum(oldest, n - reach) if reach else oldest
 
 
 def attend(query: Tensor, span: Span, start: int, rule: HeadRule, block: int, scale: float, reach: int) -> Tensor:
     """Attention of queries [sequences, query heads, q, D] at positions from `start` on: the same shape."""
     out = query.new_empty(query.shape)
-    for begin, end in _blocks(query.shape[2]):
-        queries = torch.arange(start + begin, start + end, device=query.device)
-        oldest = start + begin + 1 - (rule.kept(start + begin + 1, block) - rule.sink)
-        oldest = max(oldest, start + begin + 1 - reach) if reach < UNLIMITED else oldest
-        sinks, first, last = torch.searchsorted(
-            span.positions, torch.tensor([rule.sink, max(oldest, 0), start + end], device=query.device)
-        ).tolist()
-        keys = span.positions
-        if first <= sinks:
-            pieces = [slice(0, last)]
-        else:
-            pieces = [slice(0, sinks), slice(first, last)]
-        join = lambda tensor, dim: torch.cat([tensor.narrow(dim, p.start, p.stop - p.start) for p in pieces], dim)
-        seen = seen_by(rule, block, queries, join(keys, 0), reach)[None, None]
-        heads = span.key.shape[1]
-        out[:, :, begin:end] = masked_attention(
-            query[:, :, begin:end], join(span.key, 2), join(span.value, 2), seen.expand(1, heads, -1, -1), scale
+    for begin in range(0, query.shape[2], QUERIES):
+        queries = torch.arange(start + begin, start + min(begin + QUERIES, query.shape[2]), device=query.device)
+        end = int(queries[-1]) + 1
+        oldest = oldest_of(rule, block, queries[0], reach)
+        edges = torch.stack([queries.new_tensor(rule.sink), oldest, queries[-1] + 1])
+        sinks, first, last = torch.searchsorted(span.positions, edges).tolist()
+        pieces = [slice(last)] if first <= sinks else [slice(sinks), slice(first, last)]
+        positions, key, value = (
+            torch.cat([tensor[..., piece, :] for piece in pieces], -2)
+            for tensor in (span.positions[:, None], span.key, span.value)
         )
+        seen = seen_by(rule, block, queries[:, None], positions[None, :, 0], reach).expand(1, key.shape[1], -1, -1)
+        out[:, :, begin : end - start] = masked_attention(query[:, :, begin : end - start], key, value, seen, scale)
     return out
-
-
-def _blocks(queries: int) -> Iterator[tuple[int, int]]:
-    for begin in range(0, queries, QUERIES):
-        yield begin, min(begin + QUERIES, queries)

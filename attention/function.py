@@ -63,10 +63,13 @@ def head_attention(
 
 
 def _ragged_layer(key: Any, value: Any) -> RaggedLayer | None:
+    """The layer behind what `update` gave; None for keys of another cache, or changed ones."""
     if isinstance(key, Held):
         return key.layer
-    layer = getattr(key, MARK, None)
-    return layer if layer is not None and getattr(value, MARK, None) is layer and layer.pending is not None else None
+    layer: Any = getattr(key, MARK, None)
+    if not isinstance(layer, RaggedLayer) or getattr(value, MARK, None) is not layer:
+        return None
+    return layer if layer.pending is not None else None
 
 
 def _mask_around(mask: Tensor | None, query: Tensor, key: Tensor | None) -> HeadMask:

@@ -6,8 +6,8 @@ order, then a ring. The token at position p (from 0, counting real tokens of its
     p               for p < sink
     sink + (p - sink) mod ring    otherwise
 
-of that range. What a query sees, the sinks and the newest tokens, is then at most two ranges of rows: the sinks with the
-part of the ring that has wrapped around, and the rest. So attention over a cache needs no mask.
+of that range. What a query sees, the sinks and the newest tokens, is then at most two ranges of rows: the sinks with
+the part of the ring that has wrapped around, and the rest. So attention over a cache needs no mask.
 
 Rings have room for what the plan keeps at the next length of a coarse grid, and are laid out anew when a sequence grows
 beyond it: that costs a copy of the cache every 16 to 32 tokens at first and every 1/64 of the length later.

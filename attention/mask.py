@@ -69,7 +69,7 @@ class HeadMask:
         )
 
     def visible(self, plan: HeadPlan, layer: int) -> Tensor:
-        """bool [batch or 1, KV heads, queries, keys], True = seen. A padding query sees itself, so that it stays finite."""
+        """bool [batch or 1, KV heads, queries, keys], True = seen. Padding sees itself, so that it stays finite."""
         queries, keys = self.positions
         seen = plan.visible(layer, queries, keys)
         if self.reach < UNLIMITED:

@@ -8,10 +8,10 @@ from 1) sees
 keys: the first `sink` tokens of the sequence and the last kept(n) - sink ones, itself included; all n of them where
 kept(n) = n. The sinks are inside the span, so a rule's bytes do not depend on how it is divided.
 
-kept depends on the query's own position alone: prefill in one piece, prefill in chunks, several turns and decoding token
-by token are the same computation. With beta <= 1, kept(n + 1) <= kept(n) + 1: a key that has left the window never
-returns, so that a ring buffer that drops it loses nothing. For this to hold exactly, alpha is an integer and beta a
-multiple of 1/1024, and all arithmetic is that of integers.
+kept depends on the query's own position alone: prefill in one piece, prefill in chunks, several turns and decoding one
+token at a time are the same computation. With beta <= 1, kept(n + 1) <= kept(n) + 1: a key that has left the window
+never returns, so that a ring buffer that drops it loses nothing. For this to hold exactly, alpha is an integer and beta
+a multiple of 1/1024, and all arithmetic is that of integers.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class HeadPlan:
     Attributes:
         model_type: `config.model_type` of the model.
         query_heads, head_dim: of one layer; query head h belongs to KV head h // (query_heads / kv_heads).
-        block: width in tokens of the tiles it was profiled with, and the least that a head keeps beside its sinks.
+        block: the least that a head keeps beside its sinks.
         lengths: the lengths the budget was stated at, ascending.
         positions: `max_position_embeddings`; None where the model states none.
         heads: [layer][KV head]; every layer has as many.
@@ -253,12 +253,11 @@ def _whole(values: Mapping[str, Any], name: str) -> int:
 
 def _matrix(values: Mapping[str, Any], name: str, shape: tuple[int, int]) -> Sequence[Sequence[Any]]:
     rows = values.get(name)
-    fits = (
-        isinstance(rows, list)
-        and len(rows) == shape[0]
-        and all(isinstance(row, list) and len(row) == shape[1] for row in rows)
-    )
-    if not fits:
+    if (
+        not isinstance(rows, list)
+        or len(rows) != shape[0]
+        or not all(isinstance(row, list) and len(row) == shape[1] for row in rows)
+    ):
         raise CheckpointError(f"field {name} of the head plan must be {shape[0]} lists of {shape[1]} numbers")
     kinds = (int, float) if name == "beta" else (int,)
     if not all(type(value) in kinds for row in rows for value in row):

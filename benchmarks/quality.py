@@ -5,6 +5,7 @@
     python benchmarks/quality.py --methods gossamer --reconstruct         # our method with local reconstruction
     python benchmarks/quality.py --methods gossamer --redo                # run again what is there
     python benchmarks/quality.py --render                                 # only write docs/quality.md
+    python benchmarks/quality.py nm --help                                # N:M by training: quality_nm.py
 
 One cell is one model, method, pattern and seed: a full `compress` and an `eval` of what it wrote, as on the command
 line. Each finished cell is one JSON line in the results file; a rerun skips the cells it finds there. Why our method
@@ -14,8 +15,10 @@ loses a cell is written by hand into `quality_reasons.json` beside the results (
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
 PAGE = ROOT / "docs" / "quality.md"
 METHODS = ["magnitude", "wanda", "ria", "sparsegpt", OURS]
+SUITES = {"nm": "quality_nm"}  # first word -> module beside this one, whose `main` takes the other words
 SEEDS = [0, 1, 2, 3, 4]
 NSAMPLES, SEQLEN = 128, 256
 WITHOUT_TEXT = {"magnitude"}  # the same result for every calibration seed: run once
@@ -160,6 +164,9 @@ def append_result(path: Path, cell: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in SUITES:
+        importlib.import_module(SUITES[sys.argv[1]]).main(sys.argv[2:])
+        return
     options = _options()
     if options.render:
         _render(options)

@@ -9,6 +9,7 @@ import typer
 
 from ..errors import RecipeError
 from . import options as o
+from . import trained as t
 from .failure import typed_command
 from .job import run_job, show_plan
 
@@ -20,9 +21,13 @@ EXAMPLES = o.examples(
     "gossamer compress MODEL -o OUT --pattern 2:4 --calibration train.txt --eval test.txt",
     "gossamer compress MODEL -o OUT --method magnitude --no-eval --format dense",
     "gossamer compress MODEL -o OUT --values int8",
+    "gossamer compress MODEL -o OUT --method nm-flow --pattern 1:8 --data train.txt --tokens 1000000",
     "gossamer compress MODEL -o OUT --recipe recipe.yaml --dry-run",
+    "gossamer compress MODEL -o OUT --activation auto --activation-sparsity 0.5",
     "gossamer compress MODEL -o OUT --resume",
 )
+
+TEXT = ("calibration", "nsamples", "seqlen")  # options that pruning and an activation policy share
 
 
 def register(app: typer.Typer) -> None:
@@ -117,6 +122,52 @@ def compress(
             show_default=False,
         ),
     ] = False,
+    activation: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="NAME",
+            help="Skip weights at decode: auto, rsparse, coreinfer, threshold, cats, wina. Alone it prunes nothing; "
+            "with --method, --sparsity or --pattern it follows the pruning.",
+            rich_help_panel=o.ACTIVATION,
+            show_default=False,
+        ),
+    ] = None,
+    activation_sparsity: Annotated[
+        Optional[float],
+        typer.Option(
+            metavar="S",
+            help="Share of the linear weights that a decoded token skips. \\[default: 0.5]",
+            rich_help_panel=o.ACTIVATION,
+            show_default=False,
+        ),
+    ] = None,
+    target_ppl_increase: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="P%",
+            help="Instead: the highest sparsity whose perplexity rises by at most so much, such as 1%.",
+            rich_help_panel=o.ACTIVATION,
+            show_default=False,
+        ),
+    ] = None,
+    target_speedup: Annotated[
+        Optional[float],
+        typer.Option(
+            metavar="X",
+            help="Instead: the lowest sparsity that makes the linear maps so much faster, measured here.",
+            rich_help_panel=o.ACTIVATION,
+            show_default=False,
+        ),
+    ] = None,
+    activation_guide: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="NAME",
+            help="coreinfer: stability or similarity. \\[default: stability]",
+            rich_help_panel=o.ACTIVATION,
+            show_default=False,
+        ),
+    ] = None,
     recipe: Annotated[
         Optional[Path],
         typer.Option(
@@ -134,6 +185,12 @@ def compress(
         ),
     ] = None,
     seqlen: o.SequenceLength = None,
+    data: t.Data = None,
+    tokens: t.Tokens = None,
+    steps: t.Steps = None,
+    learning_rate: t.LearningRate = None,
+    pattern_for: t.PatternFor = None,
+    fields: t.Fields = None,
     eval_data: o.Evaluation = None,
     no_eval: Annotated[
         bool, typer.Option("--no-eval", help="Skip the evaluation.", rich_help_panel=o.DATA, show_default=False)
@@ -226,15 +283,22 @@ def compress(
         "reconstruct": reconstruct or None, "include": include or None, "exclude": exclude or None,
         "untie": untie or None, "calibration": calibration, "nsamples": nsamples, "seqlen": seqlen,
     }  # fmt: skip
+    training = {
+        "data": data, "tokens": tokens, "steps": steps, "learning_rate": learning_rate,
+        "pattern_for": pattern_for or None, "set": fields or None,
+    }  # fmt: skip
+    skipping = {
+        "method": activation, "sparsity": activation_sparsity, "target_ppl_increase": target_ppl_increase,
+        "target_speedup": target_speedup, "guide": activation_guide,
+    }  # fmt: skip
     evaluation = {"data": eval_data, "seqlen": eval_seqlen, "windows": eval_windows}
     export = {"format": file_format, "values": values, "max_shard_size": max_shard_size}
     general = {"seed": seed, "allow_overlap": allow_overlap or None}
     if recipe is None:
-        built = recipe_from_options(prune, evaluation, export, general, no_eval=no_eval)
+        built = recipe_from_options(prune, training, evaluation, export, general, no_eval=no_eval, activation=skipping)
     else:
-        built = recipe_from_file(
-            recipe, {**prune, **_as_options(evaluation), "no_eval": no_eval or None, **export, **general}
-        )
+        given = {**prune, **training, **_as_activation(skipping), **_as_options(evaluation), **export, **general}
+        built = recipe_from_file(recipe, given | {"no_eval": no_eval or None})
     job: dict[str, Any] = {
         "model": model, "out": out, "recipe": built, "machine": build_machine(device, dtype, max_memory),
         "revision": revision, "token": token, "trust_remote_code": trust_remote_code, "resume": resume,
@@ -248,22 +312,58 @@ def compress(
 
 def recipe_from_options(
     prune: dict[str, Any],
+    training: dict[str, Any],
     evaluation: dict[str, Any],
     export: dict[str, Any],
     general: dict[str, Any],
     *,
     no_eval: bool,
+    activation: dict[str, Any] | None = None,
 ) -> Recipe:
-    """The recipe of the options, where None means "not given". RecipeError when they contradict each other."""
-    from ..compress.recipe import EvaluateStage, ExportStage, PruneStage, Recipe, build
+    """The recipe of the options, where None means "not given". RecipeError when they contradict each other.
 
-    stages = [build(PruneStage, **_given(prune))]
+    An activation policy is made after pruning, or in place of it: then options of pruning alone are mistakes.
+    """
+    from ..compress.recipe import ActivationStage, EvaluateStage, ExportStage, Recipe, build
+
+    stages: list[Any] = []
+    skipping = _given(activation or {})
+    text = {name: value for name, value in _given(prune).items() if name in TEXT}
+    others = {name: value for name, value in _given(prune).items() if name not in TEXT}
+    prunes = not skipping or bool(others.keys() & {"method", "sparsity", "pattern"})
+    if prunes:
+        measures = others.get("method") not in t.trained_methods() or not skipping
+        seen = text if measures else {name: value for name, value in text.items() if name == "seqlen"}
+        stages.append(_first_stage({**others, **seen}, _given(training)))
+    elif others or _given(training):
+        wrong = _spelled({**others, **_given(training)})
+        raise RecipeError(
+            f"{wrong} belongs to pruning, and {_spelled(_as_activation(skipping))} alone prunes nothing",
+            hint="add --sparsity, --pattern or --method to prune as well",
+        )
+    if skipping:
+        stages.append(build(ActivationStage, **skipping, **text))
     if not no_eval:
         stages.append(build(EvaluateStage, **_given(evaluation)))
     elif _given(evaluation):
         raise RecipeError(f"--no-eval contradicts {_spelled(_as_options(evaluation))}", hint="give one of them")
     stages.append(build(ExportStage, **_given(export)))
     return build(Recipe, stages=stages, **_given(general))
+
+
+def _first_stage(prune: dict[str, Any], training: dict[str, Any]) -> Any:
+    """What --method names: a one-shot method of the prune stage, or a stage that trains."""
+    from ..compress.recipe import PruneStage, build
+
+    if "method" in prune:
+        t.check_known(prune["method"])
+    if prune.get("method") not in t.trained_methods():
+        t.refuse_training_options(training, _spelled(training))
+        return build(PruneStage, **prune)
+    fields = {
+        name: value for name, value in {**prune, **training}.items() if name not in ("method", "pattern_for", "set")
+    }
+    return t.trained_stage(prune["method"], fields, training.get("pattern_for"), training.get("set"))
 
 
 def recipe_from_file(file: Path, options: dict[str, Any]) -> Recipe:
@@ -291,6 +391,12 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 def _as_options(evaluation: dict[str, Any]) -> dict[str, Any]:
     """Fields of the evaluate stage under the names of their options."""
     return {"eval" if name == "data" else f"eval_{name}": value for name, value in evaluation.items()}
+
+
+def _as_activation(activation: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the activation stage under the names of their options."""
+    own = {"method": "activation", "sparsity": "activation_sparsity", "guide": "activation_guide"}
+    return {own.get(name, name): value for name, value in activation.items()}
 
 
 def _spelled(options: dict[str, Any]) -> str:

@@ -8,7 +8,22 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import adapter, bench, compress, convert, demo, env, evaluate, finetune, generate, inspect, methods
+from . import (
+    adapter,
+    bench,
+    compress,
+    convert,
+    demo,
+    env,
+    evaluate,
+    finetune,
+    generate,
+    inspect,
+    methods,
+    plan_heads,
+    soup,
+    windows,
+)  # fmt: skip
 from .failure import Application
 from .options import examples
 
@@ -31,7 +46,10 @@ app = typer.Typer(
         "--eval demo-model/heldout.txt",
     ),
 )
-for _module in (compress, finetune, adapter, evaluate, generate, inspect, convert, methods, env, demo, bench):
+_MODULES = (
+    compress, finetune, adapter, soup, plan_heads, evaluate, generate, inspect, convert, windows, methods, env, demo, bench,
+)  # fmt: skip
+for _module in _MODULES:
     _module.register(app)
 
 

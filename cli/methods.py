@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 from . import options as o
+from .trained import trained_methods
 
 EXAMPLES = o.examples("gossamer methods", "gossamer methods --json")
 
@@ -15,13 +18,16 @@ def register(app: typer.Typer) -> None:
 
 
 def methods(json: o.Json = False) -> None:
-    """List the pruning methods, built-in and from other packages."""
+    """List what `compress --method` takes: one-shot methods, built-in and from other packages, and those that train."""
     from ..pruning.registry import DEFAULT_METHOD, method_names, summary
     from .console import show_json, show_table
 
-    names = method_names()
+    found: list[dict[str, Any]] = [{"name": name, "summary": summary(name), "trains": False} for name in method_names()]
+    found += [{"name": name, "summary": text, "trains": True} for name, text in trained_methods().items()]
     if json:
-        show_json([{"name": name, "summary": summary(name), "default": name == DEFAULT_METHOD} for name in names])
+        show_json([row | {"default": row["name"] == DEFAULT_METHOD} for row in found])
         return
-    rows = [(f"{name} (default)" if name == DEFAULT_METHOD else name, summary(name)) for name in names]
+    rows = [
+        (f"{row['name']} (default)" if row["name"] == DEFAULT_METHOD else row["name"], row["summary"]) for row in found
+    ]
     show_table(None, ("method", "what it does"), rows, numbers_from=2)

@@ -13,7 +13,9 @@ from typing import Annotated, Optional
 import typer
 
 PRUNING = "Pruning"
+HEADS = "Head plan"
 TRAINING = "Training"
+ACTIVATION = "Activation sparsity"
 DATA = "Data"
 OUTPUT = "Output"
 MACHINE = "Machine"

@@ -21,7 +21,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "overlap": plan.overlap,
         "values": INT8 if plan.recipe.export.values == "int8" else "same",
         "estimate": None if plan.estimate is None else asdict(plan.estimate),
-        "stages": [{"name": stage.name, "text": stage.digest} for stage in plan.stages],
+        "stages": [{"name": stage.name, "text": stage.digest, "said": stage.said} for stage in plan.stages],
         "matrices": [row for stage in plan.changes for row in _rows(stage)],
         "skipped": [{"name": name, "reason": reason} for stage in plan.changes for name, reason in stage.skipped],
     }
@@ -41,11 +41,13 @@ def plan_lines(document: dict[str, Any]) -> list[str]:
 
     zeros = sum(row["zeros"] for row in document["matrices"])
     size = sum(row["shape"][0] * row["shape"][1] for row in document["matrices"])
+    matrices = f"{len(document['matrices'])} matrices, {zeros:,} of {size:,} weights will be zero"
     lines = [
-        f"{len(document['matrices'])} matrices, {zeros:,} of {size:,} weights will be zero ({percent(zeros / size)})",
+        f"{matrices} ({percent(zeros / size)})" if size else "no matrix is pruned",
         f"model: {human_bytes(document['bytes_before'])} of weights, device {document['device']}",
         *_needs(document),
         "stages: " + ", ".join(stage["name"] for stage in document["stages"]),
+        *(f"{stage['name']}: {stage['said']}" for stage in document["stages"] if stage["said"]),
     ]
     return lines + [f"not pruned: {entry['name']} ({entry['reason']})" for entry in document["skipped"]]
 

@@ -53,6 +53,11 @@ class Anatomy:
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     @property
+    def attention_is_replaceable(self) -> bool:
+        """Whether the model's class computes its attention through transformers' attention functions."""
+        return bool(getattr(self._model, "_supports_attention_backend", False))
+
+    @property
     def vocab_size(self) -> int:
         """Number of token ids."""
         return int(self.config.get_text_config().vocab_size)

@@ -15,7 +15,10 @@ from typing import Any, Protocol
 
 from .format import METADATA_KEY
 
-_TABLE: dict[str, str] = {"heads": "heads:HeadsAttachment"}  # name of the entry -> "module:Class"
+_TABLE: dict[str, str] = {  # name of the entry -> "module:Class"
+    "activation": "activation_attachment:ActivationAttachment",
+    "heads": "heads:HeadsAttachment",
+}
 
 
 _WANTED: ContextVar[bool] = ContextVar("attachments wanted", default=True)

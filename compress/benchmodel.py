@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from ..kernels.modules.counting import counting
 from ..kernels.modules.sparse_linear import dense_products
+from .activation_report import realised
 from .environment import processor_name
 from .generate import Timing, generate
 from .heads import new_cache
@@ -26,12 +28,13 @@ from .load import load
 from .progress import Progress
 from .report import human_bytes
 
+COUNTED_TOKENS = 17
 TOLERANCE = 0.04  # relative error of logits in 16-bit arithmetic, both against the product with dense weights
 
 
 @dataclass
 class Contender:
-    """One way to run a model. `bytes_per_token`: weights that one decode step reads."""
+    """One way to run a model. `skipped`: share of each map that an activation policy did not read while decoding."""
 
     name: str
     folder: str
@@ -39,6 +42,7 @@ class Contender:
     setting: Callable[[], AbstractContextManager[object]] = nullcontext
     sparse: bool = False
     error: float = 0.0
+    skipped: dict[str, float] = field(default_factory=dict)
     steps: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
 
@@ -57,7 +61,7 @@ def bench_models(
 ) -> dict[str, Any]:
     """Milliseconds per token of every model in every way, as plain data: one row per contender.
 
-    A folder with sparse weights runs in our runtime; any other one in transformers (bfloat16, bfloat16 without oneDNN,
+    A folder with sparse weights or an activation policy runs in our runtime; any other one in transformers (bfloat16, bfloat16 without oneDNN,
     float16) and in our runtime. Ratios are to the fastest and to the first dense contender.
     """
     told = progress or Progress()
@@ -67,6 +71,7 @@ def bench_models(
     for contender in contenders:
         told.working(f"checking {contender.name}")
         contender.error = _error(contender, ids)
+        contender.skipped = _skipped(contender.model, ids)
     order = random.Random(0)
     running = [contender for contender in contenders if contender.right]
     for turn in range(rounds):
@@ -93,10 +98,14 @@ def bench_models(
 def _contenders(folder: str, progress: Progress) -> Iterator[Contender]:
     progress.working(f"loading {folder}")
     model = load(folder)
-    if model.gossamer_masks and model.dtype is torch.float32:  # kernels hold 16-bit weights
+    skips = hasattr(model, "gossamer_activation")
+    if (model.gossamer_masks or skips) and model.dtype is torch.float32:  # 16-bit weights, as the dense ones
         model = load(folder, dtype=torch.bfloat16)
-    if model.gossamer_masks:
-        yield Contender(f"ours, sparse{_attached(model)}", folder, model, sparse=True)
+    if model.gossamer_masks or skips:
+        kind = (
+            "ours, sparse" if not skips else "ours, skipping" if not model.gossamer_masks else "ours, sparse, skipping"
+        )
+        yield Contender(kind + _attached(model), folder, model, sparse=True)
         return
     ours = model if model.dtype is torch.bfloat16 else load(folder, dtype=torch.bfloat16)
     read: Any = AutoModelForCausalLM.from_pretrained
@@ -183,12 +192,13 @@ def _rows(contenders: list[Contender]) -> list[dict[str, Any]]:
 
 def _row(contender: Contender) -> dict[str, Any]:
     ordered = sorted(contender.steps)
-    read = _bytes_per_token(contender.model)
+    read = _bytes_per_token(contender.model, contender.skipped)
     row: dict[str, Any] = {
         "name": contender.name,
         "model": contender.folder,
         "sparse": contender.sparse,
         "relative_error": contender.error,
+        "activation_sparsity": contender.skipped.get("", None),
         "weight_bytes": _weight_bytes(contender.model),
         "bytes_per_token": read,
         "decile_ms": None,
@@ -215,12 +225,23 @@ def _weight_bytes(model: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _bytes_per_token(model: Any) -> int:
+def _skipped(model: Any, ids: Tensor) -> dict[str, float]:
+    """By map, and under "" of all maps: what the kernels counted while a few tokens were decoded."""
+    if not hasattr(model, "gossamer_activation"):
+        return {}
+    with counting() as counted:
+        for _ in generate(model, ids, COUNTED_TOKENS):
+            pass
+    found = realised(model, counted)
+    return found["layers"] | {"": found["skipped"]}
+
+
+def _bytes_per_token(model: Any, skipped: dict[str, float]) -> int:
     """Weights of all layers but the embedding tables, of which a step reads one row; experts as if all were chosen."""
     total = 0
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             continue
         own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        total += sum(tensor.nbytes for tensor in own)
+        total += round(sum(tensor.nbytes for tensor in own) * (1 - skipped.get(name, 0.0)))
     return total

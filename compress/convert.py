@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import ModelError, RecipeError
+from .activation_file import copy_policy
 from .checkpoint import KINDS, MAX_SHARD_SIZE, assemble, atomic_write_text, publish, verify
 from .converted import refresh_report
 from .format import METADATA_KEY, dense_config, sparse_config
@@ -63,6 +64,7 @@ def convert(
         config = build(folder.config, checked.summary)
         atomic_write_text(work / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         copy_companions(folder.folder, work)
+        copy_policy(folder.folder, folder.config, work)
         packed = sum(record.nbytes(source.meta(key).dtype) for key, record in source.records().items())
         refresh_report(work, out.name, to, checked.payload, packed, rounded=rounded)
         publish(work, out, overwrite=overwrite)

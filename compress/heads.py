@@ -96,7 +96,7 @@ def new_cache(model: Any, reserve: int = 0) -> RaggedCache | None:
 
 
 def _cache_in_generate(model: Any) -> None:
-    """`generate` asks its model for a cache: it gets ours, unless it wants one that can be cropped or of its own kind."""
+    """`generate` asks its model for a cache: it gets ours, unless it wants one to crop or of its own kind."""
     usual = type(model)._prepare_cache_for_generation
 
     def prepare(self: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, *rest: Any) -> Any:

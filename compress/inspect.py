@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import GossamerError
+from .activation_file import described
 from .blocks import StreamedModel
 from .census import TensorCount, count_tensor, total
 from .source import FolderSource, TensorSource, open_source
@@ -37,6 +38,7 @@ def inspect_model(
             "ratio": totals.stored_bytes / totals.dense_bytes if totals.dense_bytes else 1.0,
         },
         "masks": sum(count.pattern is not None for count in counts),
+        "activation": described(source.folder, source.config),
         "note": note,
     }
 

@@ -58,6 +58,11 @@ class StagePlan:
         return None if self.calibration is None else self.calibration.digest
 
     @property
+    def said(self) -> str | None:
+        """What the plan says of the stage besides its matrices, in one line."""
+        return None
+
+    @property
     def untie(self) -> bool:
         """Whether the stage gives the head a weight of its own."""
         return False

@@ -23,6 +23,7 @@ from .stage_recipes.evaluate import EvaluateStage
 from .stage_recipes.export import ExportStage
 from .stage_recipes.finetune import FinetuneStage
 from .stage_recipes.gradual import GradualStage, RandomStage
+from .stage_recipes.heads import HeadsStage
 from .stage_recipes.imp import ImpStage, SoupStage
 from .stage_recipes.merge import MergeStage
 from .stage_recipes.nm_flow import NmFlowStage
@@ -35,6 +36,7 @@ __all__ = [
     "ExportStage",
     "FinetuneStage",
     "GradualStage",
+    "HeadsStage",
     "ImpStage",
     "Machine",
     "MergeStage",
@@ -60,6 +62,7 @@ _Kinds = Union[
     FinetuneStage,
     MergeStage,
     ActivationStage,
+    HeadsStage,
     EvaluateStage,
     ExportStage,
 ]

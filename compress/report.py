@@ -40,6 +40,11 @@ class Report:
             before, after = evaluation["before"], evaluation["after"]
             rows.append(("perplexity", f"{before['perplexity']:.4f}", f"{after['perplexity']:.4f}"))
             rows.append(("KL to dense (nats/token)", "0", f"{evaluation['kl']:.4f}"))
+        skipped = None if evaluation is None else evaluation.get("activation")
+        if skipped is not None:
+            before, after = (skipped[when]["perplexity"] for when in ("before", "after"))
+            rows.append(("perplexity at decode", f"{before:.4f}", f"{after:.4f}"))
+            rows.append(("weights skipped at decode", percent(0), percent(skipped["sparsity"])))
         rows.append(("sparsity of prunable weights", percent(sparsity["before"]), percent(sparsity["prunable"])))
         rows.append(("sparsity of all parameters", percent(sparsity["all_before"]), percent(sparsity["all"])))
         if self._rounded:
@@ -60,6 +65,8 @@ class Report:
         lines = []
         if self.data["evaluation"] is not None:
             lines.append("perplexity: " + describe_protocol(self.data["evaluation"]["protocol"]))
+            if "activation" in self.data["evaluation"]:
+                lines.append("perplexity at decode: " + self.data["evaluation"]["activation"]["method"])
         if self.data["calibration"] is not None:
             lines.append("calibration: " + self.data["calibration"]["description"])
         if self._rounded:

@@ -29,6 +29,10 @@ class TextSource:
     text: str
     digest: str
 
+    @property
+    def name(self) -> str:
+        return self.dataset
+
 
 class Texts:
     """Calibration and evaluation windows of one recipe, and the check that they do not overlap."""
@@ -44,9 +48,9 @@ class Texts:
 
     def calibration(self, data: str, nsamples: int, seqlen: int) -> tuple[Tensor, TextSource]:
         """Windows [nsamples, seqlen], and what is known of the text that they are from."""
-        text = self._text(data, "calibration")
+        text = self.text(data, "calibration")
         windows = calibration_tokens(self.tokenizer, text, nsamples, seqlen, self.recipe.seed)
-        self._check_vocabulary(windows)
+        self.check_vocabulary(windows)
         self._calibration.append((text, windows))
         return windows, TextSource(text.name, text.protocol, text.digest)
 
@@ -55,17 +59,17 @@ class Texts:
         text = load_training(data, self.tokenizer, length, heldout=heldout, limit=tokens)
         for rows in (text.train.ids, text.heldout.ids):
             if len(rows):
-                self._check_vocabulary(rows)
+                self.check_vocabulary(rows)
         self._calibration.append((text, text.train.ids))
         return text
 
     def evaluation(self, data: str, seqlen: int, limit: int | None, dtype: torch.dtype) -> tuple[Tensor, Protocol, str]:
         """(windows [n, seqlen], protocol, digest)."""
-        text = self._text(data, "evaluation")
+        text = self.text(data, "evaluation")
         ids = token_ids(self.tokenizer, text)
         limits = [count for count in (limit, text.window_limit) if count is not None]
         windows = evaluation_windows(ids, seqlen, min(limits, default=None), text.name)
-        self._check_vocabulary(windows)
+        self.check_vocabulary(windows)
         self._evaluation.append((text, windows))
         bos = self._bos(ids)
         protocol = Protocol(
@@ -89,12 +93,18 @@ class Texts:
         ]
         return max(shares, default=None)
 
-    def _text(self, data: str, role: Role) -> TextData:
+    def calibrated(self, text: Named, ids: Tensor) -> None:
+        """Remember that a stage read ids [n] of `text` by itself: evaluation text is compared with them, too."""
+        self._calibration.append((text, ids))
+
+    def text(self, data: str, role: Role) -> TextData:
+        """The text that `data` names, read once."""
         if (data, role) not in self._read:
             self._read[data, role] = load_text(data, role)
         return self._read[data, role]
 
-    def _check_vocabulary(self, windows: Tensor) -> None:
+    def check_vocabulary(self, windows: Tensor) -> None:
+        """DataError for token ids that the model has no embedding of."""
         if int(windows.max()) >= self.vocabulary:
             raise DataError(
                 f"the tokenizer gives token {int(windows.max())}, the model has {self.vocabulary} embeddings",

@@ -45,7 +45,7 @@ def load_training(
     `heldout`: share of the content held out. `limit`: no more tokens than about this many are read, where the text
     comes in documents. DataError for an empty text, or one too short for a row to train on and one to hold out.
     """
-    records = _records(spec)
+    records = records_of(spec)
     if records is not None:
         name, found = records
         return _from_records(name, found, tokenizer, length, heldout, limit)
@@ -60,7 +60,7 @@ def load_training(
     )  # fmt: skip
 
 
-def _records(spec: str) -> tuple[str, Iterable[tuple[object, str]]] | None:
+def records_of(spec: str) -> tuple[str, Iterable[tuple[object, str]]] | None:
     """(name, (record, where it is)) of a source that comes in records; None for running text."""
     path = Path(spec).expanduser()
     if spec and path.exists():

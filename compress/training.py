@@ -42,6 +42,12 @@ class TrainingPlan(StagePlan):
     def digest(self) -> str:
         return self.text.digest
 
+    @property
+    def said(self) -> str:
+        rows, length = self.stage.batch, self.text.train.length
+        tokens = f"{self.steps * rows * length:,} tokens"
+        return f"{self.steps:,} steps of {rows} x {length} tokens ({tokens}) on {self.text.name}: {self.text.protocol}"
+
 
 def training_plan(stage: TrainingStage, planning: Planning) -> dict[str, Any]:
     """The arguments of a TrainingPlan beyond its jobs. DataError or RecipeError for a text that does not fit."""

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, ResumeError
-from ..finetune.trainer import changing
+from ..finetune.resuming import changing
 from ..pruning.mask import Mask
 from ..pruning.soup import masks_sha256
 from .writer import write_part

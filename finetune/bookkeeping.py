@@ -35,6 +35,9 @@ class Bookkeeping(TrainerCallback):
         while hasattr(inner, "optimizer"):  # accelerate's wrapper
             inner = inner.optimizer
         trainer.guard.watch(inner)
+        for callback in trainer.config.callbacks:
+            if hasattr(callback, "take_guard"):  # a method that moves masks
+                callback.take_guard(trainer.guard, inner, state.global_step)
         trainer.resumed_from = state.global_step
         trainer.started = time.monotonic()
         if args.should_save:

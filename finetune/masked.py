@@ -134,6 +134,10 @@ class MaskGuard:
         """Share of pruned entries among the masked parameters."""
         return self.zeros / self.size if self._parameters else 0.0
 
+    def shape(self, name: str) -> torch.Size:
+        """Of the parameter, and so of its mask."""
+        return self._parameters[name].shape
+
     def digests(self) -> dict[str, str]:
         """Parameter -> sha256 of its mask's bits: equal on every rank, and unchanged by training."""
         return dict(self._digests)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .tokens import TokenRows
+    from ..pruning.pattern import Pattern
 
 _TABLE = {
     "masklora": "recovery:MaskLoRA",
@@ -24,6 +25,7 @@ _TABLE = {
     "spiel-ma": "spiel.method:SpielMA",
     "static": "spiel.method:Static",
     "lora": "spiel.method:Lora",
+    "pst": "pst_method:Pst",
 }
 DEFAULT_METHOD = "masklora"
 
@@ -39,6 +41,7 @@ class Attached:
         kept: masks of the ordinary model afterwards, where the method moved them; None: as before.
         prepare: called with the training rows before training, on every start.
         save: writes the adapter that was trained into a folder and returns the names of its files; before `finish`.
+        patterns: parameter name -> what its mask promises afterwards, where that is new.
     """
 
     masks: Mapping[str, Tensor]
@@ -49,6 +52,7 @@ class Attached:
     notes: list[str] = field(default_factory=list)
     prepare: Callable[[TokenRows], None] | None = None
     save: Callable[[Path], list[str]] | None = None
+    patterns: Mapping[str, str] = field(default_factory=dict)
 
 
 class Method(Protocol):
@@ -65,6 +69,10 @@ class Method(Protocol):
 
     def share(self, parameters: int, shapes: Sequence[tuple[int, int]], options: Mapping[str, Any]) -> float:
         """Share of all parameters that get a gradient, for the estimate of memory. `shapes`: of the targets."""
+        ...
+
+    def prunes(self, options: Mapping[str, Any]) -> Pattern | None:
+        """The pattern to which it prunes every linear layer of the blocks; None: it keeps the masks that there are."""
         ...
 
     def attach(

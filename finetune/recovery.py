@@ -13,7 +13,14 @@ from .biasnorm import bias_and_norm_names, train_only
 from .methods import Attached
 
 
-class Full:
+class _UnderMasks:
+    """What all of them share: masks stay as they are."""
+
+    def prunes(self, options: Mapping[str, Any]) -> None:
+        return None
+
+
+class Full(_UnderMasks):
     """Every parameter is trained, the pruned entries excepted."""
 
     reads: frozenset[str] = frozenset()
@@ -29,7 +36,7 @@ class Full:
         return Attached(masks, lambda: {"trained": _trained(model)})
 
 
-class BiasNorm:
+class BiasNorm(_UnderMasks):
     """Biases and norms alone; no weight that can be pruned moves."""
 
     reads: frozenset[str] = frozenset()
@@ -48,7 +55,7 @@ class BiasNorm:
         return Attached(masks, lambda: {"trained": _trained(model)})
 
 
-class MaskLoRA:
+class MaskLoRA(_UnderMasks):
     """A low-rank update under the mask of every prunable matrix, and unless `extras` is off biases and norms too."""
 
     reads = frozenset({"rank", "alpha", "extras"})

@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import RecipeError
 from .losses import LossConfig
 from .masked import Masks
+from .quantised import keep_unpacked
 from .schedules import DEFAULT_SCHEDULE, WARMUP, Rates, get_schedule
 from .tokens import TokenRows
 
@@ -152,6 +153,7 @@ def train(
     """
     from .trainer import run  # transformers' Trainer takes seconds to import
 
+    keep_unpacked(model)
     if masks is None:
         masks = getattr(model, "gossamer_masks", None) or {}
     return run(model, config, masks, data, teacher)

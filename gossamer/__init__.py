@@ -15,18 +15,23 @@ from . import _hook
 
 if TYPE_CHECKING:
     from .compress.load import load
+    from .finetune.sparse_lora import merging
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "merging"]
 
 _hook.install()
 
 
 def __getattr__(name: str) -> Any:
-    """`gossamer.load` brings torch and transformers along, so it is imported when it is asked for."""
+    """These bring torch, transformers and peft along, so they are imported when they are asked for."""
     if name == "load":
         from .compress.load import load
 
         return load
+    if name == "merging":
+        from .finetune.sparse_lora import merging
+
+        return merging
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -19,7 +19,7 @@ TABLE = "transformers.quantizers.auto"
 NAME = "gossamer"
 PEFT = "peft"
 _QUANTIZER = "gossamer.compress.quantizer"
-_TUNER = "gossamer.finetune.spiel.registration"
+_TUNERS = ("gossamer.finetune.spiel.registration", "gossamer.finetune.sparse_lora")
 
 
 def install() -> None:
@@ -50,9 +50,10 @@ def register() -> None:
 
 
 def register_tuner() -> None:
-    """Put sparse deltas into peft's tables; a warning where they are not as known."""
+    """Sparse deltas into peft's tables, and LoRA onto sparse layers; a warning where peft is not as known."""
     try:
-        importlib.import_module(_TUNER).register()
+        for name in _TUNERS:
+            importlib.import_module(name).register()
     except (ImportError, AttributeError) as error:
         warnings.warn(f"sparse fine-tuning is not available with this version of peft: {error}", stacklevel=2)
 

@@ -66,12 +66,22 @@ def check_memory(*tensors: Tensor) -> None:
             )
 
 
-def check_threshold(threshold: Tensor, channels: int, device: torch.device) -> None:
-    """Raises KernelError unless threshold is float32 [channels] on `device`, contiguous."""
+def check_threshold(threshold: Tensor, channels: int, device: torch.device, what: str = "threshold") -> None:
+    """Raises KernelError unless threshold, or `what`, is float32 [channels] on `device`, contiguous."""
     if threshold.dtype is not torch.float32 or threshold.device != device:
-        raise KernelError(f"threshold is {name(threshold.dtype)} on {threshold.device}, it must be float32 on {device}")
+        raise KernelError(f"{what} is {name(threshold.dtype)} on {threshold.device}, it must be float32 on {device}")
     if threshold.dim() != 1 or threshold.shape[0] != channels or not threshold.is_contiguous():
-        raise KernelError(f"threshold has shape {list(threshold.shape)}, it must be contiguous [{channels}]")
+        raise KernelError(f"{what} has shape {list(threshold.shape)}, it must be contiguous [{channels}]")
+
+
+def check_bias(bias: Tensor | None, outputs: int, x: Tensor) -> None:
+    """Raises KernelError unless bias is None or [outputs], of x's dtype, on x's device, contiguous."""
+    if bias is None:
+        return
+    if bias.dtype is not x.dtype or bias.device != x.device:
+        raise KernelError(f"bias is {name(bias.dtype)} on {bias.device}, it must be {name(x.dtype)} on {x.device}")
+    if bias.dim() != 1 or bias.shape[0] != outputs or not bias.is_contiguous():
+        raise KernelError(f"bias has shape {list(bias.shape)}, it must be contiguous [{outputs}]")
 
 
 def name(dtype: torch.dtype) -> str:

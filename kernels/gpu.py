@@ -66,6 +66,15 @@ def add_splits(partial: tl.tensor, y: tl.tensor, size: tl.tensor, SPLITS: tl.con
     tl.store(y + at, narrow(total, y.dtype.element_ty), mask=at < size)
 
 
+def partial_sums(splits: int, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """float32 [splits or one more, y.numel()] for `finish`, and the part for the sums: a bias is the first split."""
+    partial = y.new_empty(splits + (bias is not None), y.numel(), dtype=torch.float32)
+    if bias is None:
+        return partial, partial
+    partial[0].view(-1, bias.numel()).copy_(bias)
+    return partial, partial[1:]
+
+
 def finish(partial: Tensor, y: Tensor) -> Tensor:
     """y from float32 [splits, y.numel()]: what several programs found about the same outputs, in a second launch."""
     block, size = 128, y.numel()

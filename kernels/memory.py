@@ -1,4 +1,4 @@
-"""Memory for weights that a kernel reads from end to end."""
+"""Memory for weights that a kernel reads from end to end, and for caches that grow."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from .extension import compiled
 
 HUGE = 1 << 21
+SMALL = 1 << 16
 
 
 def empty_weight(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -31,3 +32,16 @@ def empty_weight(*shape: int, dtype: torch.dtype) -> Tensor:
     tensor = torch.frombuffer(region, dtype=dtype, count=size // dtype.itemsize, offset=first).view(shape)
     module.prefer_huge_pages(tensor.data_ptr(), size)
     return tensor
+
+
+def zeros_apart(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A CPU tensor of zeros whose memory goes back to the system as soon as it is freed.
+
+    glibc keeps freed blocks of up to 32 MiB as holes in its heap: a cache that grows by moving to a larger tensor would
+    hold twice its size after a while. Pages that nobody has written take no memory.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < SMALL or sys.platform != "linux":
+        return torch.zeros(shape, dtype=dtype, device="cpu")
+    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(region, dtype=dtype).view(shape)

@@ -178,6 +178,7 @@ class Flow:
         A mask that was not frozen is chosen now, from the weights as they are. Parameters stay the same objects. A
         model under FSDP2 is good for reading its weights afterwards, no longer for training.
         """
+        self.reread()  # whoever undoes a sharding takes the modules back to what they were before
         masks = {}
         for name, matrix in self.matrices.items():
             flow, original = self.weights[name], self._original(name)

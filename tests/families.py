@@ -122,6 +122,17 @@ FAMILIES: dict[str, Family] = {
         },
         [[[*QKV, "mlp.fc1"]], [["self_attn.dense"]], [["mlp.fc2"]]],
     ),
+    "phi3": Family(
+        _llama_like("Phi3Config"),
+        "model.layers",
+        {
+            "self_attn.o_proj": (48, 48),
+            "self_attn.qkv_proj": (96, 48),
+            "mlp.gate_up_proj": (160, 48),
+            "mlp.down_proj": (48, 80),
+        },
+        [[["self_attn.qkv_proj"]], [["self_attn.o_proj"]], [["mlp.gate_up_proj"]], [["mlp.down_proj"]]],
+    ),
     "gpt2": Family(
         lambda: transformers.GPT2Config(
             vocab_size=VOCAB,

@@ -44,6 +44,9 @@ def test_all_commands_are_there():
         "generate",
         "inspect",
         "methods",
+        "plan-heads",
+        "soup",
+        "windows",
     ]
 
 

@@ -168,7 +168,8 @@ class _NeuronHooks:
         return (torch.cat([inner[..., : self.start, :], sparse], dim=-2), *args[1:])
 
     def _core(self, inner: Tensor) -> Tensor:
-        assert isinstance(self.entry, CoreNeurons) and self.guide is not None
+        assert isinstance(self.entry, CoreNeurons)
+        assert self.guide is not None
         rows = inner.reshape(-1, *inner.shape[-2:])
         mask = torch.zeros(len(rows), rows.shape[1] - self.start, rows.shape[2], dtype=torch.bool, device=inner.device)
         for number, sequence in enumerate(rows):
@@ -197,7 +198,8 @@ class _NeuronHooks:
 
 def cluster_of(inner: Tensor, policy: Policy, start: int) -> int:
     """The cluster of one sequence from inner [tokens, neurons] of the MLP that gives its signature."""
-    assert policy.guide is not None and policy.guide.signature is not None
+    assert policy.guide is not None
+    assert policy.guide.signature is not None
     entry = policy.mlps[policy.guide.signature]
     assert isinstance(entry, CoreNeurons)
     return nearest_cluster(inner[1:start], entry, policy.guide)

@@ -2,8 +2,8 @@
 
     survey   (methods that share over the whole model) error curves of every site in the dense model
     fit      every block in order; on the dense model's activations, or on those of the sparse blocks below
-    correct  what the policy really skips is counted on windows that nothing was fitted on, the last HELD of them; the
-             fit is repeated with the goal moved by the difference until it is below TOLERANCE
+    correct  what the policy really skips is counted on the calibration windows; the fit is repeated with the goal moved
+             by the difference until it is below TOLERANCE
 
 A finished block's entries are durable before the next begins, so a killed run goes on from there.
 """
@@ -32,9 +32,8 @@ from .sites import BlockSites, find_sites
 from .survey import survey
 from .walk import PROMPT, Walk
 
-TOLERANCE = 0.002  # of the realised sparsity on calibration text
+TOLERANCE = 0.001  # of the realised sparsity on calibration text
 FITS = 4  # at most
-HELD = 0.125  # of the calibration windows
 PROBES = 4  # windows on which a block's error is measured, and on which searches run
 SEARCH = 16
 
@@ -102,11 +101,7 @@ class Calibration:
         self.usable = torch.ones_like(windows, dtype=torch.bool) if usable is None else usable
         self.walk = walk or Walk(
             model, windows, memory_bytes=memory_bytes, scratch=scratch, prompt=prompt, resident=resident,
-            counted=held_windows(len(windows)),
         )  # fmt: skip
-        if len(windows) > 1:
-            self.usable = self.usable.clone()
-            self.usable[-held_windows(len(windows)) :] = False
         check_usable(self.usable, self.walk.start, name)
         self.scratch, self.keep, self.memory_bytes = scratch, keep or scratch, memory_bytes
         self.found: dict[int, BlockSites] = {}
@@ -144,13 +139,16 @@ class Calibration:
         highest = self.method.reachable(extent)
         if target > highest + 1e-9:
             raise RecipeError(
-                f"{self.method.name} can skip at most {highest:.1%} of this model's linear weights, {target:.1%} was asked "
-                "for",
+                f"{self.method.name} can skip at most {highest:.1%} of this model's linear weights, asked for is "
+                f"{target:.1%}",
                 hint=f"ask for at most {int(highest * 1000) / 1000}, or use --activation auto",
             )
+        if target <= 0:
+            return self._with_facts(self._policy([], None), target, Reads())
         shares = self._shares(target, extent)
         sizes = {site[0].name: sum(p.size for p in site) for found in self.found.values() for site in found.sites}
         goal = target
+        tried: list[tuple[float, float]] = []
         best: tuple[float, Policy] | None = None
         for round_ in range(FITS):
             budgets = balanced(shares, sizes, goal * extent.whole) if shares and round_ else shares
@@ -159,12 +157,13 @@ class Calibration:
                 best = realised, policy
             if abs(realised - target) <= TOLERANCE:
                 break
-            goal = min(max(goal + target - realised, 0.0), highest)
+            tried.append((goal, realised))
+            goal = min(max(_next_goal(tried, target), 0.0), highest)
         assert best is not None
         return best[1]
 
     def _shares(self, target: float, extent: Extent) -> dict[str, float]:
-        if not self.method.surveys or target <= 0:
+        if not self.method.surveys:
             return {}
         known = self.parts.budgets()
         if known is None:
@@ -253,7 +252,6 @@ class Calibration:
 
     def _policy(self, blocks: Sequence[Fitted], guide: Any) -> Policy:
         shapes = {p.name: p.shape for i in range(self.model.num_blocks) for p in self.model.prunables(i)}
-        shapes = {name: shape for name, shape in shapes.items()}
         sites = {p.name: site[0].name for found in self.found.values() for site in found.sites for p in site}
         linears = {name: entry for block in blocks for name, entry in block.linears.items()}
         mlps = {name: entry for block in blocks for name, entry in block.mlps.items()}
@@ -285,9 +283,18 @@ class Calibration:
         return load_file(self.keep / f"gradient-{index:05d}.safetensors")
 
 
-def held_windows(windows: int) -> int:
-    """Windows that are kept for counting."""
-    return max(1, int(windows * HELD))
+def _next_goal(tried: Sequence[tuple[float, float]], target: float) -> float:
+    """By the last two goals and what they gave, on a line; by the difference where there is one, or no slope.
+
+    What is zero anyway, as behind a ReLU, makes the slope smaller than one.
+    """
+    goal, realised = tried[-1]
+    slope = 1.0
+    if len(tried) > 1:
+        before, gave = tried[-2]
+        if abs(goal - before) > 1e-6:
+            slope = min(max((realised - gave) / (goal - before), 0.2), 2.0)
+    return goal + (target - realised) / slope
 
 
 def _with_error(data: Any, error: Any) -> Any:

@@ -61,7 +61,7 @@ def gather(
         for shown in distributed.in_turn(seen, model.device):
             for name, tensor in shown.items():
                 samples.setdefault(name, []).append(tensor)
-    prompts = {path: [p for p in samples.pop(f"prompt {path}") if len(p)] for path in downs.values()}
+    prompts = {path: samples.pop(f"prompt {path}") for path in downs.values()}
     joined = {name: torch.cat(parts) for name, parts in samples.items()}
     sites = []
     for site in found.sites:
@@ -154,7 +154,7 @@ def _cut(
 ) -> dict[str, Tensor]:
     """The sampled rows of inputs and gates; of downs' inputs the prompt, without its first token and padding."""
     cut = {name: x[rows] for name, x in seen.items() if name in wanted or name.startswith("gate ")}
-    prompt = torch.nonzero(usable[1:start]).flatten() + 1  # none of a window that is held out
+    prompt = torch.nonzero(usable[1:start]).flatten() + 1
     return cut | {f"prompt {path}": seen[leaders[name]][prompt] for name, path in downs.items()}
 
 

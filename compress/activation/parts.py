@@ -1,4 +1,4 @@
-"""Finished work of a calibration in the folder of a run: entries per block as safetensors files, figures in the journal."""
+"""Finished work of a calibration: entries per block as safetensors files, figures in the journal of the run."""
 
 from __future__ import annotations
 

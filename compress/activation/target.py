@@ -1,4 +1,4 @@
-"""The highest sparsity whose perplexity stays within a limit: PPL-p% of the Sparsing Law (Luo et al. 2024), for any policy.
+"""The highest sparsity within a limit of the perplexity: PPL-p% of the Sparsing Law (Luo et al. 2024), for any policy.
 
 The increase of the perplexity over the dense model is measured on validation windows that calibration does not see,
 paired per window. Its logarithm is nearly a straight line in the logit of the sparsity; the search follows it, keeps a
@@ -50,7 +50,7 @@ def highest_sparsity(
         found = Found(sparsity, policy, *measure(policy))
         log(f"sparsity {sparsity:.1%}: perplexity {found.increase:+.2%} ± {found.error:.2%} on validation text")
         points.append((sparsity, found.increase))
-        if least is None or found.increase < least.increase:
+        if least is None or found.increase <= least.increase:
             least = found
         if found.increase <= limit:
             low = sparsity

@@ -59,13 +59,10 @@ class Walk:
         prompt: float = PROMPT,
         resident: bool = False,
         progress: Progress | None = None,
-        counted: int | None = None,
     ) -> None:
-        """`counted`: reads are counted in the last so many windows; None = in all."""
         self.model, self.windows, self.progress = model, windows, progress or Progress()
         self.start = prompt_length(windows.shape[1], prompt)
         self.resident = resident
-        self.counted = range(len(windows) - (counted or len(windows)), len(windows))
         self._blocks: dict[int, nn.Module] = {}
         self._bytes, self._scratch = memory_bytes // 2, scratch
         self._embedded = HiddenStore(scratch / f"embedded-{distributed.rank()}", memory_bytes // 2)
@@ -172,7 +169,7 @@ class Walk:
         clusters: dict[int, int] | None = None,
     ) -> None:
         """Hidden states of all followed windows one block further. Windows of another rank are not counted."""
-        mine = set(distributed.my_share(len(self.windows))) & set(self.counted)
+        mine = set(distributed.my_share(len(self.windows)))
         for group in self._groups_of(index, block, hidden):
             counted = reads if set(group) <= mine else None
             x = torch.cat([hidden.get(window) for window in group])
@@ -191,9 +188,8 @@ class Walk:
         followed = distributed.followed(len(self.windows))
         size = self.args.length * self.model.config.get_text_config().hidden_size
         count = max(1, TOGETHER // size)
-        others, counted = ([w for w in followed[1:] if (w in self.counted) is wanted] for wanted in (False, True))
-        groups = [part[i : i + count] for part in (others, counted) for i in range(0, len(part), count)]
-        return [followed[:1], *groups]
+        first, rest = followed[:1], followed[1:]
+        return [first, *(rest[i : i + count] for i in range(0, len(rest), count))]
 
     def _groups_of(self, index: int, block: nn.Module, hidden: HiddenStore) -> Sequence[Sequence[int]]:
         """The groups if this block gives every window of a batch what it gives it alone, else one by one."""

@@ -37,6 +37,9 @@ class FinetuneStage(TrainingStage):
     replace: float = Field(0.2, description="share of the entries that the choice at the beginning replaces")
     anneal: Literal["linear", "cosine"] = Field("linear", description="how that share falls to 0")
     adapter_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the values in the adapter's file")
+    score_rank: int = Field(8, ge=1, description="pst: columns of the factors of the learned score")
+    sparsity: float | None = Field(None, ge=0, lt=1, description="pst: fraction of zeros of every matrix; default 0.5")
+    pattern: str | None = Field(None, description='pst: "2:4" and the like, instead of a sparsity')
     extras: bool = Field(True, description="masklora: biases and norms are trained too")
 
     @model_validator(mode="after")
@@ -52,4 +55,6 @@ class FinetuneStage(TrainingStage):
             raise Mistake(error.message, hint=error.hint) from error
         if self.allocation == "global" and self.selection == "random":
             raise Mistake("allocation global compares scores, and selection random has none")
+        if self.sparsity is not None and self.pattern is not None:
+            raise Mistake("give sparsity or pattern, not both", hint="N:M says it already: 2:4 is 50 %")
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ...pruning.factors import DEFAULT_FACTOR, get_factor, values_of
 from ...pruning.registry import check_method
@@ -59,6 +59,13 @@ class SoupStage(ImpStage):
     measure: str | None = Field(
         None, description="text on which candidates, soups and ensemble are compared at the end"
     )
+
+    @field_validator("factor_values", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        """ "1e-3,2e-3" is a list too, and so are numbers."""
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(str(part).strip() for part in parts) if isinstance(parts, (list, tuple)) else parts
 
     @model_validator(mode="after")
     def _known_factor(self) -> SoupStage:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
+
+import torch
 
 from ...errors import ModelError
+from ..activation.heldout import heldout
+from ..activation_file import read_file
 from ..evaluate import compare
 from ..needs import Needs, evaluation_needs
 from ..plan import EvaluatePlan, Plan, Planning, evaluation_dtype, sequence_length
@@ -47,5 +52,24 @@ class Evaluate:
             raise ModelError(
                 "the dense model's loss is not finite", hint="try --dtype float32, or check the checkpoint"
             )
-        seconds = time.monotonic() - started
-        return StageReport("evaluate", stage.index, seconds, evaluation_entry(comparison, stage.protocol))
+        entry = evaluation_entry(comparison, stage.protocol)
+        skipped = _decode(context, stage, dtype)
+        if skipped is not None:
+            entry["activation"] = skipped
+        return StageReport("evaluate", stage.index, time.monotonic() - started, entry)
+
+
+def _decode(context: Context, stage: EvaluatePlan, dtype: torch.dtype) -> dict[str, Any] | None:
+    """The same windows under the activation policy that an earlier stage made, if one did."""
+    made = next((report for report in context.attached if report.kind == "activation"), None)
+    if made is None:
+        return None
+    return heldout(
+        context.open(context.plan.source, dtype),
+        context.open(context.written(), dtype, untie=context.untied),
+        read_file(context.work / made.files[0]),
+        stage.windows,
+        memory_bytes=context.plan.machine.max_memory_bytes // 2,
+        scratch=context.scratch,
+        progress=context.progress,
+    )

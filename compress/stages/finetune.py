@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ...errors import RecipeError
 from ...finetune.methods import Attached, get_method
 from .. import distributed
-from ..jobs import MatrixJob
+from ..jobs import MatrixJob, matrix_jobs
 from ..needs import Needs
 from ..plan import Plan, Planning
 from ..prunable import Prunable
@@ -54,7 +54,10 @@ class Finetune:
             stage = stage.model_copy(update={"learning_rate": method.learning_rate})
         model = planning.skeleton
         targets = tuple(p for i in range(model.num_blocks) for p in model.prunables(i))
-        return FinetunePlan(index, stage, targets=targets, **training_plan(stage, planning))
+        pattern = method.prunes(stage.model_dump())
+        pruned = [target for target in targets if target.kind != "expert"]
+        jobs = () if pattern is None else matrix_jobs(pattern, pruned, model)
+        return FinetunePlan(index, stage, jobs=jobs, targets=targets, **training_plan(stage, planning))
 
     def needs(self, plan: Plan, stage: FinetunePlan) -> Needs:
         shapes = [target.shape for target in stage.targets]
@@ -84,7 +87,7 @@ class Finetune:
         kept = masks if attached.kept is None else attached.kept()
         after = heldout_loss(model, stage)
         folder = context.part_folder(stage)
-        distributed.on_main(lambda: write_whole(context, model, kept, {}, folder))
+        distributed.on_main(lambda: write_whole(context, model, kept, attached.patterns, folder))
         difference = after - before
         error = float(difference.std() / len(difference) ** 0.5) if len(difference) > 1 else None
         return StageReport(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,10 +36,17 @@ from ..whole import kept_of, mask_view, open_whole, write_whole
 from .base import Context, StageReport
 
 
+@dataclass(frozen=True)
+class NmFlowPlan(TrainingPlan):
+    """A stage that trains towards N:M."""
+
+    stage: NmFlowStage
+
+
 class NmFlow:
     """Progressive gradient flow for N:M."""
 
-    def plan(self, index: int, stage: NmFlowStage, planning: Planning) -> TrainingPlan:
+    def plan(self, index: int, stage: NmFlowStage, planning: Planning) -> NmFlowPlan:
         """A job for every matrix, and the text. RecipeError for a pattern that does not divide, all at once."""
         model = planning.skeleton
         chosen, excluded = select(stage, model)
@@ -61,13 +68,13 @@ class NmFlow:
         options = options_of(stage, found["steps"])
         for pattern, cols in dict.fromkeys((patterns[job.name], job.prunable.shape[1]) for job in jobs):
             FlowSchedule(options.kind, pattern, cols, options.steps, options.tail, options.decay)
-        return TrainingPlan(index, stage, jobs, skipped, **found)
+        return NmFlowPlan(index, stage, jobs, skipped, **found)
 
-    def needs(self, plan: Plan, stage: TrainingPlan) -> Needs:
+    def needs(self, plan: Plan, stage: NmFlowPlan) -> Needs:
         """Beside what training needs, the masked weights that the forward pass computes with."""
         return training_needs(plan, stage, models=2)
 
-    def run(self, context: Context, stage: TrainingPlan) -> StageReport:
+    def run(self, context: Context, stage: NmFlowPlan) -> StageReport:
         started = time.monotonic()
         context.progress.working("open the model")
         model = open_whole(context)

@@ -156,16 +156,25 @@ class Masked:
         promises |= {name: min(texts) if len(texts) == 1 else MIXED for name, texts in self.patterns.items()}
         distributed.on_main(lambda: write_whole(self.context, self.model, self.masks, promises, folder))
 
-    def layers(self) -> list[dict[str, Any]]:
-        """A row per matrix for the report."""
+    def layers(self, method: str) -> list[dict[str, Any]]:
+        """A row per matrix for the report; `method` is what pruned it."""
         masks = self.matrix_masks()
         return [
             {
-                "name": job.name, "block": job.prunable.block, "shape": list(job.prunable.shape),
-                "zeros": masks[job.name].zeros, "sparsity": masks[job.name].zeros / job.size,
+                "name": job.name,
+                "block": job.prunable.block,
+                "shape": list(job.prunable.shape),
+                "pattern": "/".join(sorted(self.patterns.get(job.prunable.parameter, {MIXED}))),
+                "method": method,
+                "zeros": masks[job.name].zeros,
+                "sparsity": round(masks[job.name].zeros / job.size, 6),
+                "tokens": None,
+                "error_before": None,
+                "error_after": None,
+                "seconds": 0.0,
             }
             for job in self.plan.jobs
-        ]  # fmt: skip
+        ]
 
 
 class PhasedRun:
@@ -198,10 +207,9 @@ class PhasedRun:
             entries.append(entry)
         folder = self.context.part_folder(self.plan)
         masked.write(folder)
-        self.context.finished.append(folder)
         result = {
             "phases": [{k: v for k, v in entry.items() if k not in ("training", "patterns")} for entry in entries],
-            "layers": masked.layers(),
+            "layers": masked.layers(f"{self.stage.stage} ({self.stage.score})"),
             "training": [run for entry in entries for run in entry["training"]],
         }
         return StageReport(self.stage.stage, self.plan.index, time.monotonic() - started, result)
@@ -237,6 +245,7 @@ class PhasedRun:
         stage = PruneStage(method=self.stage.score)
         label = self._label(phase.number)
         PruneRun(inner, ScorePlan(self.plan.index, stage, jobs, (), self.plan.windows, text, label=label)).run()
+        inner.finished.append(inner.work / label)
         model = open_whole(inner)
         kept = kept_of(model, self.plan.jobs)
         found = {

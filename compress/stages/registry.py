@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 _TABLE = {
     "activation": "activation:Activation",
     "prune": "prune_kind:Prune",
+    "heads": "heads:Heads",
     "evaluate": "evaluate:Evaluate",
     "finetune": "finetune:Finetune",
     "merge": "merge:Merge",
@@ -21,6 +22,15 @@ _TABLE = {
     "gradual": "gradual:Gradual",
     "random": "random_search:RandomSearch",
     "nm-flow": "nm_flow:NmFlow",
+}
+
+# What `compress --method` names beside the one-shot methods, with a line for people.
+TRAINED = {
+    "imp": "iterative magnitude pruning: prune a part of the rest, retrain, several times (Han et al. 2015)",
+    "soup": "sparse model soups: imp, whose phases average several candidates under one mask (Zimmer et al. 2024)",
+    "gradual": "the mask tightens along a cubic curve while the model trains (Zhu and Gupta 2017)",
+    "random": "a baseline: the best of several random sparse subnetworks at the same budget",
+    "nm-flow": "trains towards an N:M pattern that is approached step by step (Bambhaniya et al. 2025)",
 }
 
 

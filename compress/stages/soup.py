@@ -81,9 +81,9 @@ class SoupPhase:
     def __call__(self, masked: Masked, phase: Phase, rates: Rates) -> dict[str, Any]:
         """Train the candidates, leave the soup in `masked.model`; the phase's entry."""
         folder = self.context.state_folder(self.plan) / f"phase-{phase.number}"
-        parent = whole_tensors(masked.model)
-        distributed.on_main(lambda: write_state(folder / "parent.safetensors", parent, masked.masks))
-        del parent
+        distributed.on_main(
+            lambda: write_state(folder / "parent.safetensors", whole_tensors(masked.model), masked.masks)
+        )
         digest = self._agreed_digest(masked)
         paths = [folder / f"candidate-{i + 1}.safetensors" for i in range(self.stage.candidates)]
         last = phase.number == phase.of
@@ -139,7 +139,8 @@ class SoupPhase:
         more = {"log_p": log_probabilities(masked.model, self.rows, self.stage.batch)}
         if last and self.plan.measured is not None:
             more["measured_p"] = log_probabilities(masked.model, self.plan.measured, self.stage.batch)
-        entry = {"candidate": index + 1, "value": value, "training": metrics_entry(metrics, f"phase-{phase.number}-candidate-{index + 1}")}  # fmt: skip
+        name = f"phase-{phase.number}-candidate-{index + 1}"
+        entry = {"candidate": index + 1, "value": value, "training": metrics_entry(metrics, name)}
         atomic_write_text(folder / f"candidate-{index + 1}.json", json.dumps(entry))
         write_state(folder / f"candidate-{index + 1}.safetensors", whole_tensors(masked.model), masked.masks, more)
 

@@ -11,8 +11,8 @@ def active(x: Tensor, threshold: Tensor) -> Tensor:
     return ~(x.float().abs() <= threshold)
 
 
-def channel_gemv(x: Tensor, weight_t: Tensor, threshold: Tensor) -> Tensor:
-    """x [..., in], zero where not active, times weight_t [in, out]; products and sums in float32, rounded once.
+def channel_gemv(x: Tensor, weight_t: Tensor, threshold: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in], zero where not active, times weight_t [in, out]; plus bias; all in float32, rounded once.
 
     Channels that no row needs are not read: what they hold, infinities and NaN included, cannot reach the result.
     """
@@ -20,4 +20,6 @@ def channel_gemv(x: Tensor, weight_t: Tensor, threshold: Tensor) -> Tensor:
     mask = active(rows, threshold)
     needed = mask.any(0).nonzero().squeeze(1)
     kept = torch.where(mask, rows, rows.new_zeros(()))[:, needed]
-    return (kept @ weight_t[needed].float()).to(x.dtype).reshape(*x.shape[:-1], weight_t.shape[1])
+    sums = kept @ weight_t[needed].float()
+    sums = sums if bias is None else sums + bias.float()
+    return sums.to(x.dtype).reshape(*x.shape[:-1], weight_t.shape[1])

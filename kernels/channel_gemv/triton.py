@@ -4,12 +4,14 @@
 program takes an equal part of the list. Also what other operations with lists of channels build upon.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gpu import add_product, finish, fold, on_device, warps
+from ..gpu import add_product, finish, fold, on_device, partial_sums, warps
 from ..gpu_plan import Plan, cut, power_of_two
 
 LIST_BLOCK = 1024
@@ -117,8 +119,16 @@ def _add_rows(
     tl.store(out + to, fold(sums, BATCH, CHANNELS, OUTPUTS), mask=(b < batch) & (output < outputs)[None, :])
 
 
-def list_active(x: Tensor, batch: int, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class Listed(NamedTuple):
     """ids int32 [in], x by that list float32 [batch, in], their number int32 [1]; beyond it they hold anything."""
+
+    ids: Tensor
+    factors: Tensor
+    number: Tensor
+
+
+def list_active(x: Tensor, batch: int, threshold: Tensor) -> Listed:
+    """The inputs that a row of x needs."""
     channels = x.shape[-1]
     ids = x.new_empty(channels, dtype=torch.int32)
     factors = x.new_empty(batch, channels, dtype=torch.float32)
@@ -136,24 +146,26 @@ def list_active(x: Tensor, batch: int, threshold: Tensor) -> tuple[Tensor, Tenso
         BLOCK=block,
         num_warps=warps(batch),
     )
-    return ids, factors, count
+    return Listed(ids, factors, count)
 
 
-def add_rows(ids: Tensor, factors: Tensor, count: Tensor | None, weight_t: Tensor, y: Tensor) -> Tensor:
-    """y [..., out]: rows of weight_t [in, out] by a list, times factors float32 [batch, ids.numel()].
+def add_rows(
+    ids: Tensor, factors: Tensor, count: Tensor | None, weight_t: Tensor, y: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """y [..., out]: bias plus rows of weight_t [in, out] by a list, times factors float32 [batch, ids.numel()].
 
     The first `count` of the list count, all where it is None. Numbers that are no rows add nothing.
     """
     (channels, outputs), batch = weight_t.shape, factors.shape[0]
     chosen = plan(ids.numel(), outputs)
-    out = y.new_empty(chosen.splits, y.numel(), dtype=torch.float32)
+    out, sums = partial_sums(chosen.splits, y, bias)
     width = min(OUTPUTS, power_of_two(outputs))
     _add_rows[(-(-outputs // width), chosen.splits)](
         ids,
         factors,
         ids if count is None else count,
         weight_t,
-        out,
+        sums,
         ids.numel(),
         channels,
         outputs,
@@ -168,15 +180,27 @@ def add_rows(ids: Tensor, factors: Tensor, count: Tensor | None, weight_t: Tenso
     return finish(out, y)
 
 
-def channel_gemv(x: Tensor, batch: int, weight_t: Tensor, threshold: Tensor) -> Tensor:
-    """x [..., in] times weight_t [in, out] over the active inputs: the same bits on every run and on every GPU.
+def channel_gemv(
+    x: Tensor,
+    batch: int,
+    weight_t: Tensor,
+    threshold: Tensor,
+    bias: Tensor | None = None,
+    listed: Listed | None = None,
+) -> Tensor:
+    """x [..., in] times weight_t [in, out] over the active inputs, which may be `listed` already, plus bias.
 
-    Those of a row among others can differ from those of the row alone: the list of both is cut at other places.
+    The same bits on every run and on every GPU. Those of a row among others can differ from those of the row alone: the
+    list of both is cut at other places.
     """
+    if not batch * weight_t.numel():
+        return empty_sum(x, weight_t.shape[1], bias)
     y = x.new_empty((*x.shape[:-1], weight_t.shape[1]))
-    if not y.numel():
-        return y
-    if not weight_t.shape[0]:
-        return y.zero_()
     with on_device(x):
-        return add_rows(*list_active(x, batch, threshold), weight_t, y)
+        return add_rows(*(listed or list_active(x, batch, threshold)), weight_t, y, bias)
+
+
+def empty_sum(x: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
+    """[..., outputs] of no inputs, or no outputs."""
+    y = x.new_zeros((*x.shape[:-1], outputs))
+    return y if bias is None else y + bias

@@ -17,6 +17,7 @@ struct DualCall {
     const float* x;  // [count, padded batch]; 0 where a row skips the channel
     int batch;
     void* y;  // [batch, outputs], in the weight's dtype
+    const void* bias = nullptr;  // as in ChannelCall
 };
 
 namespace dual {
@@ -59,8 +60,5 @@ bool pack(const std::uint8_t* bits, const std::uint16_t* values, std::int64_t nn
 void unpack(const std::uint8_t* packed, std::uint8_t* bits, std::uint16_t* values);
 
 }  // namespace dual
-
-void dual_gemv(const Tier& tier, const void* x, int batch, const std::uint8_t* packed, const float* threshold, void* y,
-               int threads);
 
 }  // namespace gossamer

@@ -162,19 +162,4 @@ void int8_gemv(const Tier& tier, int dtype, const void* x, int batch, const std:
     });
 }
 
-std::int64_t channel_gemv(const Tier& tier, int dtype, const void* x, int batch, const void* weight,
-                          const float* threshold, std::int64_t channels, std::int64_t outputs, void* y, int threads) {
-    constexpr std::int64_t kSplit = 64;  // outputs; whole lines of the narrowest dtype
-    const Active found = compact<0>(tier, dtype, x, batch, channels, threshold);
-    const ChannelCall call{weight, outputs, found.channels, found.count, found.x, batch, y};
-    const int parts = parts_for(found.count * outputs * element_size(dtype), threads);
-    const std::int64_t blocks = (outputs + kSplit - 1) / kSplit;
-    in_parts(parts, [&](int part) {
-        const std::int64_t begin = blocks * part / parts * kSplit;
-        const std::int64_t end = std::min(outputs, blocks * (part + 1) / parts * kSplit);
-        if (begin < end) tier.channel_run(dtype, call, begin, end);
-    });
-    return found.count;
-}
-
 }  // namespace gossamer

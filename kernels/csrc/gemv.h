@@ -54,6 +54,7 @@ struct ChannelCall {
     const float* x;  // [count, padded batch]; 0 where a row skips the channel
     int batch;
     void* y;  // [batch, outputs], in the weight's dtype
+    const void* bias = nullptr;  // [outputs], in the weight's dtype: where the sums begin, zero without
 };
 
 struct DualCall;    // dual.h
@@ -85,6 +86,8 @@ struct Tier {
     // active [channels] and values [count, padded batch], both with room for one more vector.
     std::int64_t (*compact)(int dtype, const void* x, int batch, std::int64_t channels, const float* threshold,
                             std::int32_t* active, float* values);
+    // x [rows, count] - center [count], rounded to x's dtype: y.
+    void (*subtract)(int dtype, const void* x, const float* center, int rows, std::int64_t count, void* y);
     void (*dual_run)(int dtype, const DualCall&, std::int64_t panel_begin, std::int64_t panel_end);
     void (*neuron_run)(int dtype, const NeuronCall&, std::int64_t begin, std::int64_t end);
     WindowSizes (*window_sizes)(int dtype, int group, std::int64_t width);
@@ -131,9 +134,5 @@ void expand(const Tier& tier, const std::uint8_t* packed, std::uint16_t* weight,
 
 // x and y in the dtype given.
 void int8_gemv(const Tier& tier, int dtype, const void* x, int batch, const std::uint8_t* packed, void* y, int threads);
-
-// Returns the number of channels that were read.
-std::int64_t channel_gemv(const Tier& tier, int dtype, const void* x, int batch, const void* weight,
-                          const float* threshold, std::int64_t channels, std::int64_t outputs, void* y, int threads);
 
 }  // namespace gossamer

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "active.h"
 #include "bitmask.h"
 #include "dual.h"
 #include "gemv.h"
@@ -111,10 +112,22 @@ void define_gemv(nb::module_& m) {
         g::int8_gemv(*at<const g::Tier>(tier), dtype, at<const void>(x), batch, at<const Bytes>(packed), at<void>(y),
                      threads);
     }, unlocked);
-    m.def("channel_gemv", [](Address tier, int dtype, Address x, int batch, Address weight, Address threshold,
-                             std::int64_t channels, std::int64_t outputs, Address y, int threads) {
-        return g::channel_gemv(*at<const g::Tier>(tier), dtype, at<const void>(x), batch, at<const void>(weight),
-                               at<const float>(threshold), channels, outputs, at<void>(y), threads);
+    m.def("active_gemv", [](Address tier, int dtype, Address x, int batch, std::int64_t channels, Address threshold, Address center,
+                            const std::vector<std::tuple<Address, std::int64_t, bool, Address, Address>>& matrices,
+                            int threads) {
+        g::ActiveMatrix few[8];
+        std::vector<g::ActiveMatrix> many;
+        g::ActiveMatrix* list = few;
+        if (matrices.size() > 8) {
+            many.resize(matrices.size());
+            list = many.data();
+        }
+        int count = 0;
+        for (const auto& [weight, outputs, packed, bias, y] : matrices) {
+            list[count++] = {at<const void>(weight), outputs, packed, at<const void>(bias), at<void>(y)};
+        }
+        return g::active_gemv(*at<const g::Tier>(tier), dtype, at<const void>(x), batch, channels,
+                              at<const float>(threshold), at<const float>(center), list, count, threads);
     }, unlocked);
 }
 
@@ -133,11 +146,6 @@ void define_dual(nb::module_& m) {
     }, unlocked);
     m.def("dual_unpack", [](Address packed, Address bits, Address values) {
         d::unpack(at<const Bytes>(packed), at<Bytes>(bits), at<std::uint16_t>(values));
-    }, unlocked);
-    m.def("dual_gemv", [](Address tier, Address x, int batch, Address packed, Address threshold, Address y,
-                          int threads) {
-        gossamer::dual_gemv(*at<const gossamer::Tier>(tier), at<const void>(x), batch, at<const Bytes>(packed),
-                            at<const float>(threshold), at<void>(y), threads);
     }, unlocked);
 }
 

@@ -48,7 +48,7 @@ bool neuron_mlp(const Tier& tier, int dtype, const void* x, int batch, const Mlp
         tier.neuron_run(dtype, call, begin, end);
         gate(mlp.activation, call.gates + begin * padded, call.ups + begin * padded, (end - begin) * padded);
     });
-    const ChannelCall down{mlp.down_t, mlp.hidden, active, count, gates, batch, y};
+    const ChannelCall down{mlp.down_t, mlp.hidden, active, count, gates, batch, y, nullptr};
     const std::int64_t blocks = (mlp.hidden + kSplit - 1) / kSplit;
     parts = parts_for(bytes, threads);
     in_parts(parts, [&](int part) {

@@ -120,6 +120,17 @@ inline void channel_group(const Group<typename C::W>& group, std::int64_t output
     for (; o < outputs; o += C::kStep) channel_step<C, B, kCount, 1>(group, outputs, o, sums);
 }
 
+// Sums [B][outputs] as they begin: the bias, in the order that widen gives, or zero.
+template <class C, int B>
+inline void channel_begin(const typename C::W* bias, std::int64_t outputs, float* sums) {
+    using S = typename C::S;
+    for (std::int64_t o = 0; o < outputs; o += C::kStep) {
+        typename S::F a = S::zero(), b = S::zero();
+        if (bias != nullptr) C::widen(bias + o, a, b);
+        for (int r = 0; r < B; ++r) S::store(sums + r * outputs + o, a), S::store(sums + r * outputs + o + S::kLanes, b);
+    }
+}
+
 // Outputs [begin, end), end - begin a multiple of kStep and at most a block.
 template <class C, int B>
 void channel_block(const ChannelCall& call, std::int64_t begin, std::int64_t end) {
@@ -128,7 +139,7 @@ void channel_block(const ChannelCall& call, std::int64_t begin, std::int64_t end
     const W* weight = static_cast<const W*>(call.weight) + begin;
     const std::int64_t outputs = end - begin;
     alignas(64) float sums[kBlockFloats];
-    for (std::int64_t o = 0; o < outputs * B; o += S::kLanes) S::store(sums + o, S::zero());
+    channel_begin<C, B>(call.bias == nullptr ? nullptr : static_cast<const W*>(call.bias) + begin, outputs, sums);
     std::int64_t i = 0;
     for (; i + kGroup <= call.count; i += kGroup) {
         const W* rows[kGroup];
@@ -155,11 +166,15 @@ void channel_rest(const ChannelCall& call, std::int64_t begin, std::int64_t end)
     using S = typename C::S;
     const W* weight = static_cast<const W*>(call.weight) + begin;
     alignas(64) float sums[B * C::kStep];
-    for (int o = 0; o < B * C::kStep; o += S::kLanes) S::store(sums + o, S::zero());
     W part[C::kStep] = {};
     const W* row = part;
+    const auto copy = [&](const W* from) {
+        for (std::int64_t o = 0; o < end - begin; ++o) part[o] = from[o];
+    };
+    if (call.bias != nullptr) copy(static_cast<const W*>(call.bias) + begin);
+    channel_begin<C, B>(call.bias == nullptr ? nullptr : part, C::kStep, sums);
     for (std::int64_t i = 0; i < call.count; ++i) {
-        for (std::int64_t o = 0; o < end - begin; ++o) part[o] = weight[call.active[i] * call.outputs + o];
+        copy(weight + call.active[i] * call.outputs);
         channel_group<C, B, 1>({&row, call.x + i * B}, C::kStep, sums);
     }
     for (int r = 0; r < call.batch; ++r) {

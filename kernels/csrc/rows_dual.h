@@ -96,6 +96,24 @@ inline void dual_block(DualGroup& group, const float* x, std::int64_t ahead, std
     }
 }
 
+// The bias of `count` outputs to sums [B][stride], in the order that split gives: as a block of which everything is kept.
+template <class U, int B>
+void dual_begin(const typename U::W* bias, std::int64_t count, std::int64_t stride, float* sums) {
+    using S = typename U::S;
+    for (std::int64_t o = 0; o < count; o += dual::kBlock) {
+        typename U::W part[2 * dual::kBlock] = {};  // a block is read 64 bytes beyond its last value
+        const std::int64_t here = count - o < dual::kBlock ? count - o : dual::kBlock;
+        std::memcpy(part, bias + o, static_cast<std::size_t>(here) * sizeof *bias);
+        U::block(~std::uint64_t{0}, reinterpret_cast<const std::uint16_t*>(part), [&](int step, typename U::V v) {
+            typename S::F parts[U::kParts];
+            U::split(v, parts);
+            for (int p = 0; p < U::kParts; ++p) {
+                for (int r = 0; r < B; ++r) S::store(sums + r * stride + o + (step * U::kParts + p) * S::kLanes, parts[p]);
+            }
+        });
+    }
+}
+
 // Panels [begin, end), whose sums fit.
 template <class U, int B>
 void dual_panels(const DualCall& call, std::int64_t begin, std::int64_t end) {
@@ -105,6 +123,9 @@ void dual_panels(const DualCall& call, std::int64_t begin, std::int64_t end) {
     const std::int64_t stride = (last - first + dual::kBlock - 1) / dual::kBlock * dual::kBlock;
     alignas(64) float sums[kDualSums];
     for (std::int64_t o = 0; o < stride * B; o += S::kLanes) S::store(sums + o, S::zero());
+    if (call.bias != nullptr) {
+        dual_begin<U, B>(static_cast<const typename U::W*>(call.bias) + first, last - first, stride, sums);
+    }
     const std::int32_t* begins = call.offsets + begin * call.channels;
     const std::int32_t* ends = call.offsets + end * call.channels;
     const auto point = [&](std::int64_t n, int count, DualGroup& group) {

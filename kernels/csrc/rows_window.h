@@ -32,13 +32,15 @@ struct WindowOf {
     using W = typename C::W;
     using F = typename S::F;
     static constexpr int kLanes = S::kLanes, kStep = C::kStep, kBlock = kLanes * K::kPer, kRows = 64;
+    static constexpr int kStride = kWindowChunk + 16;  // of scores: a power of two would put all queries into one cache set
+    static constexpr std::int64_t kAhead = 4096;       // bytes
     static_assert(kStep == 2 * kLanes, "a step is two vectors");
 
     static std::int64_t padded(std::int64_t width, std::int64_t step) { return (width + step - 1) / step * step; }
     static std::int64_t words(std::int64_t width) { return padded(width, kBlock) / K::kPer; }
 
     static WindowSizes sizes(int group, std::int64_t width) {
-        return {words(width), padded(width, kStep), words(width) * kLanes + group * std::int64_t{kWindowChunk}};
+        return {words(width), padded(width, kStep), words(width) * kLanes + group * std::int64_t{kStride}};
     }
 
     static void prepare(const W* query, std::int64_t width, float* to) {
@@ -90,7 +92,7 @@ struct WindowOf {
         for (int q = 0; q < Q; ++q) {
             F sum = acc[q][0];
             if (kChains == 4) sum = S::add(S::add(acc[q][0], acc[q][1 % kChains]), S::add(acc[q][2 % kChains], acc[q][3 % kChains]));
-            S::store(out + q * kWindowChunk, S::fma(sum, S::set1(scale), S::zero()));
+            S::store(out + q * kStride, S::fma(sum, S::set1(scale), S::zero()));
         }
     }
 
@@ -149,6 +151,7 @@ struct WindowOf {
         W last[kStep] = {};
         for (std::int64_t i = 0; i < count; ++i) {
             const W* from = values + i * width + k;
+            ask_for(reinterpret_cast<const char*>(from) + kAhead, 1);
             if (partial) {
                 std::memcpy(last, from, static_cast<std::size_t>(width - k) * sizeof(W));
                 from = last;
@@ -157,7 +160,7 @@ struct WindowOf {
             C::widen(from, x, y);
             GOSSAMER_UNROLL(8)
             for (int q = 0; q < Q; ++q) {
-                const F weight = S::set1(weights[q * kWindowChunk + i]);
+                const F weight = S::set1(weights[q * kStride + i]);
                 a[q] = S::fma(x, weight, a[q]);
                 b[q] = S::fma(y, weight, b[q]);
             }
@@ -188,6 +191,7 @@ struct WindowOf {
         auto* tile = reinterpret_cast<float*>(part.room);
         float* scores = tile + count * kLanes;
         const std::int64_t all = part.count[0] + part.count[1];
+        const int lines = static_cast<int>((kLanes * width * static_cast<std::int64_t>(sizeof(W)) + 63) / 64);
         const auto row = [&](const void* const* runs, std::int64_t i) {
             const int which = i >= part.count[0];
             return static_cast<const W*>(runs[which]) + (i - (which ? part.count[0] : 0)) * width;
@@ -195,13 +199,14 @@ struct WindowOf {
         for (std::int64_t i = 0; i < all; i += kLanes) {
             const W* rows[kLanes];
             for (int lane = 0; lane < kLanes; ++lane) rows[lane] = row(part.keys, i + lane < all ? i + lane : all - 1);
+            ask_for(reinterpret_cast<const char*>(rows[0]) + kAhead, lines);
             turn(rows, width, tile);
             by_queries(part.group, [&](int q, auto queries) {
                 score<decltype(queries)::value>(tile, count, part.query + q * count, part.scale,
-                                                scores + q * kWindowChunk + i);
+                                                scores + q * kStride + i);
             });
         }
-        for (int q = 0; q < part.group; ++q) soften(scores + q * kWindowChunk, all, part.best + q, part.total + q);
+        for (int q = 0; q < part.group; ++q) soften(scores + q * kStride, all, part.best + q, part.total + q);
         std::memset(part.sums, 0, static_cast<std::size_t>(4 * part.group * stride));
         std::int64_t done = 0;
         for (int which = 0; which < 2; ++which) {
@@ -211,7 +216,7 @@ struct WindowOf {
                 for (std::int64_t k = 0; k < width; k += kStep) {
                     by_queries(part.group, [&](int q, auto queries) {
                         add<decltype(queries)::value>(values + i * width, width, some, k,
-                                                      scores + q * kWindowChunk + done + i, part.sums + q * stride,
+                                                      scores + q * kStride + done + i, part.sums + q * stride,
                                                       stride);
                     });
                 }

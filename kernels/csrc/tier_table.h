@@ -110,6 +110,17 @@ const std::uint16_t* expand_row_(const std::uint8_t* mask, const std::uint16_t* 
 #endif
 }
 
+void subtract_(int dtype, const void* x, const float* center, int rows, std::int64_t count, void* y) {
+    by_dtype(dtype, [&](auto t) {
+        using W = typename decltype(t)::W;
+        for (int r = 0; r < rows; ++r) {
+            const W* from = static_cast<const W*>(x) + r * count;
+            W* to = static_cast<W*>(y) + r * count;
+            for (std::int64_t i = 0; i < count; ++i) narrow(widen(from[i]) - center[i], to + i);
+        }
+    });
+}
+
 void dual_run_(int dtype, const DualCall& call, std::int64_t begin, std::int64_t end) {
     by_dtype16(dtype, [&](auto t) { dual_outputs<Dual<typename decltype(t)::W>>(call, begin, end); });
 }
@@ -146,7 +157,7 @@ void window_finish_(int dtype, const float* sums, float total, std::int64_t widt
 constexpr Tier make_tier(const char* name) {
     return Tier{name,         dense_row_, bitmask_row_, dense_prepare_, bitmask_prepare_, dense_run_,   bitmask_run_,
                 int8_bytes_,  int8_prepare_, int8_run_,  channel_run_,   narrow_,          expand_row_, compact_,
-                dual_run_,    neuron_run_,  window_sizes_, window_prepare_,  window_run_,      window_finish_};
+                subtract_,    dual_run_,     neuron_run_,  window_sizes_, window_prepare_,  window_run_,      window_finish_};
 }
 
 }  // namespace

@@ -78,22 +78,26 @@ bool window_attention(const Tier& tier, int dtype, const Window& window, int thr
     const std::int64_t size = group * (sizes.sums + 2);  // sums, then the greatest scores, then the totals
     auto* results = reinterpret_cast<float*>(scratch<2>(4 * chunks * size));
     const int parts = parts_for(2 * seen * row, threads);
+    // A chunk belongs to the part in whose share of all keys its first one lies.
     in_parts(parts, [&](int part) {
-        const std::int64_t begin = chunks * part / parts, end = chunks * (part + 1) / parts;
         std::uint8_t* room = scratch<3>(4 * sizes.room);
-        std::int64_t head = 0;
-        for (std::int64_t chunk = begin; chunk < end; ++chunk) {
-            while (firsts[head + 1] <= chunk) ++head;
-            WindowPart call = part_of(window.ranges + 4 * head, chunk - firsts[head], keys, values);
-            call.width = width;
-            call.group = static_cast<int>(group);
-            call.scale = window.scale;
-            call.query = queries + head * group * sizes.query;
-            call.room = room;
-            call.sums = results + chunk * size;
-            call.best = call.sums + group * sizes.sums;
-            call.total = call.best + group;
-            tier.window_run(dtype, call);
+        std::int64_t before = 0;
+        for (std::int64_t head = 0; head < heads; ++head) {
+            for (std::int64_t chunk = firsts[head]; chunk < firsts[head + 1]; ++chunk) {
+                WindowPart call = part_of(window.ranges + 4 * head, chunk - firsts[head], keys, values);
+                const bool mine = before * parts / seen == part;
+                before += call.count[0] + call.count[1];
+                if (!mine) continue;
+                call.width = width;
+                call.group = static_cast<int>(group);
+                call.scale = window.scale;
+                call.query = queries + head * group * sizes.query;
+                call.room = room;
+                call.sums = results + chunk * size;
+                call.best = call.sums + group * sizes.sums;
+                call.total = call.best + group;
+                tier.window_run(dtype, call);
+            }
         }
     });
     // Chunks of a head are merged in order, into the first.

@@ -1,4 +1,4 @@
-"""Packing and `dual_gemv` in C++. `dispatch` has checked the arguments."""
+"""Packing in C++. `dispatch` has checked the arguments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ..memory import empty_weight
-from ..tier import Tier
 from .layout import CODES
 
 
@@ -29,17 +28,3 @@ def unpack(
     values = torch.empty(nnz, dtype=dtype)
     module.dual_unpack(packed.data_ptr(), bits.data_ptr(), values.data_ptr())
     return bits, values
-
-
-def dual_gemv(tier: Tier, x: Tensor, batch: int, packed: Tensor, threshold: Tensor, rows: int) -> Tensor:
-    y = x.new_empty((*x.shape[:-1], rows))
-    tier.module.dual_gemv(
-        tier.address,
-        x.data_ptr(),
-        batch,
-        packed.data_ptr(),
-        threshold.data_ptr(),
-        y.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return y

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...errors import KernelError
-from ..arguments import check_rows, check_threshold, name
+from ..active.cpu import active_gemv
+from ..arguments import check_bias, check_rows, check_threshold, name
 from ..backend import choose
 from ..bitmask import dispatch as bitmask
 from ..extension import compiled
@@ -64,18 +65,18 @@ def describe(packed: Tensor) -> Record:
     return record_of(packed)
 
 
-def dual_gemv(x: Tensor, packed: Tensor, threshold: Tensor, rows: int) -> Tensor:
+def dual_gemv(x: Tensor, packed: Tensor, threshold: Tensor, rows: int, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times the packed matrix [rows, in] transposed over the active inputs only: [..., rows] in x's dtype.
 
     Input i of a row is active unless |x_i| <= threshold_i (float32 [in]), exactly as in `channel_gemv`; a channel is
-    read when any row of x needs it. Sums in float32. x: the dtype of the values, contiguous, 1 to 8 rows. The same bits
-    for any number of threads, and for a row alone or among others. Raises KernelError for what does not fit, a
-    malformed matrix, and where a gradient would be needed.
+    read when any row of x needs it. Sums in float32, from `bias` [rows] in x's dtype on, or from zero. x: the dtype of
+    the values, contiguous, 1 to 8 rows. The same bits for any number of threads, and for a row alone or among others. Raises
+    KernelError for what does not fit, a malformed matrix, and where a gradient would be needed.
 
     In channels that are read, pruned entries multiply as +0.0: an active infinity or NaN in x makes NaN of them.
     Weights should be finite: an infinite or NaN weight that is read for one row makes NaN of all rows.
     """
-    return _operator(x, packed, threshold, rows)
+    return _operator(x, packed, threshold, rows, bias)
 
 
 def dual_dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
@@ -105,26 +106,29 @@ _dense_operator = operator(
 )
 
 
-def _run(x: Tensor, packed: Tensor, threshold: Tensor, rows: int) -> Tensor:
+def _run(x: Tensor, packed: Tensor, threshold: Tensor, rows: int, bias: Tensor | None = None) -> Tensor:
     record = record_of(packed)
     if rows != record.rows:
         raise KernelError(f"the packed matrix has {record.rows} rows, the call says {rows}")
     batch = check_rows(x, record.cols, record.dtype, record.device)
     check_threshold(threshold, record.cols, x.device)
+    check_bias(bias, rows, x)
     which = choose(x.device.type)
     if which == "triton":
         from . import triton
         from .gpu_layout import matrix_of
 
-        return triton.dual_gemv(x, batch, matrix_of(packed, record, unpack), threshold, rows)
+        return triton.dual_gemv(x, batch, matrix_of(packed, record, unpack), threshold, rows, bias)
     tier = current() if which == "cpu" else None
     if tier is None:
-        return reference.dual_gemv(x, packed, threshold)
-    return cpu.dual_gemv(tier, x, batch, packed, threshold, rows)
+        return reference.dual_gemv(x, packed, threshold, bias)
+    return active_gemv(tier, x, threshold, [packed], [rows], [bias])[0][0]
 
 
-def _fake(x: Tensor, packed: Tensor, threshold: Tensor, rows: int) -> Tensor:
+def _fake(x: Tensor, packed: Tensor, threshold: Tensor, rows: int, bias: Tensor | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
 
 
-_operator = operator("dual_gemv(Tensor x, Tensor packed, Tensor threshold, int rows) -> Tensor", _run, _fake)
+_operator = operator(
+    "dual_gemv(Tensor x, Tensor packed, Tensor threshold, int rows, Tensor? bias=None) -> Tensor", _run, _fake
+)

@@ -3,13 +3,12 @@
 `gpu_layout` makes the matrix; `channel_gemv/triton.py` the list. `dispatch` has checked the arguments.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..channel_gemv.triton import list_active, part_of_list
-from ..gpu import add_product, finish, fold, on_device, warps
+from ..channel_gemv.triton import Listed, empty_sum, list_active, part_of_list
+from ..gpu import add_product, finish, fold, on_device, partial_sums, warps
 from ..gpu_plan import Plan, cut, power_of_two
 from .gpu_layout import DualMatrix
 
@@ -96,27 +95,34 @@ def _add_words(
     tl.store(to + 3, fold(sums3, BATCH, CHANNELS, LANES), mask=line & (row + 3 < rows))
 
 
-def dual_gemv(x: Tensor, batch: int, matrix: DualMatrix, threshold: Tensor, rows: int) -> Tensor:
-    """x [..., in] times W^T over the active inputs and kept weights: the same bits on every run and on every GPU.
+def dual_gemv(
+    x: Tensor,
+    batch: int,
+    matrix: DualMatrix,
+    threshold: Tensor,
+    rows: int,
+    bias: Tensor | None = None,
+    listed: Listed | None = None,
+) -> Tensor:
+    """x [..., in] times W^T over the active inputs and kept weights, plus bias; `listed` as in `channel_gemv`.
 
-    Those of a row among others can differ from those of the row alone: the list of both is cut at other places.
+    The same bits on every run and on every GPU. Those of a row among others can differ from those of the row alone: the
+    list of both is cut at other places.
     """
-    y = x.new_empty((*x.shape[:-1], rows))
     channels, words = matrix.masks.shape
-    if not y.numel():
-        return y
-    if not channels:
-        return y.zero_()
+    if not batch * rows * channels:
+        return empty_sum(x, rows, bias)
+    y = x.new_empty((*x.shape[:-1], rows))
     chosen = plan(channels, words)
-    out = x.new_empty(chosen.splits, y.numel(), dtype=torch.float32)
     with on_device(x):
-        ids, factors, count = list_active(x, batch, threshold)
+        out, sums = partial_sums(chosen.splits, y, bias)
+        ids, factors, count = listed or list_active(x, batch, threshold)
         _add_words[(-(-words // WORDS), chosen.splits)](
             ids,
             factors,
             count,
             *matrix,
-            out,
+            sums,
             channels,
             rows,
             words,

@@ -41,7 +41,7 @@ class ChannelSparseLinear(ThresholdLinear):
         return cls(weight_t, threshold.to(weight.device).expand(weight.shape[1]), bias)
 
     def gemv(self, x: Tensor) -> Tensor:
-        return channel_gemv(x, self.packed, self.threshold)
+        return channel_gemv(x, self.packed, self.threshold, self.start())
 
     def expand(self, packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
         return packed.t()

@@ -42,7 +42,7 @@ class DualSparseLinear(ThresholdLinear, KeptLinear):
         return cls(packed, threshold.to(weight.device).expand(weight.shape[1]), bias)
 
     def gemv(self, x: Tensor) -> Tensor:
-        return layout.dual_gemv(x, self.packed, self.threshold, self.out_features)
+        return layout.dual_gemv(x, self.packed, self.threshold, self.out_features, self.start())
 
     def expand(self, packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
         return layout.dual_dense(packed, rows, cols, dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,10 +27,11 @@ class Layer(Protocol):
 
 
 class Siblings:
-    """Layers in the order of their calls. Copies of a layer start without."""
+    """Layers in the order of their calls, or `given` ones in any order. Copies of a layer start without."""
 
-    def __init__(self, first: Layer) -> None:
-        self.layers = [first]
+    def __init__(self, first: Layer, given: Sequence[Layer] = ()) -> None:
+        self.layers = [*given] or [first]
+        self.given = bool(given)
         self._held: tuple[Tensor, int, dict[int, Tensor]] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -49,15 +50,15 @@ class Siblings:
             self._held = None
         return result
 
-    def compute(self, layer: Layer, x: Tensor, run: Run) -> Tensor:
-        """The result of `layer`; if it is the first of its siblings, the others' are kept for them."""
-        if layer is not self.layers[0]:
-            return run(x, [layer.matrix()])[0]
+    def compute(self, layer: Layer, x: Tensor, run: Callable[[Tensor, list[Any]], list[Tensor]]) -> Tensor:
+        """The result of `layer`; of the first of its siblings also the others', kept for them. `run`: of layers."""
+        if layer is not self.layers[0] and not self.given:
+            return run(x, [layer])[0]
         if self._held is not None:  # somebody did not come for his result: they are not always called in turn
             self._part()
-            return run(x, [layer.matrix()])[0]
+            return run(x, [layer])[0]
         here = [other for other in self.layers if other.matrix().device == x.device]
-        results = run(x, [other.matrix() for other in here])
+        results = run(x, here)
         kept = {id(other): y for other, y in zip(here, results, strict=True)}
         own = kept.pop(id(layer))
         if kept:
@@ -89,7 +90,9 @@ def product(layer: Layer, x: Tensor, run: Run) -> Tensor:
     group = layer.siblings
     if group is not None:
         found = group.take(layer, x)
-        return group.compute(layer, x, run) if found is None else found
+        if found is not None:
+            return found
+        return group.compute(layer, x, lambda x, layers: run(x, [one.matrix() for one in layers]))
     if not layer.alone:
         _learn(layer, x, run)
     return run(x, [layer.matrix()])[0]

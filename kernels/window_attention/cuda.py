@@ -1,8 +1,8 @@
 """`window_attention` on CUDA GPUs by torch's flash attention for sequences of several lengths.
 
-Every range of every KV head is one sequence of keys with one KV head, and the query heads that share it are its heads. A
-head's two ranges are merged by their log-sum-exp. `dispatch` has checked the arguments, except the ranges: that would wait
-for the GPU.
+Every range of every KV head is one sequence of keys with one KV head, and the query heads that share it are its heads.
+A head's two ranges are merged by their log-sum-exp. `dispatch` has checked the arguments, except the ranges: that would
+wait for the GPU.
 """
 
 from __future__ import annotations

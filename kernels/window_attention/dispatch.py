@@ -21,7 +21,7 @@ MAX_GROUP = 64
 def window_attention(query: Tensor, keys: Tensor, values: Tensor, ranges: Tensor, scale: float) -> Tensor:
     """softmax(scale q k^T) v, where head h of sequence b sees the rows of two ranges: like `query`.
 
-    query [batch, query heads, D]; keys and values [rows, D]; all float32, bfloat16 or float16, of one dtype, contiguous.
+    query [batch, query heads, D]; keys and values [rows, D]; float32, bfloat16 or float16, of one dtype, contiguous.
     ranges int64 [batch, KV heads, 4]: first row and number of rows, twice; the two do not overlap, and query head h
     belongs to KV head h // (query heads / KV heads). A head that sees nothing gives zeros. Sums are float32, rounded
     once. The same bits for any number of threads, and for a sequence alone or among others. Raises KernelError for what

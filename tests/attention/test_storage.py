@@ -60,14 +60,16 @@ def test_a_reset_gives_everything_back():
     cache = new_cache(model)
     fill(cache, model, 50)
     cache.reset()
-    assert reachable_bytes(cache) < 1000 and cache.get_seq_length() == 0
+    assert reachable_bytes(cache) < 1000
+    assert cache.get_seq_length() == 0
     fill(cache, model, 20)
     assert cache.get_seq_length() == 20
 
 
 def test_the_grid():
     lengths = [grid(n) for n in range(1, 40000)]
-    assert all(a >= n for n, a in enumerate(lengths, 1)) and lengths == sorted(lengths)
+    assert all(a >= n for n, a in enumerate(lengths, 1))
+    assert lengths == sorted(lengths)
     assert all(a <= max(n + GRAIN - 1, n * 65 / 64 + 1) for n, a in enumerate(lengths, 1))
     assert all(grid(2**k) == 2**k for k in range(4, 20))
 
@@ -84,7 +86,8 @@ def test_a_model_that_changes_keys_falls_back_to_masks(monkeypatch, touched):
     monkeypatch.setattr(RaggedCache, "update", lambda self, k, v, i, *a: outside(usual(self.layers[i], k, v)))
     with applied(model, plan, cache="ragged"), pytest.warns(RuntimeWarning, match="kept by masks") as told:
         found = model.generate(ids, max_new_tokens=30, do_sample=False)
-    assert torch.equal(found, wanted) and len(told) == 1
+    assert torch.equal(found, wanted)
+    assert len(told) == 1
 
 
 @torch.no_grad()
@@ -112,7 +115,8 @@ def test_what_cannot_be():
     with pytest.raises(ModelError, match="cannot take tokens back"):
         cache.crop(-1)
     remove(model)
-    assert new_cache(model) is None and model.config._attn_implementation == "sdpa"
+    assert new_cache(model) is None
+    assert model.config._attn_implementation == "sdpa"
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from gossamer.compress.recipe import (
     EvaluateStage,
     ExportStage,
     Machine,
+    NmFlowStage,
     PruneStage,
     Recipe,
 )
@@ -211,3 +212,71 @@ def test_defaults_on_the_help_page_are_the_recipe_s():
     assert {name: shown[name] for name in said} == {name: str(value) for name, value in said.items()}
     evaluate = {param.opts[-1]: param.default for param in typer.main.get_command(app).commands["eval"].params}
     assert evaluate["--data"] == EvaluateStage().data
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--method", "imp", "--sparsity", "0.9", "--steps", "12", "--set", "phases=4"], {"stage": "imp", "phases": 4}),
+        (
+            [
+                "--method",
+                "soup",
+                "--steps",
+                "9",
+                "--set",
+                "factor=learning-rate",
+                "--set",
+                "factor-values=1e-3,2e-3,5e-4",
+            ],
+            {"stage": "soup", "candidates": 3, "factor_values": ["1e-3", "2e-3", "5e-4"]},
+        ),
+        (["--method", "gradual", "--scope", "matrix", "--set", "every=3"], {"stage": "gradual", "every": 3}),
+        (["--method", "random", "--set", "tries=2"], {"stage": "random", "tries": 2}),
+    ],
+)
+def test_methods_that_prune_while_they_train(launcher, tiny, tmp_path, words, expected):
+    texts = ["--data", tiny / "calibration.txt", "--seqlen", "32", "--no-eval", "--dry-run", "--json"]
+    if "--steps" not in words:
+        texts += ["--steps", "6"]
+    done = launcher.run("compress", tiny, "-o", tmp_path / "out", *words, *texts)
+    stage = done.json()["recipe"]["stages"][0]
+    assert {key: stage[key] for key in expected} == expected
+
+
+TRAIN = (
+    "--method nm-flow --pattern 1:8 --pattern-for self_attn=2:4 --pattern-for up=dense --exclude down --seqlen 64 "
+    "--data t.jsonl --steps 5 --learning-rate 0.01 --set flow=sr-ste --set batch=16 --set decoupled=false "
+    "--set clip=none --set weight-decay=0.1 --no-eval"
+)
+
+
+def test_a_method_that_trains_is_a_stage_of_its_own(driver):
+    assert asked(driver, *TRAIN.split()).stages == (
+        NmFlowStage(
+            pattern="1:8", patterns={"self_attn": "2:4", "up": "dense"}, exclude=("down",), seqlen=64, data="t.jsonl",
+            steps=5, learning_rate=0.01, flow="sr-ste", batch=16, decoupled=False, clip=None, weight_decay=0.1,
+        ),
+        ExportStage(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--method wanda --steps 5", "--steps belongs to methods that train: .*nm-flow"),
+        ("--set batch=3", "--set belongs to methods that train"),
+        ("--method nmflow", "method 'nmflow' is unknown; allowed: .*nm-flow"),
+        ("--method nm-flow --calibration c.txt", "--calibration is for methods that measure; nm-flow trains"),
+        ("--method nm-flow --set batch", "--set 'batch' is not understood"),
+        ("--method nm-flow --set steps=3 --steps 4", "steps is given twice"),
+        ("--method nm-flow --set stepz=3", "stepz is no field of a recipe; did you mean steps?"),
+        ("--method nm-flow --set batch=two", "batch must be a valid integer"),
+        ("--method nm-flow --nsamples 5", "nsamples is no field of a recipe"),
+        ("--recipe r.yaml --data t.txt --set a=b", "--recipe cannot be combined with --data, --set"),
+    ],
+)
+def test_options_of_training_that_contradict(driver, words, said):
+    result = run("MODEL", "-o", "OUT", *words.split())
+    assert result.exit_code == 2
+    assert re.search(said, " ".join(result.output.split())), result.output

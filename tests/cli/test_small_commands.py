@@ -41,6 +41,7 @@ def test_methods_lists_the_registry():
     assert all(row["summary"] for row in listed)
     table = run("methods").stdout
     assert all(name in table for name in METHODS)
+    assert [row["name"] for row in listed if row["trains"]] == ["imp", "soup", "gradual", "random", "nm-flow"]
 
 
 def test_env_names_versions_and_machine():

@@ -1,4 +1,4 @@
-"""A head plan in a checkpoint: applied by every way of loading, kept by saving, run by our loop, beside sparse weights."""
+"""A head plan in a checkpoint: applied by every way of loading, saved, run by our loop, with packed weights."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_our_loop_runs_on_what_the_plan_keeps(tmp_path, monkeypatch):
     model = gossamer.load(folder)
     found = torch.stack(list(generate(model, IDS, 12)), 1)
     assert len(made) == 1
-    assert made[0].layers[0].keys.shape[1] == sum(
+    assert made[0].layers[0].store.keys.shape[1] == sum(
         made[0].plan.kept(0, head, 28) for head in range(made[0].plan.kv_heads)
     )
     with applied(model, model.gossamer_heads.plan, cache="masked"):

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
 
+from gossamer.finetune.sharded import remember, restore
 from gossamer.pruning.flow import Flow, FlowMatrix, FlowOptions
 from gossamer.pruning.pattern import NM
 
@@ -32,8 +33,11 @@ class Swapped(nn.Module):
         return x @ self.weight
 
 
-def train(kind: str, tail: float) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """(digest of every mask, whole weights) after STEPS steps on eight rows each, split over the processes."""
+def train(kind: str, tail: float, whole_again: bool = False) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """(digest of every mask, whole weights) after STEPS steps on eight rows each, split over the processes.
+
+    `whole_again`: the sharding is undone before the flow ends.
+    """
     torch.manual_seed(0)
     # 5 outputs and 12 inputs over two processes: uneven shards
     model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), Swapped(12, 8), nn.Tanh(), nn.Linear(8, 5))
@@ -45,6 +49,7 @@ def train(kind: str, tail: float) -> tuple[dict[str, str], dict[str, torch.Tenso
         "c": FlowMatrix(model[4], NM(1, 8)),
     }
     flow = Flow(matrices, FlowOptions(kind, STEPS, tail=tail, shrink=0.5))
+    before = remember(model)
     if world > 1:
         for module in (model[0], model[2], model[4], model):
             fully_shard(module)
@@ -55,16 +60,18 @@ def train(kind: str, tail: float) -> tuple[dict[str, str], dict[str, torch.Tenso
         optimizer.zero_grad()
         mse_loss(model(x[rank::world]), y[rank::world]).backward()
         optimizer.step()
+    if whole_again:
+        restore(before)
     masks = flow.finish()
     whole = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in model.named_parameters()}
     return {name: mask.sha256() for name, mask in masks.items()}, whole
 
 
-def child(folder: str, kind: str, tail: float) -> Any:
+def child(folder: str, kind: str, tail: float, whole_again: bool) -> Any:
     """In a process of its own, named by RANK: what `train` gives as files below `folder`."""
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo")
-    digests, whole = train(kind, tail)
+    digests, whole = train(kind, tail, whole_again)
     dist.barrier()
     dist.destroy_process_group()
     torch.save(whole, Path(folder) / f"{rank}.pt")

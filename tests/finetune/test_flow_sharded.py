@@ -18,13 +18,13 @@ import sharded_flow
 TOLERANCE = 1e-5  # gradients are summed in another order
 
 
-@pytest.mark.parametrize(("kind", "tail"), [("sr-ste", 0.3), ("mdgf-linear", 0.0)])
-def test_two_processes_equal_one(launcher: Launcher, tmp_path: Path, kind: str, tail: float) -> None:
+@pytest.mark.parametrize(("kind", "tail", "whole_again"), [("sr-ste", 0.3, True), ("mdgf-linear", 0.0, False)])
+def test_two_processes_equal_one(launcher: Launcher, tmp_path: Path, kind: str, tail: float, whole_again: bool) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import sharded_flow; "
-    code += f"sharded_flow.child({str(tmp_path)!r}, {kind!r}, {tail})"
+    code += f"sharded_flow.child({str(tmp_path)!r}, {kind!r}, {tail}, {whole_again})"
     network = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [launcher.start("--version", env=network | {"RANK": str(rank)}, before=code) for rank in range(2)]
     for rank in ranks:

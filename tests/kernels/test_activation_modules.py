@@ -12,10 +12,14 @@ from torch import Tensor, nn
 from gossamer.errors import KernelError
 from gossamer.kernels.bitmask import dispatch as bitmask
 from gossamer.kernels.dual_gemv.dispatch import unpack
+from gossamer.kernels.modules import thresholds
 from gossamer.kernels.modules.channel_linear import ChannelSparseLinear
+from gossamer.kernels.modules.counting import counting
 from gossamer.kernels.modules.dual_linear import DualSparseLinear
-from gossamer.kernels.modules.neuron_mlp import NeuronSubsetMLP
+from gossamer.kernels.modules.neuron_subset import NeuronSubsetMLP
 from gossamer.kernels.modules.sparse_linear import SparseLinear, dense_products
+from gossamer.kernels.modules.step import Step, stepping
+from gossamer.kernels.modules.thresholds import ThresholdLinear
 from gossamer.kernels.neuron_mlp.dispatch import neuron_mlp
 
 OUT, IN = 137, 70
@@ -223,16 +227,115 @@ def test_compiled_whole_and_equal(kind, rows):
         assert torch.equal(torch.compile(sparse, fullgraph=True, backend="aot_eager")(x), sparse(x))
 
 
+# ---- what sparse rows have beside thresholds ----
+
+
+def parts(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Whole numbers, so that every sum is exact."""
+    return {
+        "center": integers(1, IN, dtype=torch.float32, seed=11)[0],
+        "shift": integers(1, OUT, dtype=torch.float32, seed=12)[0],
+        "left": integers(OUT, 2, dtype=torch.float32, seed=13).sign(),
+        "right": integers(2, IN, dtype=torch.float32, seed=14).sign(),
+    }
+
+
+def defined(x: Tensor, plain: nn.Linear, held: dict[str, Tensor]) -> Tensor:
+    moved = (x.float() - held.get("center", torch.zeros(IN))).to(x.dtype).float()
+    mask = moved.abs() > THRESHOLD
+    y = (moved * mask) @ plain.weight.float().t() + held.get("shift", torch.zeros(OUT))
+    if "left" in held:
+        y = y + (moved * ~mask) @ held["right"].t() @ held["left"].t()
+    return y + (0 if plain.bias is None else plain.bias.float())
+
+
+@pytest.mark.parametrize("names", [("center",), ("shift",), ("left", "right"), ("center", "shift", "left", "right")])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_center_shift_and_rest(kind, bias, names):
+    sparse, plain = layers(kind, torch.float16, bias=bias)
+    held = {name: parts(torch.float16)[name] for name in names}
+    sparse.hold(**held)
+    for rows in (1, 3, 8):
+        x = x_of(rows, IN, dtype=torch.float16)
+        wanted = defined(x, plain, held)
+        assert wanted.abs().max() < 2048  # whole numbers that float16 holds
+        assert torch.equal(sparse(x).float(), wanted)
+        with dense_products():
+            assert torch.equal(sparse(x).float(), wanted)
+        with stepping(Step(dense=True)):
+            assert torch.equal(sparse(x), exact(x, plain.weight) + (0 if plain.bias is None else plain.bias))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x).float(), wanted)
+    assert list(sparse.state_dict()) == (["weight", "bias"] if bias else ["weight"])
+    if bias and "shift" in names:
+        with torch.no_grad():
+            sparse.bias.add_(1)
+        assert torch.equal(sparse(x).float(), wanted + 1)
+
+
+def test_parts_that_do_not_fit_are_refused():
+    sparse, _ = layers("channel")
+    for held, message in (
+        ({"center": torch.zeros(IN + 1)}, "center has shape"),
+        ({"shift": torch.zeros(IN)}, "shift has shape"),
+        ({"left": torch.zeros(OUT, 2)}, "come together"),
+        ({"left": torch.zeros(OUT, 2), "right": torch.zeros(3, IN)}, "right has shape"),
+    ):
+        with pytest.raises(KernelError, match=message):
+            sparse.hold(**held)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_share_are_computed_together_and_counted(kind, monkeypatch):
+    made = [layers(kind) for _ in range(3)]
+    sparse = [one for one, _ in made]
+    assert ThresholdLinear.share(sparse)
+    calls, real = [], thresholds.active_gemv
+    monkeypatch.setattr(thresholds, "active_gemv", lambda *a: calls.append(len(a[2])) or real(*a))
+    x = x_of(1, IN)
+    wanted = [exact(skipped(x), plain.weight) + plain.bias for _, plain in made]
+    with counting() as counted, torch.no_grad():
+        for order in ((0, 1, 2), (2, 0, 1)):
+            fresh = x.clone()
+            assert all(torch.equal(sparse[i](fresh), wanted[i]) for i in order)
+    assert calls == [3, 3]
+    share = 1 - float((x.float().abs() > THRESHOLD).float().mean())
+    assert all(counted.of(one).skipped == pytest.approx(share) for one in sparse)
+    sparse[1].hold(center=torch.ones(IN))
+    assert not ThresholdLinear.share(sparse)
+
+
 # ---- the gated MLP ----
 
 HIDDEN, NEURONS = 24, 90
+CHOSEN = torch.arange(0, NEURONS, 3, dtype=torch.int32)
 
 
-def mlp(dtype: torch.dtype = torch.bfloat16, activation: str = "silu") -> tuple[NeuronSubsetMLP, list[Tensor]]:
+class Known:
+    """Neurons of two sequences, and what was observed."""
+
+    def __init__(self, *chosen: Tensor | None) -> None:
+        self.sets, self.seen = list(chosen), []
+
+    def observe(self, mlp: str, inner: Tensor) -> None:
+        self.seen.append((mlp, inner))
+
+    def chosen(self, mlp: str, batch: int) -> list[Tensor | None] | None:
+        return self.sets if batch == len(self.sets) else None
+
+
+def mlp(dtype: torch.dtype = torch.bfloat16, **options) -> tuple[NeuronSubsetMLP, list[Tensor]]:
     """With the dense gate, up and down it was made of."""
     signs = [integers(NEURONS, HIDDEN, dtype=dtype, seed=seed, zeros=0.5).sign() for seed in (1, 2, 3)]
     weights = [signs[0], signs[1], signs[2].t().contiguous()]
-    return NeuronSubsetMLP.from_dense(*weights, activation), weights
+    made = {}
+    for name, weight in zip(("gate_proj", "up_proj", "down_proj"), weights, strict=True):
+        made[name] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=dtype).requires_grad_(False)
+        made[name].weight.copy_(weight)
+    return NeuronSubsetMLP(made, "gate_proj", "up_proj", "down_proj", "silu", name="mlp", **options), weights
 
 
 def dense_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -240,94 +343,75 @@ def dense_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return linear(nn.functional.silu(linear(x, gate)) * linear(x, up), down)
 
 
-CHOSEN = torch.arange(0, NEURONS, 3)
+def kernel(x: Tensor, weights: list[Tensor], chosen: Tensor) -> Tensor:
+    return neuron_mlp(x, weights[0], weights[1], weights[2].t().contiguous(), chosen)
 
 
-def test_few_rows_take_the_set_and_others_are_dense():
+def test_rows_take_the_neurons_of_their_sequence():
     module, weights = mlp()
-    x, many = x_of(2, 2, HIDDEN), x_of(9, HIDDEN)
+    x, one, other = x_of(2, 3, HIDDEN), CHOSEN, CHOSEN[::2].contiguous()
+    with stepping(Step(False, neurons=Known(one, other))):
+        y = module(x)
+        assert torch.equal(y[0], kernel(x[0], weights, one))
+        assert torch.equal(y[1], kernel(x[1], weights, other))
+        assert torch.equal(module(x[:1]), dense_mlp(x[:1], *weights))  # a batch that is not the prompts'
+        many = x_of(2, 5, HIDDEN)
+        assert torch.equal(module(many), dense_mlp(many, *weights))
+    with stepping(Step(False, neurons=Known(one, None))):
+        assert torch.equal(module(x)[1], dense_mlp(x[1], *weights))
     assert torch.equal(module(x), dense_mlp(x, *weights))
-    module.set_active(CHOSEN.flip(0).repeat(2))
-    wanted = neuron_mlp(x, module.gate, module.up, module.down_t, CHOSEN.int())
-    assert not torch.equal(wanted, dense_mlp(x, *weights))
-    assert torch.equal(module(x), wanted)
-    assert torch.equal(module(many), dense_mlp(many, *weights))
-    assert torch.equal(module(many, CHOSEN.int()), dense_mlp(many, *weights))
-    one = torch.tensor([5], dtype=torch.int32)
-    assert torch.equal(module(x, one), neuron_mlp(x, module.gate, module.up, module.down_t, one))
-    assert torch.equal(module(x), wanted)
-    assert "active=30" in repr(module)
-    module.set_active(None)
-    assert torch.equal(module(x), dense_mlp(x, *weights))
+    for step in (Step(True, neurons=Known(one, one)), Step(False, True, Known(one, one))):
+        with stepping(step):
+            assert torch.equal(module(x), dense_mlp(x, *weights))
+        name, inner = step.neurons.seen[0]
+        assert (name, inner.shape) == ("mlp", (2, 3, NEURONS))
+
+
+def test_neurons_by_their_gate():
+    limit = torch.rand(NEURONS, generator=torch.Generator().manual_seed(5)) * 2
+    module, weights = mlp(torch.float32, threshold=limit)
+    x = x_of(3, HIDDEN, dtype=torch.float32)
+    for row, y in zip(x, module(x), strict=True):
+        chosen = (nn.functional.silu(weights[0] @ row).abs() > limit).nonzero().squeeze(1).int()
+        assert 0 < len(chosen) < NEURONS
+        assert torch.equal(y, kernel(row[None], weights, chosen)[0])
+    with counting() as counted:
+        module(x[:1])
+    assert counted.of(module.gate_proj).skipped == 0
+    assert 0 < counted.of(module.up_proj).skipped == counted.of(module.down).skipped < 1
 
 
 def test_a_gradient_takes_all_neurons():
     module, weights = mlp(torch.float32)
-    module.set_active(CHOSEN)
     gradients = []
-    for call in (module, lambda x: dense_mlp(x, *weights)):
-        x = x_of(2, HIDDEN, dtype=torch.float32).requires_grad_(True)
-        call(x).sum().backward()
-        gradients.append(x.grad)
+    with stepping(Step(False, neurons=Known(CHOSEN, CHOSEN))):
+        for call in (module, lambda x: dense_mlp(x, *weights)):
+            x = x_of(2, HIDDEN, dtype=torch.float32).requires_grad_(True)
+            call(x).sum().backward()
+            gradients.append(x.grad)
     assert torch.equal(*gradients)
 
 
-@pytest.mark.parametrize(
-    ("active", "message"),
-    [
-        (torch.tensor([-1, 3]), "active reaches from -1 to 3 of 90"),
-        (torch.tensor([0, NEURONS]), "from 0 to 90 of 90"),
-        (torch.ones(NEURONS, dtype=torch.bool), "it must be integers"),
-        (torch.zeros(2, 2).int(), r"\[2, 2\], it must be integers"),
-    ],
-)
-def test_a_set_that_does_not_fit_is_refused(active, message):
-    with pytest.raises(KernelError, match=message):
-        mlp()[0].set_active(active)
-    with pytest.raises(KernelError):
-        mlp()[0](x_of(1, HIDDEN), active)
-
-
-def test_mlp_arguments_that_do_not_fit_are_refused():
-    module, (gate, up, down) = mlp()
-    for arguments, message in (
-        ((gate, up[1:], down), "up is bfloat16 \\[89, 24\\], it must be as gate"),
-        ((gate, up, down.half()), "down_t is float16"),
-        ((gate, up, down, "swish"), "allowed: silu"),
-    ):
-        with pytest.raises(KernelError, match=message):
-            NeuronSubsetMLP.from_dense(*arguments)
-    for x in (x_of(2, HIDDEN - 1), x_of(2, HIDDEN, dtype=torch.float16)):
-        with pytest.raises(KernelError, match="x "):
-            module(x)
-
-
-@pytest.mark.parametrize("assign", [True, False])
-def test_mlp_states_are_the_three_layers(assign):
+def test_mlp_states_are_the_three_layers():
     module, weights = mlp()
     names = ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
     state = module.state_dict()
     assert list(state) == names
     assert all(torch.equal(state[name], weight) for name, weight in zip(names, weights, strict=True))
-    module.set_active(CHOSEN)
     other = copy.deepcopy(module)
-    other.load_state_dict({name: -weight for name, weight in zip(names, weights, strict=True)}, assign=assign)
-    x = x_of(1, HIDDEN)
-    assert torch.equal(other(x), neuron_mlp(x, -module.gate, -module.up, -module.down_t, CHOSEN.int()))
-    with pytest.raises(RuntimeError, match="down_proj.weight: shape"):
-        module.load_state_dict({**state, "down_proj.weight": module.down_t})
-    with pytest.raises(RuntimeError, match="Missing key.*up_proj"):
-        module.load_state_dict({name: state[name] for name in (names[0], names[2])})
+    other.load_state_dict({name: -weight for name, weight in zip(names, weights, strict=True)})
+    x = x_of(1, 1, HIDDEN)
+    with stepping(Step(False, neurons=Known(CHOSEN))):
+        assert torch.equal(other(x), kernel(x, [-weight for weight in weights], CHOSEN))
+        assert torch.equal(module.half()(x.half()), kernel(x.half(), [weight.half() for weight in weights], CHOSEN))
 
 
-def test_mlp_casts_and_compiles():
-    module, _ = mlp()
-    module.set_active(CHOSEN)
-    with torch.no_grad():
-        for rows in (2, 20):
-            x = x_of(rows, HIDDEN)
-            assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(x), module(x))
-    x = x_of(2, HIDDEN, dtype=torch.float16)
-    module.half()
-    assert module.active.dtype is torch.int32
-    assert torch.equal(module(x), neuron_mlp(x, module.gate, module.up, module.down_t, CHOSEN.int()))
+def test_layers_that_do_not_fit_say_why():
+    linear = nn.Linear(4, 4)
+    assert "bias" in (NeuronSubsetMLP.fits(linear, linear, linear) or "")
+    odd = nn.Linear(4, 4, bias=False, dtype=torch.float64)
+    assert "Linear" in (NeuronSubsetMLP.fits(odd, odd, odd) or "")
+    with pytest.raises(KernelError, match="allowed: silu"):
+        NeuronSubsetMLP({}, "a", "b", "c", "swish")
+    with pytest.raises(KernelError, match="threshold has shape"):
+        mlp(threshold=torch.zeros(3))

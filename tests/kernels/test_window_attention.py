@@ -102,7 +102,8 @@ def test_nan_and_infinity(name):
                 tensor[5, 1] = bad
                 y = window_attention(query, keys, values, ranges, 0.5)
                 wanted = torch.softmax(query[0] @ keys[3:33].t() * 0.5, -1) @ values[3:33]
-                assert torch.equal(y[0].isnan(), wanted.isnan()) and torch.equal(y[0].isinf(), wanted.isinf())
+                assert torch.equal(y[0].isnan(), wanted.isnan())
+                assert torch.equal(y[0].isinf(), wanted.isinf())
                 tensor[5, 1] = 1
 
 
@@ -111,7 +112,8 @@ def test_nan_and_infinity(name):
 def test_same_bits_for_any_threads_and_any_company(name, dtype):
     query = normal(3, 8, 64, dtype=dtype, seed=3)
     keys, values = (normal(20000, 64, dtype=dtype, seed=seed) for seed in (4, 5))
-    ranges = torch.tensor([[[0, 5000, 5000, 3], [6000, 10, 7000, 600]], [[9000, 513, 0, 0], [1, 2, 9, 4]], [[1, 9999, 10003, 999], [5, 0, 7, 0]]])  # fmt: skip
+    first, second = [[0, 5000, 5000, 3], [6000, 10, 7000, 600]], [[9000, 513, 0, 0], [1, 2, 9, 4]]
+    ranges = torch.tensor([first, second, [[1, 9999, 10003, 999], [5, 0, 7, 0]]])
     with backend(name), threads(1):
         together = window_attention(query, keys, values, ranges, 0.125)
         for row in range(3):
@@ -136,25 +138,30 @@ def test_a_step_stores_and_attends(name, dtype):
         wanted = window_attention(query, wanted_keys, wanted_values, ranges, 0.3)
         y = window_step(query, key, value, keys, values, slots, ranges, 0.3)
     assert torch.equal(bits_of(y), bits_of(wanted))
-    assert torch.equal(bits_of(keys), bits_of(wanted_keys)) and torch.equal(bits_of(values), bits_of(wanted_values))
+    assert torch.equal(bits_of(keys), bits_of(wanted_keys))
+    assert torch.equal(bits_of(values), bits_of(wanted_values))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_rows_are_checked(name):
     query, cache, new = torch.ones(1, 2, 4), torch.ones(10, 4), torch.zeros(1, 1, 4)
     with backend(name):
-        for wrong in ([-1, 2, 0, 0], [0, 11, 0, 0], [0, 0, 10, 1], [0, 1, 11, 0], [5, -1, 0, 0], [2**62, 2**62, 0, 0], [0, 1, 1, 2**63 - 1]):  # fmt: skip
+        for wrong in (
+            [-1, 2, 0, 0], [0, 11, 0, 0], [0, 0, 10, 1], [0, 1, 11, 0], [5, -1, 0, 0], [2**62, 2**62, 0, 0],
+            [0, 1, 1, 2**63 - 1], [0, -(2**63), 0, 0],
+        ):  # fmt: skip
             ranges = torch.tensor([[wrong]])
             with pytest.raises(KernelError, match="beyond the 10 rows"):
                 window_attention(query, cache, cache, ranges, 1.0)
         for slot in (-1, 10, 2**62):
+            ranges = torch.tensor([[[0, 10, 10, 0]]])
             with pytest.raises(KernelError, match="beyond the 10 rows"):
-                ranges = torch.tensor([[[0, 10, 10, 0]]])
                 window_step(query, new, new, cache, cache.clone(), torch.tensor([[slot]]), ranges, 1.0)
         assert (cache == 1).all()
 
 
-Q, C, R, N, S = torch.ones(2, 4, 8), torch.ones(10, 8), torch.zeros(2, 2, 4).long(), torch.ones(2, 2, 8), torch.zeros(2, 2).long()  # fmt: skip
+Q, C, N = torch.ones(2, 4, 8), torch.ones(10, 8), torch.ones(2, 2, 8)
+R, S = torch.zeros(2, 2, 4, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 // Packed matrices of dual_gemv.
+#include "../active.h"
 #include "../dual.h"
 
 #include <algorithm>
@@ -115,6 +116,7 @@ struct Case {
     const Exact& weight;  // [outputs, channels]
     const Exact& x;
     const Exact& threshold;
+    const void* bias;  // [outputs] or null
     bool active(std::int64_t b, std::int64_t i) const {
         return !(std::fabs(number(dtype, x.as(), b * channels + i)) <= number(kFloat32, threshold.as(), i));
     }
@@ -141,7 +143,8 @@ void run_split(Random& random, const Tier& tier, const Exact& matrix, const Head
                         count,
                         x.as<float>(),
                         c.batch,
-                        y.as()};
+                        y.as(),
+                        c.bias};
     for (std::int64_t begin = 0, end; begin < panels; begin = end) {
         end = random.once_in(3) ? panels : random.between(begin + 1, panels);
         tier.dual_run(c.dtype, call, begin, end);
@@ -152,6 +155,7 @@ void compare(Random& random, const Case& c, const Exact& y, const char* tier) {
     for (int n = 0; n < 4 && c.outputs > 0; ++n) {
         const std::int64_t o = n == 0 ? c.outputs - 1 : random.below(c.outputs), b = random.below(c.batch);
         Sum sum;
+        if (c.bias != nullptr) sum.add(number(c.dtype, c.bias, o), 1.0);
         for (std::int64_t i = 0; i < c.channels; ++i) {
             bool any = false;
             for (std::int64_t other = 0; other < c.batch; ++other) any = any || c.active(other, i);
@@ -170,13 +174,16 @@ void multiply(Random& random, const Exact& matrix, const Header& header, const E
     const int dtype = static_cast<int>(header.dtype), batch = static_cast<int>(random.between(1, kMaxBatch));
     const Exact x = random_numbers(random, dtype, batch * header.cols, random.once_in(4));
     const Exact threshold = random_numbers(random, kFloat32, header.cols, random.once_in(4));
-    const Case c{dtype, batch, header.rows, header.cols, weight, x, threshold};
+    const Exact bias = random_numbers(random, dtype, header.rows, false);
+    const Case c{dtype, batch, header.rows, header.cols, weight, x, threshold, random.once_in(2) ? bias.as() : nullptr};
     const std::int64_t outputs = batch * header.rows;
     for (int i = 0; i < kTiers; ++i) {
         const Tier* tier = tier_at(i);
         if (tier == nullptr) continue;
         const Exact y(2 * outputs, 0xFF), split(2 * outputs, 0x7F);
-        dual_gemv(*tier, x.as(), batch, matrix.as(), threshold.as<float>(), y.as(), static_cast<int>(random.between(1, 4)));
+        const ActiveMatrix whole{matrix.as(), header.rows, true, c.bias, y.as()};
+        active_gemv(*tier, dtype, x.as(), batch, header.cols, threshold.as<float>(), nullptr, &whole, 1,
+                    static_cast<int>(random.between(1, 4)));
         run_split(random, *tier, matrix, header, c, split);
         expect(same(dtype, y.as(), split.as(), outputs), std::string(tier->name) + ": another split gives other bits");
         compare(random, c, y, tier->name);

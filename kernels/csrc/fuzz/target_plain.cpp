@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../active.h"
 #include "../tiers.h"
 #include "reference.h"
 
@@ -50,12 +51,13 @@ void dense(Random& random, const Tier& tier, const Case& c) {
     }
 }
 
-// The weight is [channels, outputs]; a row skips the channels whose |x| is not above the threshold.
-void channel(Random& random, const Tier& tier, const Case& c, const Exact& x, const Exact& threshold) {
+// The weight is [channels, outputs]; a row skips the channels whose |x| is not above the threshold. bias [outputs] or null.
+void channel(Random& random, const Tier& tier, const Case& c, const Exact& x, const Exact& threshold, const void* bias) {
     const std::int64_t channels = c.rows, outputs = c.cols;
     const Exact y(c.batch * outputs * element_size(c.dtype), 0xFF), again(y.size(), 0x7F);
-    const std::int64_t read = channel_gemv(tier, c.dtype, x.as(), c.batch, c.weight.as(), threshold.as<float>(), channels,
-                                           outputs, y.as(), static_cast<int>(random.between(1, 4)));
+    const ActiveMatrix matrix{c.weight.as(), outputs, false, bias, y.as()};
+    const std::int64_t read = active_gemv(tier, c.dtype, x.as(), c.batch, channels, threshold.as<float>(), nullptr, &matrix, 1,
+                                          static_cast<int>(random.between(1, 4)));
     const auto active = [&](std::int64_t b, std::int64_t i) {
         return !(std::fabs(number(c.dtype, x.as(), b * channels + i)) <= number(kFloat32, threshold.as(), i));
     };
@@ -79,7 +81,7 @@ void channel(Random& random, const Tier& tier, const Case& c, const Exact& x, co
         std::memcpy(active_values.as(), values.as(), static_cast<std::size_t>(active_values.size()));
     }
     const ChannelCall call{c.weight.as(), outputs, active_list.as<std::int32_t>(), count, active_values.as<float>(), c.batch,
-                           again.as()};
+                           again.as(), bias};
     for (std::int64_t begin = 0, end; begin < outputs; begin = end) {
         end = std::min(outputs, begin + 64 * random.between(1, 4));
         tier.channel_run(c.dtype, call, begin, end);
@@ -89,6 +91,7 @@ void channel(Random& random, const Tier& tier, const Case& c, const Exact& x, co
     for (int n = 0; n < 4 && outputs > 0; ++n) {
         const std::int64_t o = n == 0 ? outputs - 1 : random.below(outputs), b = random.below(c.batch);
         Sum sum;
+        if (bias != nullptr) sum.add(number(c.dtype, bias, o), 1.0);
         for (const std::int64_t i : needed) {  // a channel that only another row needs is multiplied by 0
             const double value = active(b, i) ? number(c.dtype, x.as(), b * channels + i) : 0.0;
             sum.add(number(c.dtype, c.weight.as(), i * outputs + o), value);
@@ -105,11 +108,12 @@ Outcome run(Random& random, const Bytes&) {
                  random_numbers(random, dtype, batch * cols, wild)};
     const Exact x = random_numbers(random, dtype, batch * rows, wild);
     const Exact threshold = random_numbers(random, kFloat32, rows, wild);
+    const Exact bias = random_numbers(random, dtype, cols, wild);
     for (int i = 0; i < kTiers; ++i) {
         const Tier* tier = tier_at(i);
         if (tier == nullptr) continue;
         dense(random, *tier, c);
-        channel(random, *tier, c, x, threshold);
+        channel(random, *tier, c, x, threshold, random.once_in(2) ? bias.as() : nullptr);
     }
     return Outcome::kRan;
 }

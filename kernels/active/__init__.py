@@ -1,0 +1,1 @@
+"""Several matrices that skip the same inputs of the same few vectors, in one call."""

@@ -1,0 +1,104 @@
+"""IMP and soups in two gloo processes equal those of one, and every rank holds the same masks."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from processes import Done
+from tiny import tensors
+
+TOLERANCE = 2e-5  # of weights around 0.15: gradients are summed in another order
+WATCH = """
+import json, os
+import gossamer.compress.stages.phases as phases
+from gossamer.compress.wholestate import packed_masks
+from gossamer.pruning.soup import masks_sha256
+save = phases.Masked.save
+def saved(self, path):
+    save(self, path)
+    name = os.environ["MASKS"] + "-" + os.environ.get("RANK", "0")
+    with open(name, "a") as file:
+        file.write(masks_sha256(packed_masks(self.masks)) + "\\n")
+phases.Masked.save = saved
+"""
+
+
+def run(launcher, tiny: Path, out: Path, stage: dict, count: int, env: dict | None = None) -> list[Done]:
+    common = {"data": str(tiny / "calibration.txt"), "seqlen": 32, "steps": 6, "batch": 4, "sparsity": 0.6}
+    recipe = out.with_suffix(".yaml")
+    stages = [common | stage, {"stage": "export", "format": "dense"}]
+    recipe.write_text(yaml.safe_dump({"stages": stages}))
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    running = []
+    for rank in range(count):
+        own = {"MASKS": str(out) + ".masks", **(env or {})}
+        if count > 1:
+            own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        words = ["compress", tiny, "-o", out, "--recipe", recipe]
+        running.append(launcher.start(*words, env=own, before=WATCH))
+    return [process.wait() for process in running]
+
+
+def masks_of(out: Path, rank: int) -> list[str]:
+    return Path(f"{out}.masks-{rank}").read_text().split()
+
+
+def same(one: Path, two: Path) -> None:
+    left, right = tensors(one), tensors(two)
+    for name, tensor in left.items():
+        torch.testing.assert_close(right[name], tensor, rtol=0, atol=TOLERANCE)
+        assert torch.equal(right[name] == 0, tensor == 0), name
+
+
+STAGES = {
+    "imp": {"stage": "imp", "phases": 2},
+    "soup": {"stage": "soup", "phases": 2, "candidates": 3, "soup": "uniform"},
+    "greedy": {"stage": "soup", "phases": 1, "candidates": 2, "factor": "learning-rate"},
+    "learned": {"stage": "soup", "phases": 1, "candidates": 3, "soup": "learned", "learning_steps": 2},
+}
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+def test_two_processes_equal_one(launcher, tiny, tmp_path, stage):
+    """Three candidates on two processes: one trains two of them."""
+    for count, name in ((1, "one"), (2, "two")):
+        for done in run(launcher, tiny, tmp_path / name, stage, count):
+            assert done.returncode == 0, done.stderr
+    same(tmp_path / "one", tmp_path / "two")
+    ranks = [masks_of(tmp_path / "two", rank) for rank in (0, 1)]
+    assert ranks[0] == ranks[1] == masks_of(tmp_path / "one", 0)
+    assert len(ranks[0]) == stage["phases"]
+    said = [json.loads((tmp_path / name / "report.json").read_text())["stages"][0]["phases"] for name in ("one", "two")]
+    for alone, both in zip(*said, strict=True):
+        assert both["heldout"] == pytest.approx(alone["heldout"], abs=1e-4)
+        assert both.get("weights") == pytest.approx(alone.get("weights"), abs=1e-3)
+
+
+def test_more_processes_than_candidates(launcher, tiny, tmp_path):
+    every = run(launcher, tiny, tmp_path / "out", {"stage": "soup", "candidates": 2}, 3)
+    assert [done.returncode for done in every] == [2, 2, 2]
+    (error,) = [line for done in every for line in done.errors()]
+    assert "3 processes were started for 2 candidates" in error
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_imp_under_fsdp2_equals_one_process(launcher, tiny, tmp_path):
+    sharded = {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    }  # fmt: skip
+    stage = STAGES["imp"]
+    for done in run(launcher, tiny, tmp_path / "one", stage, 1):
+        assert done.returncode == 0, done.stderr
+    for done in run(launcher, tiny, tmp_path / "two", stage, 2, sharded):
+        assert done.returncode == 0, done.stderr
+    same(tmp_path / "one", tmp_path / "two")
+    assert masks_of(tmp_path / "two", 0) == masks_of(tmp_path / "two", 1)

@@ -1,0 +1,74 @@
+"""Layers that bitsandbytes quantised, on the CPU: evaluation in between costs no gradient and no weight."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import nn
+
+from gossamer.errors import ModelError
+from gossamer.finetune.quantised import dequantised, is_4bit, is_quantised, keep_unpacked
+
+
+def four_bit(kind: str = "nf4", rows: int = 64, cols: int = 128) -> tuple[bnb.nn.Linear4bit, torch.Tensor]:
+    torch.manual_seed(0)
+    plain = nn.Linear(cols, rows, bias=False)
+    layer = bnb.nn.Linear4bit(cols, rows, bias=False, quant_type=kind, compute_dtype=torch.float32)
+    layer.load_state_dict(plain.state_dict())
+    return layer.to("cpu"), plain.weight.detach()
+
+
+def gradient(layer: nn.Module) -> torch.Tensor | None:
+    x = torch.ones(3, layer.in_features, requires_grad=True)
+    y = layer.train()(x)
+    if not y.requires_grad:
+        return None
+    y.square().sum().backward()
+    return x.grad
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_evaluation_then_training(kind):
+    layer, _ = four_bit(kind)
+    wanted, weight = gradient(layer), dequantised(layer)
+    assert keep_unpacked(nn.Sequential(layer)) == 1
+    with torch.no_grad():
+        layer.eval()(torch.randn(1, 128))
+    assert torch.equal(dequantised(layer), weight)
+    assert torch.equal(gradient(layer), wanted)
+
+
+def test_what_was_repacked_is_packed_back():
+    """Without the guard this processor's evaluation breaks training; where it does not, there is nothing to undo."""
+    layer, _ = four_bit()
+    wanted, weight, packed = gradient(layer), dequantised(layer), layer.weight.data.clone()
+    with torch.no_grad():
+        layer.eval()(torch.randn(1, 128))
+    if not getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("bitsandbytes does not repack on this processor")
+    assert not torch.equal(layer.weight.data.flatten(), packed.flatten())
+    keep_unpacked(layer)
+    torch.testing.assert_close(dequantised(layer), weight, rtol=2**-8, atol=0)  # its scales are bfloat16 now
+    torch.testing.assert_close(gradient(layer), wanted, rtol=0.05, atol=0.02 * float(wanted.abs().max()))
+
+
+def test_the_matrix_that_it_stands_for():
+    layer, weight = four_bit()
+    error = (dequantised(layer) - weight).norm() / weight.norm()
+    assert 0.01 < float(error) < 0.15
+    torch.testing.assert_close(layer(torch.eye(128)).t(), dequantised(layer))
+    eight = bnb.nn.Linear8bitLt(128, 64, bias=False, has_fp16_weights=False)
+    eight.load_state_dict({"weight": weight})
+    eight = eight.to("cpu")
+    error = (dequantised(eight) - weight).norm() / weight.norm()
+    assert 0.0001 < float(error) < 0.01
+
+
+def test_others_are_left_alone():
+    plain = nn.Linear(3, 2)
+    assert not is_4bit(plain)
+    assert not is_quantised(plain)
+    assert keep_unpacked(nn.Sequential(plain)) == 0
+    with pytest.raises(ModelError, match="not a layer that bitsandbytes"):
+        dequantised(plain)
