@@ -47,7 +47,8 @@ app = typer.Typer(
     ),
 )
 _MODULES = (
-    compress, finetune, adapter, soup, plan_heads, evaluate, generate, inspect, convert, windows, methods, env, demo, bench,
+    compress, finetune, adapter, soup, plan_heads, evaluate, generate, inspect, convert, windows, methods, env, demo,
+    bench,
 )  # fmt: skip
 for _module in _MODULES:
     _module.register(app)

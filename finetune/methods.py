@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from .tokens import TokenRows
     from ..pruning.pattern import Pattern
+    from .tokens import TokenRows
 
 _TABLE = {
     "masklora": "recovery:MaskLoRA",
