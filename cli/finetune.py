@@ -17,6 +17,7 @@ EXAMPLES = o.examples(
     "gossamer finetune llama-sparse -o llama-recovered --data train.txt",
     "gossamer finetune OUT -o OUT2 --method full --data instructions.jsonl --tokens 5000000 --learning-rate 1e-4",
     "gossamer finetune OUT -o OUT2 --method bias-norm --data train.txt --eval test.txt --set batch=16",
+    "gossamer finetune MODEL -o OUT2 --method spiel-ag --rank-equivalent 8 --data train.txt",
     "gossamer finetune OUT -o OUT2 --data train.txt --set loss=distill",
     "accelerate launch --num_processes 4 -m gossamer finetune OUT -o OUT2 --data train.txt",
     "gossamer finetune OUT -o OUT2 --data train.txt --resume",
@@ -49,7 +50,8 @@ def finetune(
         typer.Option(
             metavar="NAME",
             help="masklora: low-rank updates under the masks. bias-norm: biases and norms only. full: everything. "
-            "\\[default: masklora]",
+            "spiel-ag, spiel-ma: sparse deltas whose positions move. static: sparse deltas at fixed positions. lora: "
+            "plain low-rank updates, on dense models. \\[default: masklora]",
             rich_help_panel=o.TRAINING,
             show_default=False,
         ),
@@ -81,6 +83,30 @@ def finetune(
             "--set",
             metavar="FIELD=VALUE",
             help="Any other field of the stage, such as batch=16, rank=32 or loss=distill; repeatable.",
+            rich_help_panel=o.TRAINING,
+            show_default=False,
+        ),
+    ] = None,
+    density: Annotated[
+        Optional[float],
+        typer.Option(
+            metavar="SHARE",
+            help="Of the weights that sparse deltas train. \\[default: 0.01]",
+            rich_help_panel=o.TRAINING,
+            show_default=False,
+        ),
+    ] = None,
+    num_weights: Annotated[
+        Optional[int],
+        typer.Option(
+            metavar="N", help="Their number, instead of a share.", rich_help_panel=o.TRAINING, show_default=False
+        ),
+    ] = None,
+    rank_equivalent: Annotated[
+        Optional[float],
+        typer.Option(
+            metavar="RANK",
+            help="As many of them as LoRA of this rank trains.",
             rich_help_panel=o.TRAINING,
             show_default=False,
         ),
@@ -147,7 +173,7 @@ def finetune(
     """Train MODEL, sparse or not, under the masks that it has, and write the result to OUT: its zeros stay zeros."""
     stage = {
         "data": data, "method": method, "tokens": tokens, "steps": steps, "learning_rate": learning_rate,
-        "seqlen": seqlen,
+        "seqlen": seqlen, "density": density, "num_weights": num_weights, "rank_equivalent": rank_equivalent,
     }  # fmt: skip
     job: dict[str, Any] = {
         "model": model,

@@ -9,6 +9,7 @@ import typer
 
 from .. import __version__
 from . import (
+    adapter,
     bench,
     compress,
     convert,
@@ -46,7 +47,8 @@ app = typer.Typer(
     ),
 )
 _MODULES = (
-    compress, finetune, soup, plan_heads, evaluate, generate, inspect, convert, windows, methods, env, demo, bench,
+    compress, finetune, adapter, soup, plan_heads, evaluate, generate, inspect, convert, windows, methods, env, demo,
+    bench,
 )  # fmt: skip
 for _module in _MODULES:
     _module.register(app)

@@ -79,10 +79,9 @@ def _attaching(context: Context) -> list[str]:
 
 def attach_files(context: Context, folder: Path) -> None:
     """What stages wrote to lie beside the weights: into OUT/gossamer/, whole or not at all."""
-    for report in context.attached:
-        for name in report.files:
-            source = context.work / name
-            target = (folder / MASKS).parent / source.name
-            target.parent.mkdir(exist_ok=True)
-            with replacing(target, source.stat().st_size) as file, open(source, "rb") as data:
-                shutil.copyfileobj(data, file)
+    for name in context.files:
+        source = context.work / name
+        target = (folder / MASKS).parent / Path(*Path(name).parts[2:])  # below attached/<stage>/
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target, source.stat().st_size) as file, open(source, "rb") as data:
+            shutil.copyfileobj(data, file)

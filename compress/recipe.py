@@ -25,6 +25,7 @@ from .stage_recipes.finetune import FinetuneStage
 from .stage_recipes.gradual import GradualStage, RandomStage
 from .stage_recipes.heads import HeadsStage
 from .stage_recipes.imp import ImpStage, SoupStage
+from .stage_recipes.merge import MergeStage
 from .stage_recipes.nm_flow import NmFlowStage
 from .stage_recipes.prune import PruneStage
 
@@ -38,6 +39,7 @@ __all__ = [
     "HeadsStage",
     "ImpStage",
     "Machine",
+    "MergeStage",
     "NmFlowStage",
     "PruneStage",
     "RandomStage",
@@ -58,6 +60,7 @@ _Kinds = Union[
     RandomStage,
     NmFlowStage,
     FinetuneStage,
+    MergeStage,
     ActivationStage,
     HeadsStage,
     EvaluateStage,

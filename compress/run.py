@@ -196,6 +196,7 @@ def _stage(context: Context, stage: StagePlan) -> StageReport:
         context.finished.append(context.work / stage.name)
     if stage.stage.attaches:
         context.attached.append(report)
+    context.files += report.files
     return report
 
 

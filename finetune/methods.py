@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..errors import RecipeError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from ..pruning.pattern import Pattern
+    from .tokens import TokenRows
 
 _TABLE = {
     "masklora": "recovery:MaskLoRA",
     "bias-norm": "recovery:BiasNorm",
     "full": "recovery:Full",
+    "spiel-ag": "spiel.method:SpielAG",
+    "spiel-ma": "spiel.method:SpielMA",
+    "static": "spiel.method:Static",
+    "lora": "spiel.method:Lora",
     "pst": "pst_method:Pst",
     "dst": "dst:Dst",
 }
@@ -34,6 +41,8 @@ class Attached:
         callbacks, make_optimizer: as in `training.TrainingConfig`. A callback with a method `take_guard` is given
             the MaskGuard, the optimizer and the step when training begins: a method that moves masks needs them.
         kept: masks of the ordinary model afterwards, where the method moved them; None: as before.
+        prepare: called with the training rows before training, on every start.
+        save: writes the adapter that was trained into a folder and returns the names of its files; before `finish`.
         patterns: parameter name -> what its mask promises afterwards, where that is new.
     """
 
@@ -43,6 +52,8 @@ class Attached:
     make_optimizer: Callable[[Any], Any] | None = None
     kept: Callable[[], Mapping[str, Tensor]] | None = None
     notes: list[str] = field(default_factory=list)
+    prepare: Callable[[TokenRows], None] | None = None
+    save: Callable[[Path], list[str]] | None = None
     patterns: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -22,13 +22,17 @@ maker = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(maker)
 FOUND = maker.commands(typer.main.get_command(app))
 COMMANDS = sorted(FOUND)
-GROUPS = ["bench"]
+GROUPS = ["adapter", "bench"]
 PACKAGES = ("gossamer", "cli", "compress", "pruning", "activation_sparsity", "attention", "finetune", "kernels")
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "numpy", "yaml", "matplotlib")
 
 
 def test_all_commands_are_there():
     assert COMMANDS == [
+        "adapter compose",
+        "adapter diff",
+        "adapter info",
+        "adapter merge",
         "bench kernels",
         "bench model",
         "compress",

@@ -21,7 +21,8 @@ from ..values import with_values
 class Context:
     """State of one run. `finished`: part folders of the stages that changed weights and are complete, in order.
 
-    `attached`: reports of the stages that add something beside the weights.
+    `attached`: reports of the stages that add something beside the weights. `files`: what finished stages wrote with
+    `attachment`, as paths below `work`.
     """
 
     plan: Plan
@@ -30,6 +31,7 @@ class Context:
     progress: Recorder
     finished: list[Path] = field(default_factory=list)
     attached: list[StageReport] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
 
     @property
     def work(self) -> Path:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from ...errors import RecipeError
-from ...finetune.methods import get_method
+from ...finetune.methods import Attached, get_method
 from .. import distributed
 from ..jobs import MatrixJob, matrix_jobs
 from ..needs import Needs
@@ -74,11 +74,15 @@ class Finetune:
         retrain = retrainer(context, stage)
         names = list(dict.fromkeys(target.parameter for target in stage.targets))
         method = get_method(stage.stage.method)
-        attached = method.attach(model, masks, names, stage.stage.model_dump(), context.plan.recipe.seed)
+        options = stage.stage.model_dump() | {"steps": stage.steps, "stored": context.plan.skeleton.dtype}
+        attached = method.attach(model, masks, names, options, context.plan.recipe.seed)
         for note in attached.notes:
             context.progress.note(note)
         config = training_config(context, stage, callbacks=attached.callbacks, make_optimizer=attached.make_optimizer)
+        if attached.prepare is not None:
+            attached.prepare(stage.text.train)
         metrics = retrain(model, config, attached.masks)
+        files = _save(context, stage, attached)
         figures = attached.finish()
         kept = masks if attached.kept is None else attached.kept()
         after = heldout_loss(model, stage)
@@ -102,4 +106,14 @@ class Finetune:
                 },
                 "training": [metrics_entry(metrics)],
             },
+            files=files,
         )
+
+
+def _save(context: Context, stage: FinetunePlan, attached: Attached) -> list[str]:
+    """Writes the adapter, for OUT/gossamer/adapter-<number of the stage>/."""
+    if attached.save is None:
+        return []
+    save, folder = attached.save, context.attachment(stage, f"adapter-{stage.index}")
+    names = distributed.on_main(lambda: save(folder))
+    return [str((folder / name).relative_to(context.work)) for name in names]

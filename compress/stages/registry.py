@@ -16,6 +16,7 @@ _TABLE = {
     "heads": "heads:Heads",
     "evaluate": "evaluate:Evaluate",
     "finetune": "finetune:Finetune",
+    "merge": "merge:Merge",
     "imp": "imp:Imp",
     "soup": "soup:SoupKind",
     "gradual": "gradual:Gradual",

@@ -91,7 +91,7 @@ def fingerprint(layers: Iterable[tuple[str, nn.Module, Base]]) -> str:
     for name, layer, base in layers:
         if base.quantization is not None or isinstance(layer, SparseLinear):
             return UNCHECKED
-        weight: Tensor = layer.weight.detach()  # type: ignore[assignment,union-attr]
+        weight: Tensor = layer.weight.detach()  # type: ignore[assignment,union-attr,operator]
         if weight.device.type == "meta":
             return UNCHECKED
         flat = weight.reshape(-1)

@@ -76,6 +76,9 @@ class Candidates:
             block.masked_fill_(~unpack_bits(bits, self.cols), 0.0)
         return block.square_() if self.power == 2 else block
 
+    def outer(self, output_gradient: Tensor, x: Tensor) -> None:
+        """Never called: the matrix is needed."""
+
     def end(self, gradient: Tensor) -> None:
         self.projection += float(gradient.sum(dtype=torch.float64))
         self._enter(self._pool.position, self._pool.value)

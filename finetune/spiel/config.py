@@ -8,9 +8,9 @@ from typing import Any
 from peft.config import PeftConfig
 
 from ...errors import RecipeError
-from .budget import ALLOCATIONS, check_budget
+from ..budget import ALLOCATIONS, check_budget
+from ..reselection import check_schedule
 from .product import BACKENDS
-from .schedule import check_schedule
 
 POLICIES = ("static", "ag", "ma")
 SELECTIONS = ("random", "magnitude", "gradient", "snip", "fisher")
@@ -57,7 +57,7 @@ class SpielConfig(PeftConfig):
         where: on a base with masks, "kept": only weights that are not pruned; "pruned": only those that are; "seft":
             anywhere, and merging prunes to the exact pattern again; "all". None: "kept" if there are masks, else "all".
         seed: of everything that is drawn at random.
-        interval, window, share, anneal: see `schedule.Reselection`.
+        interval, window, share, anneal: see `reselection.Reselection`.
         slots: growth candidates that are followed, per entry to be replaced.
         backend: "csr", "dense" or "weight" instead of the choice by device, dtype and density.
         file_dtype: of the values in the adapter's file, "float32" or "bfloat16". They are trained in float32.

@@ -53,6 +53,7 @@ class Linear(nn.Module, SpielLayer):
         self.watches: dict[str, Watch] = {}
         self.reports: dict[str, MergeReport] = {}
         self.merged_mask: Mask | None = None
+        self.stored: torch.dtype | None = None  # of the checkpoint that a merge will be written to
         self.calls = 0
         self.waiting: set[str] = set()  # adapters from a file whose tensors have not come yet
         self._disable_adapters = False
@@ -92,8 +93,11 @@ class Linear(nn.Module, SpielLayer):
 
     def set_delta(self, adapter_name: str, flat: Tensor, values: Tensor) -> None:
         """Ascending positions and their values; in place, so that optimizers go on, where their number is the same."""
+        self.set_csr(adapter_name, values, *to_csr(flat, self.out_features, self.in_features))
+
+    def set_csr(self, adapter_name: str, values: Tensor, rowptr: Tensor, columns: Tensor) -> None:
+        """The same, of positions as a layer holds them."""
         device = self._device()
-        rowptr, columns = to_csr(flat.to(device), self.out_features, self.in_features)
         old = self.spiel_values.get(adapter_name)
         if old is not None and len(old) == len(values) and old.device == device:
             with torch.no_grad():
@@ -103,7 +107,7 @@ class Linear(nn.Module, SpielLayer):
             return
         trained = True if old is None else old.requires_grad
         self.spiel_values[adapter_name] = nn.Parameter(values.to(device, torch.float32), requires_grad=trained)
-        self.spiel_rowptr[adapter_name], self.spiel_columns[adapter_name] = rowptr, columns
+        self.spiel_rowptr[adapter_name], self.spiel_columns[adapter_name] = rowptr.to(device), columns.to(device)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The delta as a dense matrix in float32, in the orientation of the base weight."""
@@ -169,7 +173,8 @@ class Linear(nn.Module, SpielLayer):
             if self.places[name] == "kept":
                 assert self.mask is not None
                 check_zeros(self.mask, flat, self.name)
-            written, self.reports[name] = add(weight, self.base.transposed, flat, self.spiel_values[name].detach())
+            values = self.spiel_values[name].detach()
+            written, self.reports[name] = add(weight, self.base.transposed, flat, values, self.stored)
             done = [written]
             if self.places[name] == "seft":
                 assert self.mask is not None

@@ -40,13 +40,16 @@ class Overwritten:
     old: Tensor
 
 
-def add(weight: Tensor, transposed: bool, flat: Tensor, values: Tensor) -> tuple[Overwritten, MergeReport]:
+def add(
+    weight: Tensor, transposed: bool, flat: Tensor, values: Tensor, stored: torch.dtype | None = None
+) -> tuple[Overwritten, MergeReport]:
     """weight += delta in place: summed in float32 (float64 for a float64 weight), rounded once.
 
     Args:
         weight: [out, in], or [in, out] if `transposed`.
         flat: positions in the [out, in] view.
         values: float32 [K].
+        stored: the dtype that the weight will be written in, where that is not its own; the account is of that.
     """
     place = _place(weight, transposed, flat)
     old = weight[place].clone()
@@ -55,11 +58,12 @@ def add(weight: Tensor, transposed: bool, flat: Tensor, values: Tensor) -> tuple
     if not bool(torch.isfinite(new).all()):
         raise ModelError("merging gives weights that are not finite", hint="the delta or the weight overflows")
     weight[place] = new
+    written, before = (new, old) if stored is None else (new.to(stored), old.to(stored))
     used = values != 0
-    applied = new.to(wide) - old.to(wide)
+    applied = written.to(wide) - before.to(wide)
     norm = float(torch.linalg.vector_norm(values.to(wide)))
     error = float(torch.linalg.vector_norm(applied - values.to(wide))) / norm if norm else 0.0
-    return Overwritten(flat, old), MergeReport(int(used.sum()), int((used & (new == old)).sum()), error)
+    return Overwritten(flat, old), MergeReport(int(used.sum()), int((used & (written == before)).sum()), error)
 
 
 def restore(weight: Tensor, transposed: bool, overwritten: Overwritten) -> None:

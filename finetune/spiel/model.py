@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ... import __version__
 from ...errors import CheckpointError, RecipeError
 from ...pruning.mask import Mask
+from ..budget import share_out, total
 from .base import UNCHECKED, fingerprint
-from .budget import share_out, total
 from .config import SpielConfig
 from .layer import Linear, SpielLayer, layers_of, named_layers
 from .layout import COLUMNS, COUNTS, ROWPTR, VALUES, decode, encode
@@ -72,13 +72,13 @@ class SpielModel(BaseTuner):
         found = (getattr(self.model, "gossamer_masks", None) or {}).get(f"{name}.weight")
         if found is None:
             return None
-        return Mask(found.bits, int(_inputs(layer)), found.pattern)
+        return Mask(found.bits, _inputs(layer), found.pattern)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         """As peft does it. What merging reports per layer is left on the model: `spiel_reports`, and where a merge
         pruned again, the masks that hold from then on: `spiel_masks` (parameter name -> Mask)."""
         layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, Linear)}
-        merged = super()._unload_and_optionally_merge(*args, **kwargs)
+        merged: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
         merged.spiel_reports = {name: dict(layer.reports) for name, layer in layers.items() if layer.reports}
         masks = {f"{name}.weight": layer.merged_mask for name, layer in layers.items() if layer.merged_mask is not None}
         merged.spiel_masks = masks
@@ -203,7 +203,8 @@ def _check_base(config: SpielConfig, layers: list[Linear]) -> None:
         )
 
 
-def _inputs(layer: nn.Module) -> int:
+def _inputs(layer: Any) -> int:
+    """Inputs of a linear layer, below whatever wraps it; Conv1D has no `in_features`."""
     while hasattr(layer, "base_layer"):
-        layer = layer.base_layer  # type: ignore[assignment]
-    return int(layer.in_features) if hasattr(layer, "in_features") else int(layer.weight.shape[0])  # type: ignore[arg-type,union-attr]
+        layer = layer.base_layer
+    return int(layer.in_features if hasattr(layer, "in_features") else layer.weight.shape[0])

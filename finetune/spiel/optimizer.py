@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import TrainingError
+from ..reselection import Reselection
 from .config import SpielConfig
 from .layer import Linear, layers_of
 from .moments import start_adam, start_sm3, step_adam, step_sm3
 from .policy import Policy, Tracker, get_policy
 from .ranks import average, check_equal
-from .schedule import Reselection
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class SpielOptimizer(torch.optim.Optimizer):
             self._check_gradients()
         done = main["updates"] = main["updates"] + 1
         scale = self._scale()
+        self._fit_seeds(main["betas"][1], done)
         for slot in self._slots:
             if slot.values.grad is not None:
                 self._update(slot, done, main)
@@ -164,8 +165,34 @@ class SpielOptimizer(torch.optim.Optimizer):
             state[name] = torch.cat([state[name][stay], fresh[name].to(state[name].dtype)])[order]
         kept = torch.cat([values[stay], values.new_zeros(len(grown.flat))])[order]
         slot.layer.set_delta(slot.adapter, flat[order], kept)
+        if "m" in state:
+            state["fresh"] = (order >= len(stay)).clone()
         if values.grad is not None:
             values.grad.zero_()  # of other positions now
+
+    def _fit_seeds(self, beta2: float, done: int) -> None:
+        """Moments of new entries at the scale of their first real gradient.
+
+        Entries with large gradients may be clipped as soon as they count towards the norm, while the candidates that
+        they were did not. Momentum from before would then outweigh all that follows. Adam does not care for the scale
+        of its moments as long as later gradients have it too.
+        """
+        found = [
+            (self.state[slot.values], slot.values.grad)
+            for slot in self._slots
+            if "fresh" in self.state[slot.values] and slot.values.grad is not None
+        ]
+        real = seeded = 0.0
+        for state, gradient in found:
+            fresh = state["fresh"]
+            age = (done - 1 - state["birth"][fresh]).clamp_(min=1).to(torch.float32)
+            real += float(gradient[fresh].square().sum(dtype=torch.float64))
+            seeded += float((state["v"][fresh] / (1 - torch.pow(beta2, age))).sum(dtype=torch.float64))
+        ratio = real / seeded if seeded > 0 else 1.0
+        for state, _ in found:
+            fresh = state.pop("fresh")
+            state["m"][fresh] *= ratio**0.5
+            state["v"][fresh] *= ratio
 
     def _arm(self, renew: bool = False) -> None:
         """Trackers exist during windows only. `renew`: make them again from loaded state."""
@@ -195,13 +222,12 @@ class SpielOptimizer(torch.optim.Optimizer):
 
         Gradients are scaled as a whole, so sums over a layer's entries, before and after, are in that ratio.
         """
-        watched = [(slot, tracker) for slot, tracker in self._watched() if slot.values.grad is not None]
+        watched = [(tracker.projection, slot.values.grad) for slot, tracker in self._watched()]
         if not watched:
             return 1.0
-        before = average(torch.tensor([tracker.projection for _, tracker in watched], dtype=torch.float64))
-        after = torch.tensor(
-            [float(slot.values.grad.sum(dtype=torch.float64)) for slot, _ in watched], dtype=torch.float64
-        )
+        before = average(torch.tensor([one for one, _ in watched], dtype=torch.float64))
+        sums = [0.0 if grad is None else float(grad.sum(dtype=torch.float64)) for _, grad in watched]
+        after = torch.tensor(sums, dtype=torch.float64)
         size = float(before @ before)
         scale = float(before @ after) / size if size > 0 else 1.0
         return scale if math.isfinite(scale) and abs(scale - 1) > 1e-3 else 1.0

@@ -142,7 +142,7 @@ def top_product(rows: Tensor, cols: Tensor, count: int, taken: Tensor, allowed: 
     width, pool = len(cols), TopPool(count, rows.device)
     order = rows.argsort(descending=True, stable=True)
     largest = float(cols.max()) if width else 0.0
-    height = max(1, (1 << 20) // max(1, width))
+    height = max(1, (1 << 17) // max(1, width))
     for slab in order.split(height):
         if len(pool.position) == count and float(rows[slab[0]]) * largest < pool.floor:
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import peft
 from peft import mapping
@@ -20,7 +21,7 @@ def register() -> None:
         _warn(f"peft {peft.__version__} has a method {SPIEL} of its own")
         return
     try:
-        tables = (
+        tables: Any = (
             (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, SpielConfig),
             (mapping.PEFT_TYPE_TO_TUNER_MAPPING, SpielModel),
             (mapping.PEFT_TYPE_TO_PREFIX_MAPPING, SpielModel.prefix),
@@ -32,7 +33,7 @@ def register() -> None:
         _warn(f"another method has taken the prefix {SpielModel.prefix}")
         return
     for table, value in tables:
-        table[SPIEL] = value  # type: ignore[index]
+        table[SPIEL] = value
 
 
 def _warn(what: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import RecipeError
-from .budget import CEILING, FLOOR, share_out, total
+from ..budget import CEILING, FLOOR, share_out, total
 from .candidates import Candidates
 from .config import BY_DATA, SpielConfig
 from .layer import Linear, layers_of

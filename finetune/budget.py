@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ...errors import RecipeError
+from ..errors import RecipeError
 
 ALLOCATIONS = ("uniform", "erk", "global")
 DEFAULT_DENSITY = 0.01

@@ -1,0 +1,230 @@
+"""Sparse deltas against LoRA and full fine-tuning on small models, equal tokens, learning rates searched: resumable.
+
+    python benchmarks/finetune_quality.py --shared ../shared              # run what is missing, then print the table
+    python benchmarks/finetune_quality.py --tasks stories-shakespeare --ranks 2 --methods spiel-ag lora
+    python benchmarks/finetune_quality.py --render                        # only print the table
+
+A cell is one task, method, rank, learning rate and seed: `gossamer finetune`, then perplexity of the result on the
+task's test text and on the text that the model was trained on before (forgetting). Every learning rate of the grid is
+run with the first seed; the one with the lowest loss on held-out training rows is run with the other seeds. The test
+text takes no part in any choice. Each finished cell is one JSON line; a rerun skips the cells it finds there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quality import append_result, perplexity, read_results
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "finetune.jsonl"
+SEEDS = [0, 1, 2, 3, 4]
+SPARSE = ("spiel-ag", "spiel-ma", "static", "random")
+METHODS = ("base", *SPARSE, "lora", "full")
+GRIDS = {
+    "spiel-ma": (3e-3, 1e-2, 3e-2),
+    "lora": (1e-3, 3e-3, 1e-2),
+    "full": (3e-4, 1e-3, 3e-3),
+    "base": (0.0,),
+}
+GRID = (1e-3, 3e-3, 1e-2)  # of the others
+SEQLEN, BATCH, WINDOWS = 256, 8, 200
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and its texts, below the folder of models and data.
+
+    `split`: train on this first share of the text and test on the rest, where there is one file for both.
+    """
+
+    model: str
+    train: str
+    test: str
+    before: str
+    ranks: tuple[int, ...]
+    tokens: int
+    split: float = 1.0
+
+
+TASKS = {
+    "stories-shakespeare": Task(
+        "stories260k", "shakespeare/train.txt", "shakespeare/valid.txt", "tinystories/evaluation.txt", (1, 2), 1_000_000
+    ),
+    "stories-gsm8k": Task(
+        "stories260k", "gsm8k/train.txt", "gsm8k/test.txt", "tinystories/evaluation.txt", (1, 2), 1_000_000
+    ),
+    "tiny-wikitext": Task(
+        "tiny-llama", "wikitext2/wiki.test.raw", "wikitext2/wiki.test.raw", "gsm8k/test.txt", (2, 8), 1_000_000, 0.8
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell."""
+
+    task: str
+    method: str
+    rank: int
+    learning_rate: float
+    seed: int
+    tokens: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return tuple(asdict(self).values())
+
+
+def main() -> None:
+    options = _options()
+    cells = read_results(options.results)
+    if not options.render:
+        for job in jobs(options, cells):
+            cell = run_cell(job, options.shared.resolve(), options.windows)
+            append_result(options.results, cell)
+            cells.append(cell)
+            print(
+                f"{job.task} {job.method} rank {job.rank} lr {job.learning_rate:g} seed {job.seed}: "
+                f"test {cell['test']:.3f}, before {cell['before']:.3f}, {cell['seconds']:.0f} s",
+                flush=True,
+            )
+    print(table(cells))
+
+
+def jobs(options: argparse.Namespace, cells: list[dict[str, Any]]) -> Iterator[Job]:
+    """What is missing. Further seeds come when the grid of the first is complete: `cells` grows meanwhile."""
+    for name in options.tasks:
+        task = TASKS[name]
+        tokens = options.tokens or task.tokens
+        for rank in options.ranks or task.ranks:
+            for method in options.methods:
+                grid = options.rates or GRIDS.get(method, GRID)
+                yield from missing((Job(name, method, rank, lr, options.seeds[0], tokens) for lr in grid), cells)
+                if method == "base":
+                    continue
+                best = best_rate(cells, name, method, rank, options.seeds[0], tokens)
+                yield from missing((Job(name, method, rank, best, s, tokens) for s in options.seeds[1:]), cells)
+
+
+def missing(wanted: Iterator[Job], cells: list[dict[str, Any]]) -> Iterator[Job]:
+    for job in wanted:
+        if not any(all(cell[k] == v for k, v in asdict(job).items()) for cell in cells):
+            yield job
+
+
+def best_rate(cells: list[dict[str, Any]], task: str, method: str, rank: int, seed: int, tokens: int) -> float:
+    """The learning rate with the lowest held-out loss."""
+    same = {"task": task, "method": method, "rank": rank, "seed": seed, "tokens": tokens}
+    found = [cell for cell in cells if all(cell[k] == v for k, v in same.items())]
+    return min(found, key=lambda cell: cell["heldout"])["learning_rate"]
+
+
+def run_cell(job: Job, shared: Path, windows: int) -> dict[str, Any]:
+    """Fine-tune and measure; the line of the results file."""
+    from gossamer import __version__
+
+    task = TASKS[job.task]
+    model, before = shared / "models" / task.model, shared / "data" / task.before
+    with tempfile.TemporaryDirectory(prefix="gossamer-finetune-") as folder:
+        train, test = _texts(task, shared, Path(folder))
+        out, figures = model, {"heldout": None, "seconds": 0.0, "trained": 0, "peak": None, "file": 0}
+        if job.method != "base":
+            out = Path(folder) / "out"
+            figures = _finetune(job, model, train, out)
+        return {
+            **asdict(job),
+            **figures,
+            "test": perplexity(out, test, windows, "cpu")["perplexity"],
+            "before": perplexity(out, before, windows, "cpu")["perplexity"],
+            "version": __version__,
+        }
+
+
+def _finetune(job: Job, model: Path, train: Path, out: Path) -> dict[str, Any]:
+    from gossamer.compress.recipe import ExportStage, FinetuneStage, Machine, Recipe
+    from gossamer.compress.run import compress
+
+    fields: dict[str, Any] = {"method": job.method}
+    if job.method == "random":
+        fields = {"method": "static", "selection": "random"}
+    if job.method in SPARSE:
+        fields["rank_equivalent"] = job.rank
+    if job.method == "lora":
+        fields |= {"rank": job.rank, "alpha": 2 * job.rank}
+    stage = FinetuneStage(
+        data=str(train), seqlen=SEQLEN, batch=BATCH, tokens=job.tokens, learning_rate=job.learning_rate, save_every=0,
+        **fields,
+    )  # fmt: skip
+    started = time.monotonic()
+    recipe = Recipe(stages=(stage, ExportStage(format="dense")), seed=job.seed)
+    report = compress(str(model), out, recipe, Machine(dtype="float32", device="cpu"))
+    found = next(entry for entry in report.data["stages"] if entry["stage"] == "finetune")
+    adapter = list((out / "gossamer").glob("adapter-*/adapter_model.safetensors"))
+    return {
+        "heldout": found["heldout"]["after"],
+        "seconds": round(time.monotonic() - started, 2),
+        "trained": found["trained"],
+        "peak": report.data["peak_memory_bytes"],
+        "file": adapter[0].stat().st_size if adapter else sum(f.stat().st_size for f in out.glob("*.safetensors")),
+    }
+
+
+def _texts(task: Task, shared: Path, folder: Path) -> tuple[Path, Path]:
+    """The files to train and to test on."""
+    train, test = shared / "data" / task.train, shared / "data" / task.test
+    if task.split == 1.0:
+        return train, test
+    lines = train.read_text(encoding="utf-8").splitlines(keepends=True)
+    cut = int(task.split * len(lines))
+    parts = folder / "train.txt", folder / "test.txt"
+    for path, part in zip(parts, (lines[:cut], lines[cut:]), strict=True):
+        path.write_text("".join(part), encoding="utf-8")
+    return parts
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """Markdown: mean and range over seeds at the best learning rate, and their number."""
+    lines = [
+        "| task | rank | method | entries | rate | test perplexity | before | peak | s | file | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for task, rank, method, tokens in dict.fromkeys((c["task"], c["rank"], c["method"], c["tokens"]) for c in cells):
+        same = {"task": task, "rank": rank, "method": method, "tokens": tokens}
+        group = [c for c in cells if all(c[k] == v for k, v in same.items())]
+        rate = min(group, key=lambda c: (c["heldout"] is not None, c["heldout"] or 0.0))["learning_rate"]
+        group = [c for c in group if c["learning_rate"] == rate]
+        test = [c["test"] for c in group]
+        peak = f"{max(c['peak'] for c in group) / 1e6:.0f} MB" if group[0]["peak"] else ""
+        lines.append(
+            f"| {task} | {rank} | {method} | {group[0]['trained']:,} | {rate:g} | {statistics.fmean(test):.3f} "
+            f"({min(test):.3f}-{max(test):.3f}) | {statistics.fmean(c['before'] for c in group):.3f} | {peak} | "
+            f"{statistics.fmean(c['seconds'] for c in group):.0f} | {group[0]['file']:,} | {len(group)} |"
+        )
+    return "\n".join(lines)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--ranks", nargs="+", type=int, default=[], help="default: the task's")
+    parser.add_argument("--rates", nargs="+", type=float, default=[], help="instead of the method's grid")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--tokens", type=int, help="to train on; default: the task's")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help="of the test texts")
+    parser.add_argument("--render", action="store_true", help="run nothing, print the table")
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder with models/ and data/")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
