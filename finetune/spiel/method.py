@@ -42,6 +42,9 @@ class _Adapter:
         """The adapter, put into the model's layers of these names."""
         raise NotImplementedError
 
+    def prunes(self, options: Mapping[str, Any]) -> None:
+        """Nothing: the masks that there are stay."""
+
     def optimizer(self, options: Mapping[str, Any]) -> Callable[[Any], Any] | None:
         """Makes the adapter's own optimizer for a model; None: that of every training stage."""
         return None
