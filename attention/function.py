@@ -69,7 +69,7 @@ def _ragged_layer(key: Any, value: Any) -> RaggedLayer | None:
     layer: Any = getattr(key, MARK, None)
     if not isinstance(layer, RaggedLayer) or getattr(value, MARK, None) is not layer:
         return None
-    return layer if layer.pending is not None else None
+    return layer if layer.pending is not None else None  # type: ignore[union-attr]
 
 
 def _mask_around(mask: Tensor | None, query: Tensor, key: Tensor | None) -> HeadMask:

@@ -71,7 +71,7 @@ class _Run(TrainerCallback):
     """The parametrized weights of one run; moves their schedules and takes them off in the end."""
 
     def __init__(self) -> None:
-        self.weights: dict[str, tuple[nn.Module, PstWeight]] = {}
+        self.weights: dict[str, tuple[Any, PstWeight]] = {}
         self.masks: dict[str, Tensor] = {}
 
     def add(self, name: str, module: Any, pattern: Pattern, config: PstConfig, mask: Tensor | None, seed: int) -> None:

@@ -18,7 +18,8 @@ from ..errors import ModelError
 def keep_unpacked(model: nn.Module) -> int:
     """Forbid the repacking of every 4-bit layer of `model`, undo it where it has happened; the number of such layers.
 
-    Repacking rounds the scales to bfloat16, so what is undone differs from the original by up to 0.4 %. ModelError when a repacked weight cannot be packed back.
+    Repacking rounds the scales to bfloat16, so what is undone differs from the original by up to 0.4 %. ModelError when
+    a repacked weight cannot be packed back.
     """
     layers = [layer for layer in model.modules() if is_4bit(layer)]
     for layer in layers:

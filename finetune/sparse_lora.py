@@ -87,8 +87,9 @@ class SparseLoraLinear(lora.Linear):
                     self.base_layer.bias.data = bias
 
     def _merge_one(self, adapter: str, check: bool) -> None:
-        base = self.get_base_layer()
-        delta = self.scaling[adapter] * (self.lora_B[adapter].weight.float() @ self.lora_A[adapter].weight.float())
+        base: Any = self.get_base_layer()
+        thin: tuple[Tensor, Tensor] = self.lora_B[adapter].weight, self.lora_A[adapter].weight  # type: ignore[assignment]
+        delta = self.scaling[adapter] * (thin[0].float() @ thin[1].float())
         if check and not bool(torch.isfinite(delta).all()):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
         bias = self._merge_bias(adapter, base)
@@ -144,7 +145,7 @@ class SparseLoraLinear(lora.Linear):
 
 def register() -> None:
     """Every LoraConfig from now on knows sparse layers. Idempotent; a warning where peft is not as known."""
-    config = peft.LoraConfig
+    config: Any = peft.LoraConfig
     if getattr(config, "_knows_sparse_layers", False):
         return
     if not hasattr(config, "_register_custom_module"):
