@@ -86,7 +86,7 @@ class SparseLoraLinear(lora.Linear):
                 if bias is not None:
                     self.base_layer.bias.data = bias
 
-    def _merge_one(self, adapter: str, check: bool) -> None:
+    def _merge_one(self: Any, adapter: str, check: bool) -> None:
         base: Any = self.get_base_layer()
         thin: tuple[Tensor, Tensor] = self.lora_B[adapter].weight, self.lora_A[adapter].weight  # type: ignore[assignment]
         delta = self.scaling[adapter] * (thin[0].float() @ thin[1].float())
