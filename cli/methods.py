@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def methods(json: o.Json = False) -> None:
-    """List what `compress` takes: one-shot methods, built-in and from other packages, those that train; policies."""
+    """List what `compress` takes: one-shot methods, own and of other packages, those that train, and policies."""
     from ..activation_sparsity.registry import DEFAULT as POLICY
     from ..activation_sparsity.registry import SUMMARIES as POLICIES
     from ..pruning.registry import DEFAULT_METHOD, method_names, summary
