@@ -150,5 +150,5 @@ def test_mistakes_are_named(options, words_: str, tiny: Path, tmp_path: Path) ->
     given = [word for word in options if word != "--reconstruct"]
     fields = {names[key]: value for key, value in zip(given[::2], given[1::2], strict=True)}
     with pytest.raises(RecipeError, match=words_):
-        recipe_from_options(prune, {}, {}, {}, no_eval=True, activation=fields)
+        recipe_from_options(prune, {}, {}, {}, {}, no_eval=True, activation=fields)
     assert os.listdir(tmp_path) == []
