@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from gossamer.errors import KernelError
 from gossamer.kernels import extension, tier
