@@ -216,7 +216,7 @@ def test_underscores(run, tmp_path):
         ("stages: [{stage: prune, sparsty: 0.5}]", "stages.0.sparsty is no field", "method, sparsity, pattern"),
         ("stages: [{stage: prune, sparsty: 0.5}]", "did you mean sparsity?", None),
         ("seeds: 1\nstages: [{stage: prune}]", "seeds is no field of a recipe; did you mean seed?", "stages, seed"),
-        ("stages: [{stage: fry}]", "stages.0: stage 'fry' is unknown; allowed: prune, evaluate, export", None),
+        ("stages: [{stage: fry}]", "stages.0: stage 'fry' is unknown; allowed: prune, imp,", None),
         ("stages: [{sparsity: 0.5}]", "stages.0 does not say which stage it is", "`stage:`"),
         ("stages: 5", "stages must be a list, got 5", "[a, b]"),
         ("stages: []", "stages needs at least 1 entry", "a minimal recipe"),

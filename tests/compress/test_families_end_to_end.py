@@ -156,7 +156,7 @@ def test_the_names_are_the_hand_written_ones(job):
 
 def test_zeros_in_the_file_equal_the_plan(job, tmp_path):
     planned = plan(job.model, tmp_path / "out", Recipe(**job.report["recipe"]))
-    zeros = {item.name: item.zeros for item in planned.prunes[0].jobs}
+    zeros = {item.name: item.zeros for item in planned.changes[0].jobs}
     assert zeros == {n: round(SPARSITY * rows * cols) for n, (rows, cols) in expected(job.name).items()}
     assert zeros == {n: int((matrix_of(job.name, job.after, n) == 0).sum()) for n in zeros}
 

@@ -107,7 +107,9 @@ METHODS = {
 MODES = {"ddp": ({}, ""), "fsdp2": (FSDP, ON_CPU + SHARDED)}
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=[] if n == "full" else pytest.mark.slow) for n in METHODS]
+)
 def single(request, runs, tmp_path_factory):
     out = tmp_path_factory.mktemp("single") / request.param
     runs.finished(1, out, *METHODS[request.param])

@@ -50,7 +50,7 @@ def dense(folder) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in gossamer.load(folder, packed=False).named_parameters()}
 
 
-@pytest.mark.parametrize("weights", [None, [3, 1, 0]])
+@pytest.mark.parametrize("weights", [pytest.param(None, marks=pytest.mark.slow), [3, 1, 0]])
 def test_the_average_by_hand(candidates, tmp_path, weights):
     report = merge(candidates, tmp_path / "out", weights=weights)
     shares = [1 / 3] * 3 if weights is None else [0.75, 0.25, 0.0]

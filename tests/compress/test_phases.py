@@ -248,7 +248,17 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "point"), [(kind, point) for kind, points in POINTS.items() for point in points])
+DEFAULT = {("imp", "phase:1"), ("soup", "part:3"), ("gradual", "part:1"), ("random", "part:2")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "point"),
+    [
+        pytest.param(kind, point, marks=[] if (kind, point) in DEFAULT else pytest.mark.slow)
+        for kind, points in POINTS.items()
+        for point in points
+    ],
+)
 def test_a_killed_run_goes_on_to_the_same_files(jobs, tmp_path, kind, point):
     out = tmp_path / "out"
     assert jobs[kind].run(out, fail=point).returncode == KILLED
@@ -275,7 +285,7 @@ Trainer.training_step = interrupted
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGKILL", marks=pytest.mark.slow)])
 def test_interrupted_in_the_middle_of_training(jobs, tmp_path, kind, name):
     """The fourth step of the second training run, or of the only one."""
     out = tmp_path / "out"

@@ -66,7 +66,10 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param(s, id=n, marks=pytest.mark.slow if n in ("greedy", "learned") else []) for n, s in STAGES.items()],
+)
 def test_two_processes_equal_one(launcher, tiny, tmp_path, stage):
     """Three candidates on two processes: one trains two of them."""
     for count, name in ((1, "one"), (2, "two")):

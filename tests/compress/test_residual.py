@@ -23,6 +23,7 @@ WRITERS = {
     "qwen3": LLAMA,
     "gemma2": {},  # a norm stands between every output and the stream
     "gemma3": {},
+    "phi3": LLAMA,
     "phi": {"self_attn.dense": OUTPUT, "mlp.fc2": OUTPUT},  # attention and MLP side by side
     "gpt2": {"attn.c_proj": "ln_2", "mlp.c_proj": OUTPUT},
     "opt": {"self_attn.out_proj": "final_layer_norm", "fc2": OUTPUT},
