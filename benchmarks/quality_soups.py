@@ -109,7 +109,13 @@ def stages(line: Line, shared: Path) -> list[Any]:
         measure = str(shared / evaluation) if final else None
         found = [
             SoupStage(
-                sparsity=float(line["sparsity"]), phases=PHASES, candidates=count, soup=kind, measure=measure, **common
+                sparsity=float(line["sparsity"]),
+                phases=PHASES,
+                candidates=count,
+                soup=kind,
+                measure=measure,
+                measure_windows=windows,
+                **common,
             )
         ]
     else:

@@ -59,6 +59,7 @@ class SoupStage(ImpStage):
     measure: str | None = Field(
         None, description="text on which candidates, soups and ensemble are compared at the end"
     )
+    measure_windows: int | None = Field(None, ge=1, description="at most so many windows of that text")
 
     @field_validator("factor_values", mode="before")
     @classmethod

@@ -55,7 +55,9 @@ class SoupKind:
         found = Imp().plan(index, stage, planning)
         rows = None
         if stage.measure is not None:
-            windows, _, _ = planning.texts.evaluation(stage.measure, found.text.train.length, None, torch.float32)
+            windows, _, _ = planning.texts.evaluation(
+                stage.measure, found.text.train.length, stage.measure_windows, torch.float32
+            )
             rows = TokenRows(windows, name=stage.measure)
         return SoupPlan(**vars(found), measured=rows)
 
