@@ -3,7 +3,7 @@
     python benchmarks/head_plans.py --shared ../shared                      # run what is missing, cell by cell
     python benchmarks/head_plans.py --suites perplexity --models tiny-llama --densities 0.5
     python benchmarks/head_plans.py --suites retrieval --train-seconds 900  # trains its model first, then keeps it
-    python benchmarks/head_plans.py --smoke --results /tmp/smoke.jsonl      # every suite, tiny, in two minutes
+    python benchmarks/head_plans.py --smoke --results smoke.jsonl           # every suite, tiny, in two minutes
     python benchmarks/head_plans.py --render                                # only write the tables into the page
 
 Suites: `influence` (Spearman correlation of predicted with measured loss, every head under several rules), `perplexity`

@@ -13,20 +13,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import statistics
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality_table import Spread
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "quality_recovery.jsonl"
-PAGE = ROOT / "docs" / "quality-recovery.md"
+from suite import TRIALS, Line, best_trial, compressed, parser, run, spread
 
 
 @dataclass(frozen=True)
@@ -59,8 +52,6 @@ RATES = {
     "full": (3e-4, 1e-3, 3e-3),
 }
 
-Line = Mapping[str, Any]
-
 
 def key(line: Line) -> tuple[Any, ...]:
     """What identifies a line; the last one with a key counts."""
@@ -71,12 +62,8 @@ def best_rate(lines: Sequence[Line], model: str, row: str) -> float | None:
     """The rate of the row's trial with the lowest held-out loss; the middle one where none was run."""
     if row not in RATES:
         return None
-    found = [
-        line
-        for line in lines
-        if (line["kind"], line["model"], line["row"]) == ("trial", model, row) and math.isfinite(line["heldout"])
-    ]
-    return min(found, key=lambda line: line["heldout"])["rate"] if found else RATES[row][1]
+    best = best_trial(lines, model=model, row=row)
+    return RATES[row][1] if best is None else best["rate"]
 
 
 def wanted(options: argparse.Namespace, lines: Sequence[Line]) -> list[dict[str, Any]]:
@@ -130,21 +117,11 @@ def stages(line: Line, shared: Path) -> list[Any]:
 
 def run_line(line: dict[str, Any], shared: Path, device: str) -> dict[str, Any]:
     """One compression; the line of the results file. ValueError when training changed the number of zeros."""
-    from gossamer import __version__
-    from gossamer.compress.recipe import Machine, Recipe
-    from gossamer.compress.run import compress
-
-    started = time.monotonic()
-    recipe = Recipe(stages=stages(line, shared), seed=line["seed"])
-    with tempfile.TemporaryDirectory(prefix="gossamer-quality-") as folder:
-        model = str(shared / "models" / line["model"])
-        report = compress(model, Path(folder) / "out", recipe, Machine(dtype="float32", device=device))
-    result = {
+    report, _, result = compressed(line, stages(line, shared), shared / "models" / line["model"], device)
+    result |= {
         "sparsity": report["sparsity"]["prunable"],
         "zeros": report["sparsity"]["zeros"],
         "peak": report["peak_memory_bytes"],
-        "seconds": round(time.monotonic() - started, 2),
-        "version": __version__,
     }
     trained = next((stage for stage in report["stages"] if stage["stage"] == "finetune"), None)
     if trained is not None:
@@ -156,9 +133,6 @@ def run_line(line: dict[str, Any], shared: Path, device: str) -> dict[str, Any]:
         pruned = sum(row["zeros"] for row in report["layers"])
         if trained["zeros"] != pruned:
             raise ValueError(f"{line}: {pruned} weights were pruned, {trained['zeros']} are masked after training")
-    if line["kind"] == "cell":
-        evaluation = report["evaluation"]
-        result |= {name: evaluation[name]["perplexity"] for name in ("before", "after")}
     return line | result
 
 
@@ -217,11 +191,9 @@ def render(lines: Sequence[Line]) -> str:
 
 def _figures(cells: Mapping[str, Mapping[int, Line]], row: str) -> list[str]:
     found = list(cells[row].values())
-    spread = Spread.of([line["after"] for line in found])
-    low_high = "" if spread.count == 1 else f" ({spread.low:.2f} to {spread.high:.2f})"
     first = found[0]
     return [
-        f"{spread.mean:.2f}{low_high}",
+        spread({seed: line["after"] for seed, line in cells[row].items()}, 2),
         "" if row == DENSE else difference(cells, row, DENSE),
         " / ".join(sorted({f"{line['zeros']:,}" for line in found})),
         f"{first['trained']:,}" if "trained" in first else "",
@@ -236,43 +208,21 @@ _INTRODUCTION = f"""# Recovery after pruning
 Perplexity after one-shot pruning by the default method and fine-tuning under its masks, made by
 `python benchmarks/quality.py recovery --render`. Mean over seeds, the smallest and the largest in brackets; differences
 are paired over seeds, with twice their standard error. Each trained row had {len(RATES[DENSE])} learning rates on a
-quarter of the tokens, judged by the loss on the held-out split of the training text. Zeros are counted in the written
+quarter of the tokens, {TRIALS}. Zeros are counted in the written
 files; peak memory is that of the whole process, pruning and evaluation included.
 """
 
 
 def main(words: Sequence[str]) -> None:
-    from quality import append_result, read_results
+    run(_options(words), key=key, wanted=wanted, run_line=run_line, render=render, told=_told)
 
-    options = _options(words)
-    lines = read_results(options.results)
-    if options.render:
-        options.page.write_text(render(lines), encoding="utf-8")
-        print(f"wrote {options.page}")
-        return
-    done = set() if options.redo else {key(line) for line in lines}
-    asked = wanted(options, lines)
-    todo = [line for line in asked if key(line) not in done]
-    print(f"{len(todo)} of {len(asked)} to run")
-    for number, line in enumerate(todo, 1):
-        result = run_line(line, options.shared.resolve(), options.device)
-        append_result(options.results, result)
-        figure = f"perplexity {result['after']:.3f}" if "after" in result else f"held-out loss {result['heldout']:.4f}"
-        what = f"{line['model']} {line['row']} seed {line['seed']} rate {line['rate']}"
-        print(f"[{number}/{len(todo)}] {what}: {figure} in {result['seconds']:.1f} s", flush=True)
+
+def _told(line: Line) -> str:
+    return f"{line['model']} {line['row']} seed {line['seed']} rate {line['rate']}"
 
 
 def _options(words: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="quality.py recovery", description=__doc__.split("\n")[0])
-    parser.add_argument("--search", action="store_true", help="trials instead of final cells")
-    parser.add_argument("--models", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--tokens", type=int, help="per run; default: the model's own")
-    parser.add_argument("--redo", action="store_true", help="run again what is there; the later line counts")
-    parser.add_argument("--render", action="store_true", help="run nothing, write the page")
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder with models/ and data/")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--device", default="cpu")
-    return parser.parse_args(words)
+    made = parser("recovery", __doc__, ROWS)
+    made.add_argument("--models", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    made.add_argument("--tokens", type=int, help="per run; default: the model's own")
+    return made.parse_args(words)
