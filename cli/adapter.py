@@ -9,9 +9,9 @@ import typer
 
 from ..errors import RecipeError
 from . import options as o
-from .compress import build_machine
 from .failure import typed_command
 from .job import run_job, show_plan
+from .recipes import build_machine, finished
 
 INFO = o.examples("gossamer adapter info OUT/gossamer/adapter-0", "gossamer adapter info my-adapter --json")
 DIFF = o.examples(
@@ -29,8 +29,6 @@ MERGE = o.examples(
 )
 
 _Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder.", show_default=False)]
-
-_Out = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The folder to write.", show_default=False)]
 
 
 def register(app: typer.Typer) -> None:
@@ -112,9 +110,7 @@ def compose(
             metavar="ADAPTER[:WEIGHT]...", help="Adapters' folders, each with its weight.", show_default=False
         ),
     ],
-    out: Annotated[
-        Path, typer.Option("-o", "--output", metavar="OUT", help="The folder to write.", show_default=False)
-    ],
+    out: o.Out,
     json: o.Json = False,
 ) -> None:
     """Write the weighted sum of adapters of sparse deltas as one adapter, at the union of their positions."""
@@ -132,7 +128,7 @@ def merge(
     ctx: typer.Context,
     model: o.Model,
     adapter: _Adapter,
-    out: _Out,
+    out: o.Out,
     any_base: Annotated[
         bool,
         typer.Option(
@@ -154,10 +150,7 @@ def merge(
             show_default=False,
         ),
     ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace what is in OUT.", rich_help_panel=o.OUTPUT, show_default=False),
-    ] = False,
+    overwrite: o.Overwrite = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
     device: o.Device = None,
@@ -169,14 +162,13 @@ def merge(
 
     Sums are rounded once, to the dtype of MODEL; the report says how many entries were below that.
     """
-    from ..compress.recipe import ExportStage, MergeStage, Recipe, build
+    from ..compress.recipe import MergeStage, build
 
-    export = {} if file_format is None else {"format": file_format}
-    stages = [build(MergeStage, adapter=adapter, check_base=not any_base), build(ExportStage, **export)]
+    stage = build(MergeStage, adapter=adapter, check_base=not any_base)
     job: dict[str, Any] = {
         "model": model,
         "out": out,
-        "recipe": build(Recipe, stages=stages),
+        "recipe": finished([stage], {}, {"format": file_format}, {}, no_eval=True),
         "machine": build_machine(device, None, None),
         "revision": revision,
         "token": token,

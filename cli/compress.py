@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
-from ..errors import RecipeError
 from . import options as o
 from . import trained as t
 from .failure import typed_command
 from .job import run_job, show_plan
-
-if TYPE_CHECKING:
-    from ..compress.recipe import Machine, Recipe
+from .recipes import as_activation, as_options, build_machine, recipe_from_file, recipe_from_options
 
 EXAMPLES = o.examples(
     "gossamer compress meta-llama/Llama-3.2-1B -o llama-sparse",
@@ -27,8 +24,6 @@ EXAMPLES = o.examples(
     "gossamer compress MODEL -o OUT --resume",
 )
 
-TEXT = ("calibration", "nsamples", "seqlen")  # options that pruning and an activation policy share
-
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
@@ -38,9 +33,7 @@ def register(app: typer.Typer) -> None:
 def compress(
     ctx: typer.Context,
     model: o.Model,
-    out: Annotated[
-        Path, typer.Option("-o", "--output", metavar="OUT", help="The folder to write.", show_default=False)
-    ],
+    out: o.Out,
     method: Annotated[
         Optional[str],
         typer.Option(
@@ -192,9 +185,7 @@ def compress(
     pattern_for: t.PatternFor = None,
     fields: t.Fields = None,
     eval_data: o.Evaluation = None,
-    no_eval: Annotated[
-        bool, typer.Option("--no-eval", help="Skip the evaluation.", rich_help_panel=o.DATA, show_default=False)
-    ] = False,
+    no_eval: o.NoEvaluation = False,
     eval_seqlen: Annotated[
         Optional[int],
         typer.Option(
@@ -223,16 +214,7 @@ def compress(
             show_default=False,
         ),
     ] = None,
-    file_format: Annotated[
-        Optional[str],
-        typer.Option(
-            "--format",
-            metavar="sparse|dense|both",
-            help="What to write. \\[default: sparse]",
-            rich_help_panel=o.OUTPUT,
-            show_default=False,
-        ),
-    ] = None,
+    file_format: o.FileFormat = None,
     values: Annotated[
         Optional[str],
         typer.Option(
@@ -243,25 +225,9 @@ def compress(
             show_default=False,
         ),
     ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Check everything, print the plan, write nothing.",
-            rich_help_panel=o.OUTPUT,
-            show_default=False,
-        ),
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on after the last finished block.", rich_help_panel=o.OUTPUT, show_default=False
-        ),
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace what is in OUT.", rich_help_panel=o.OUTPUT, show_default=False),
-    ] = False,
+    dry_run: o.DryRun = False,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
     device: o.Device = None,
@@ -297,7 +263,7 @@ def compress(
     if recipe is None:
         built = recipe_from_options(prune, training, evaluation, export, general, no_eval=no_eval, activation=skipping)
     else:
-        given = {**prune, **training, **_as_activation(skipping), **_as_options(evaluation), **export, **general}
+        given = {**prune, **training, **as_activation(skipping), **as_options(evaluation), **export, **general}
         built = recipe_from_file(recipe, given | {"no_eval": no_eval or None})
     job: dict[str, Any] = {
         "model": model, "out": out, "recipe": built, "machine": build_machine(device, dtype, max_memory),
@@ -308,96 +274,3 @@ def compress(
         show_plan(job, json)
     else:
         run_job(job, typed_command(ctx), json, quiet)
-
-
-def recipe_from_options(
-    prune: dict[str, Any],
-    training: dict[str, Any],
-    evaluation: dict[str, Any],
-    export: dict[str, Any],
-    general: dict[str, Any],
-    *,
-    no_eval: bool,
-    activation: dict[str, Any] | None = None,
-) -> Recipe:
-    """The recipe of the options, where None means "not given". RecipeError when they contradict each other.
-
-    An activation policy is made after pruning, or in place of it: then options of pruning alone are mistakes.
-    """
-    from ..compress.recipe import ActivationStage, EvaluateStage, ExportStage, Recipe, build
-
-    stages: list[Any] = []
-    skipping = _given(activation or {})
-    text = {name: value for name, value in _given(prune).items() if name in TEXT}
-    others = {name: value for name, value in _given(prune).items() if name not in TEXT}
-    prunes = not skipping or bool(others.keys() & {"method", "sparsity", "pattern"})
-    if prunes:
-        measures = others.get("method") not in t.trained_methods() or not skipping
-        seen = text if measures else {name: value for name, value in text.items() if name == "seqlen"}
-        stages.append(_first_stage({**others, **seen}, _given(training)))
-    elif others or _given(training):
-        wrong = _spelled({**others, **_given(training)})
-        raise RecipeError(
-            f"{wrong} belongs to pruning, and {_spelled(_as_activation(skipping))} alone prunes nothing",
-            hint="add --sparsity, --pattern or --method to prune as well",
-        )
-    if skipping:
-        stages.append(build(ActivationStage, **skipping, **text))
-    if not no_eval:
-        stages.append(build(EvaluateStage, **_given(evaluation)))
-    elif _given(evaluation):
-        raise RecipeError(f"--no-eval contradicts {_spelled(_as_options(evaluation))}", hint="give one of them")
-    stages.append(build(ExportStage, **_given(export)))
-    return build(Recipe, stages=stages, **_given(general))
-
-
-def _first_stage(prune: dict[str, Any], training: dict[str, Any]) -> Any:
-    """What --method names: a one-shot method of the prune stage, or a stage that trains."""
-    from ..compress.recipe import PruneStage, build
-
-    if "method" in prune:
-        t.check_known(prune["method"])
-    if prune.get("method") not in t.trained_methods():
-        t.refuse_training_options(training, _spelled(training))
-        return build(PruneStage, **prune)
-    fields = {
-        name: value for name, value in {**prune, **training}.items() if name not in ("method", "pattern_for", "set")
-    }
-    return t.trained_stage(prune["method"], fields, training.get("pattern_for"), training.get("set"))
-
-
-def recipe_from_file(file: Path, options: dict[str, Any]) -> Recipe:
-    """The recipe of a YAML file. RecipeError when any of `options` was given too: the file holds all of it."""
-    from ..compress.recipe import load_recipe
-
-    if _given(options):
-        raise RecipeError(
-            f"--recipe cannot be combined with {_spelled(options)}", hint="write the values into the recipe file"
-        )
-    return load_recipe(file)
-
-
-def build_machine(device: str | None, dtype: str | None, max_memory: str | None) -> Machine:
-    """Machine options; RecipeError for a value that is not allowed."""
-    from ..compress.recipe import Machine, build
-
-    return build(Machine, **_given({"device": device, "dtype": dtype, "max_memory": max_memory}))
-
-
-def _given(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _as_options(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Fields of the evaluate stage under the names of their options."""
-    return {"eval" if name == "data" else f"eval_{name}": value for name, value in evaluation.items()}
-
-
-def _as_activation(activation: dict[str, Any]) -> dict[str, Any]:
-    """Fields of the activation stage under the names of their options."""
-    own = {"method": "activation", "sparsity": "activation_sparsity", "guide": "activation_guide"}
-    return {own.get(name, name): value for name, value in activation.items()}
-
-
-def _spelled(options: dict[str, Any]) -> str:
-    return ", ".join(f"--{name.replace('_', '-')}" for name in _given(options))

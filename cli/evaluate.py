@@ -39,7 +39,7 @@ def evaluate(
     from ..compress import distributed
     from ..compress.recipe import EvaluateStage, build
     from ..compress.score import evaluate_model
-    from .compress import build_machine
+    from .recipes import build_machine
 
     stage = build(EvaluateStage, data=data, seqlen=seqlen, windows=windows)
     machine = build_machine(device, dtype, max_memory)

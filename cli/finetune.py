@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from ..errors import RecipeError
 from . import options as o
-from .compress import build_machine
+from . import trained as t
 from .failure import typed_command
 from .job import run_job, show_plan
+from .recipes import build_machine, finished, given
 
 EXAMPLES = o.examples(
     "gossamer finetune llama-sparse -o llama-recovered --data train.txt",
@@ -32,9 +31,7 @@ def register(app: typer.Typer) -> None:
 def finetune(
     ctx: typer.Context,
     model: o.Model,
-    out: Annotated[
-        Path, typer.Option("-o", "--output", metavar="OUT", help="The folder to write.", show_default=False)
-    ],
+    out: o.Out,
     data: Annotated[
         Optional[str],
         typer.Option(
@@ -51,23 +48,14 @@ def finetune(
             metavar="NAME",
             help="masklora: low-rank updates under the masks. bias-norm: biases and norms only. full: everything. "
             "spiel-ag, spiel-ma: sparse deltas whose positions move. static: sparse deltas at fixed positions. lora: "
-            "plain low-rank updates, on dense models. \\[default: masklora]",
+            "plain low-rank updates, on dense models. pst: prunes to --set sparsity or pattern by a learned score. "
+            "dst: everything, and masks move under their budget. \\[default: masklora]",
             rich_help_panel=o.TRAINING,
             show_default=False,
         ),
     ] = None,
-    tokens: Annotated[
-        Optional[int],
-        typer.Option(
-            metavar="N", help="Tokens to train on. \\[default: 1000000]", rich_help_panel=o.TRAINING, show_default=False
-        ),
-    ] = None,
-    steps: Annotated[
-        Optional[int],
-        typer.Option(
-            metavar="N", help="Optimizer steps, instead of tokens.", rich_help_panel=o.TRAINING, show_default=False
-        ),
-    ] = None,
+    tokens: t.Tokens = None,
+    steps: t.Steps = None,
     learning_rate: Annotated[
         Optional[float],
         typer.Option(
@@ -77,16 +65,7 @@ def finetune(
             show_default=False,
         ),
     ] = None,
-    fields: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            "--set",
-            metavar="FIELD=VALUE",
-            help="Any other field of the stage, such as batch=16, rank=32 or loss=distill; repeatable.",
-            rich_help_panel=o.TRAINING,
-            show_default=False,
-        ),
-    ] = None,
+    fields: t.Fields = None,
     density: Annotated[
         Optional[float],
         typer.Option(
@@ -113,9 +92,7 @@ def finetune(
     ] = None,
     seqlen: o.SequenceLength = None,
     eval_data: o.Evaluation = None,
-    no_eval: Annotated[
-        bool, typer.Option("--no-eval", help="Skip the evaluation.", rich_help_panel=o.DATA, show_default=False)
-    ] = False,
+    no_eval: o.NoEvaluation = False,
     eval_windows: o.Windows = None,
     allow_overlap: Annotated[
         bool,
@@ -135,33 +112,10 @@ def finetune(
             show_default=False,
         ),
     ] = None,
-    file_format: Annotated[
-        Optional[str],
-        typer.Option(
-            "--format",
-            metavar="sparse|dense|both",
-            help="What to write. \\[default: sparse]",
-            rich_help_panel=o.OUTPUT,
-            show_default=False,
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Check everything, print the plan, write nothing.",
-            rich_help_panel=o.OUTPUT,
-            show_default=False,
-        ),
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on from the last checkpoint.", rich_help_panel=o.OUTPUT, show_default=False),
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace what is in OUT.", rich_help_panel=o.OUTPUT, show_default=False),
-    ] = False,
+    file_format: o.FileFormat = None,
+    dry_run: o.DryRun = False,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
     device: o.Device = None,
@@ -171,59 +125,23 @@ def finetune(
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
     """Train MODEL, sparse or not, under the masks that it has, and write the result to OUT: its zeros stay zeros."""
-    stage = {
+    from ..compress.recipe import FinetuneStage, build
+
+    options = {
         "data": data, "method": method, "tokens": tokens, "steps": steps, "learning_rate": learning_rate,
         "seqlen": seqlen, "density": density, "num_weights": num_weights, "rank_equivalent": rank_equivalent,
     }  # fmt: skip
+    stage = build(FinetuneStage, **t.with_fields(given(options), fields))
     job: dict[str, Any] = {
-        "model": model,
-        "out": out,
-        "recipe": _recipe(
-            _with_fields(stage, fields or []),
-            {"data": eval_data, "windows": eval_windows},
-            {"format": file_format},
-            {"seed": seed, "allow_overlap": allow_overlap or None},
-            no_eval=no_eval,
+        "model": model, "out": out,
+        "recipe": finished(
+            [stage], {"data": eval_data, "windows": eval_windows}, {"format": file_format},
+            {"seed": seed, "allow_overlap": allow_overlap or None}, no_eval=no_eval,
         ),
-        "machine": build_machine(device, None, max_memory),
-        "revision": revision,
-        "token": token,
-        "trust_remote_code": trust_remote_code,
-        "resume": resume,
-        "overwrite": overwrite,
-    }
+        "machine": build_machine(device, None, max_memory), "revision": revision, "token": token,
+        "trust_remote_code": trust_remote_code, "resume": resume, "overwrite": overwrite,
+    }  # fmt: skip
     if dry_run:
         show_plan(job, json)
     else:
         run_job(job, typed_command(ctx), json, quiet)
-
-
-def _recipe(
-    stage: dict[str, Any], evaluation: dict[str, Any], export: dict[str, Any], general: dict[str, Any], *, no_eval: bool
-) -> Any:
-    from ..compress.recipe import EvaluateStage, ExportStage, FinetuneStage, Recipe, build
-
-    def given(values: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if value is not None}
-
-    stages = [build(FinetuneStage, **given(stage))]
-    if not no_eval:
-        stages.append(build(EvaluateStage, **given(evaluation)))
-    elif given(evaluation):
-        raise RecipeError("--no-eval contradicts --eval and --eval-windows", hint="give one of them")
-    stages.append(build(ExportStage, **given(export)))
-    return build(Recipe, stages=stages, **given(general))
-
-
-def _with_fields(stage: dict[str, Any], fields: list[str]) -> dict[str, Any]:
-    """The stage's options with what --set adds. RecipeError for a field without a value, or given twice."""
-    found = dict(stage)
-    for text in fields:
-        name, sign, value = text.partition("=")
-        name = name.strip().replace("-", "_")
-        if not sign or not name:
-            raise RecipeError(f"--set {text!r} is not understood", hint="write --set FIELD=VALUE")
-        if found.get(name) is not None:
-            raise RecipeError(f"{name} is given twice", hint=f"leave out --set {name}=...")
-        found[name] = value.strip()
-    return found

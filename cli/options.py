@@ -34,6 +34,38 @@ def examples(*commands: str) -> str:
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub id or a local model folder.", show_default=False)]
 NewFolder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder to create.", show_default=False)]
 
+Out = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The folder to write.", show_default=False)]
+FileFormat = Annotated[
+    Optional[str],
+    typer.Option(
+        "--format",
+        metavar="sparse|dense|both",
+        help="What to write. \\[default: sparse]",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check everything, print the plan, write nothing.",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with a run that was cut off, after what it had finished.",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what is in OUT.", rich_help_panel=OUTPUT, show_default=False)
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=OUTPUT, show_default=False)
 ]
@@ -124,4 +156,7 @@ Windows = Annotated[
         rich_help_panel=DATA,
         show_default=False,
     ),
+]
+NoEvaluation = Annotated[
+    bool, typer.Option("--no-eval", help="Skip the evaluation.", rich_help_panel=DATA, show_default=False)
 ]

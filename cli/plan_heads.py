@@ -11,6 +11,7 @@ from ..errors import RecipeError
 from . import options as o
 from .failure import typed_command
 from .job import show_plan
+from .recipes import build_machine, finished, given
 
 if TYPE_CHECKING:
     from ..compress.recipe import Recipe
@@ -31,9 +32,7 @@ def register(app: typer.Typer) -> None:
 def plan_heads(
     ctx: typer.Context,
     model: o.Model,
-    out: Annotated[
-        Path, typer.Option("-o", "--output", metavar="OUT", help="The folder to write.", show_default=False)
-    ],
+    out: o.Out,
     method: Annotated[
         Optional[str],
         typer.Option(
@@ -198,25 +197,9 @@ def plan_heads(
             show_default=False,
         ),
     ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Check everything, print the plan of the run, write nothing.",
-            rich_help_panel=o.OUTPUT,
-            show_default=False,
-        ),
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on with a run that was cut off.", rich_help_panel=o.OUTPUT, show_default=False
-        ),
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace what is in OUT.", rich_help_panel=o.OUTPUT, show_default=False),
-    ] = False,
+    dry_run: o.DryRun = False,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
     device: o.Device = None,
@@ -226,7 +209,6 @@ def plan_heads(
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> None:
     """Plan how much of the past each KV head of MODEL keeps, and write MODEL with its plan to OUT."""
-    from .compress import build_machine
 
     fields = {
         "method": method, "density": density, "lengths": _numbers(lengths, "--lengths"), "loss": loss,
@@ -247,13 +229,10 @@ def plan_heads(
 
 
 def _recipe(fields: dict[str, Any], file_format: str, seed: int | None) -> Recipe:
-    from ..compress.recipe import ExportStage, HeadsStage, Recipe, build
+    from ..compress.recipe import HeadsStage, build
 
-    stages = [
-        build(HeadsStage, **{name: value for name, value in fields.items() if value is not None}),
-        build(ExportStage, format=file_format),
-    ]
-    return build(Recipe, stages=stages, **({} if seed is None else {"seed": seed}))
+    stage = build(HeadsStage, **given(fields))
+    return finished([stage], {}, {"format": file_format}, {"seed": seed}, no_eval=True)
 
 
 def _form_of(model: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
@@ -26,9 +25,7 @@ def soup(
     models: Annotated[
         list[str], typer.Argument(metavar="A B ...", help="Checkpoints with the same masks.", show_default=False)
     ],
-    out: Annotated[
-        Path, typer.Option("-o", "--output", metavar="OUT", help="The folder to write.", show_default=False)
-    ],
+    out: o.Out,
     weights: Annotated[
         Optional[str],
         typer.Option(
@@ -54,10 +51,7 @@ def soup(
     ] = 1.0,
     seqlen: o.SequenceLength = None,
     windows: o.Windows = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace what is in OUT.", rich_help_panel=o.OUTPUT, show_default=False),
-    ] = False,
+    overwrite: o.Overwrite = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
     trust_remote_code: o.TrustRemoteCode = False,

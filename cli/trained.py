@@ -79,12 +79,18 @@ def trained_stage(method: str, fields: dict[str, Any], patterns: list[str] | Non
     found = dict(fields)
     if patterns:
         found["patterns"] = dict(_pair("--pattern-for", text) for text in patterns)
+    return build(STAGES[method], **with_fields(found, more))
+
+
+def with_fields(found: dict[str, Any], more: list[str] | None) -> dict[str, Any]:
+    """`found` (options that were given) and what --set adds; "none" is no value. RecipeError for one given twice."""
+    result = dict(found)
     for name, value in (_pair("--set", text) for text in more or ()):
         name = name.replace("-", "_")
-        if name in found:
+        if name in result:
             raise RecipeError(f"{name} is given twice", hint=f"leave out --set {name}=...")
-        found[name] = None if value == "none" else value
-    return build(STAGES[method], **found)
+        result[name] = None if value == "none" else value
+    return result
 
 
 def check_known(method: str) -> None:

@@ -142,7 +142,7 @@ def test_a_perplexity_target_is_measured_on_other_windows(demo: Path, tmp_path: 
     ],
 )
 def test_mistakes_are_named(options, words_: str, tiny: Path, tmp_path: Path) -> None:
-    from gossamer.cli.compress import recipe_from_options
+    from gossamer.cli.recipes import recipe_from_options
 
     names = {"--activation": "method", "--activation-sparsity": "sparsity", "--target-speedup": "target_speedup"}
     names |= {"--target-ppl-increase": "target_ppl_increase", "--activation-guide": "guide"}
