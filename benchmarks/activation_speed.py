@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 import gossamer
 from gossamer.activation_sparsity.base import CoreGuide, CoreNeurons, LinearPolicy, MLPParts, Policy
-from gossamer.compress.activation_file import FILE, NAME, write_policy
-from gossamer.compress.activation_report import realised
+from gossamer.compress.activation.file import FILE, NAME, write_policy
+from gossamer.compress.activation.report import realised
 from gossamer.compress.benchmodel import bench_models, markdown
 from gossamer.compress.generate import generate
 from gossamer.kernels.modules.counting import counting

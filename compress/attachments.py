@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from .format import METADATA_KEY
 
 _TABLE: dict[str, str] = {  # name of the entry -> "module:Class"
-    "activation": "activation_attachment:ActivationAttachment",
+    "activation": "activation.attachment:ActivationAttachment",
     "heads": "heads:HeadsAttachment",
 }
 

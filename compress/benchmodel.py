@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from ..kernels.modules.counting import counting
 from ..kernels.modules.sparse_linear import dense_products
-from .activation_report import realised
+from .activation.report import realised
 from .environment import processor_name
 from .generate import Timing, generate
 from .heads import new_cache

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import ModelError, RecipeError
-from .activation_file import copy_policy
+from .activation.file import copy_policy
 from .checkpoint import KINDS, MAX_SHARD_SIZE, assemble, atomic_write_text, publish, verify
 from .converted import refresh_report
 from .format import METADATA_KEY, dense_config, sparse_config

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import GossamerError
-from .activation_file import described
+from .activation.file import described
 from .blocks import StreamedModel
 from .census import TensorCount, count_tensor, total
 from .source import FolderSource, TensorSource, open_source

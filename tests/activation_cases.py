@@ -19,7 +19,7 @@ from gossamer.activation_sparsity.base import (
     MLPParts,
     Policy,
 )  # fmt: skip
-from gossamer.compress.activation_file import NAME, write_policy
+from gossamer.compress.activation.file import NAME, write_policy
 
 FILE = "gossamer/activation.safetensors"
 PARTS = {

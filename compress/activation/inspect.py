@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ...activation_sparsity.base import LinearPolicy, Policy
 from ...errors import ModelError
-from ..activation_file import NAME, read_policy
 from ..blocks import StreamedModel
 from ..evaluate import Protocol
 from ..format import METADATA_KEY
@@ -28,6 +27,7 @@ from ..progress import Progress
 from ..recipe import Machine, PruneStage, Recipe
 from ..source import open_source
 from ..text import Texts
+from .file import NAME, read_policy
 from .heldout import METHOD
 from .sites import find_sites
 from .walk import Walk, increase

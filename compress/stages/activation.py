@@ -16,11 +16,11 @@ from ...activation_sparsity.registry import get_policy_method
 from ...errors import RecipeError
 from .. import distributed
 from ..activation.calibrate import Calibration
+from ..activation.file import FILE, write_policy
 from ..activation.parts import StoredParts
 from ..activation.speed import sparsity_for
 from ..activation.target import Found, highest_sparsity
 from ..activation.walk import Walk, increase, prompt_length
-from ..activation_file import FILE, write_policy
 from ..needs import Needs, Peak, block_bytes, held, hidden_bytes
 from ..plan import Plan, Planning, StagePlan, evaluation_dtype, sequence_length
 from ..recipe import DEFAULT_CALIBRATION

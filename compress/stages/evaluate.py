@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ...errors import ModelError
+from ..activation.file import read_file
 from ..activation.heldout import heldout
-from ..activation_file import read_file
 from ..evaluate import compare
 from ..needs import Needs, evaluation_needs
 from ..plan import EvaluatePlan, Plan, Planning, evaluation_dtype, sequence_length

@@ -1,6 +1,6 @@
 """What modules that skip need to know of the call of the model that they are in: dense or sparse tokens, and whose.
 
-A model's hook (compress/activation_hook.py) sets it; modules ask. Outside any call, few rows are sparse.
+A model's hook (compress/activation/hook.py) sets it; modules ask. Outside any call, few rows are sparse.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from exports import dense_twin, save_family_sparse
 import gossamer
 from gossamer.activation_sparsity.base import CoreNeurons
 from gossamer.activation_sparsity.cores import nearest_cluster, stable_core
-from gossamer.compress.activation_report import realised
+from gossamer.compress.activation.report import realised
 from gossamer.compress.generate import generate
 from gossamer.kernels.modules.counting import counting
 from gossamer.kernels.modules.masked import ACTIVATIONS

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import gossamer
 from gossamer.activation_sparsity.base import Policy
-from gossamer.compress.activation_file import read_file, sha256, write_policy
+from gossamer.compress.activation.file import read_file, sha256, write_policy
 from gossamer.compress.convert import convert
 from gossamer.compress.inspect import inspect_model
 from gossamer.errors import CheckpointError

@@ -23,7 +23,7 @@ from families import save_family
 
 import gossamer
 from gossamer.activation_sparsity.base import LinearPolicy, Policy
-from gossamer.compress.activation_report import realised
+from gossamer.compress.activation.report import realised
 from gossamer.errors import CheckpointError
 from gossamer.kernels.modules.channel_linear import ChannelSparseLinear
 from gossamer.kernels.modules.counting import counting

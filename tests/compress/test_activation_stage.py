@@ -13,7 +13,7 @@ import yaml
 from processes import Launcher
 from tiny import report
 
-from gossamer.compress.activation_file import read_policy
+from gossamer.compress.activation.file import read_policy
 from gossamer.compress.format import METADATA_KEY
 from gossamer.compress.recipe import load_recipe
 from gossamer.compress.run import compress

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..activation_sparsity.base import CoreNeurons, Policy
-from ..activation_sparsity.sequences import Sequences
-from ..kernels.arguments import MAX_ROWS
-from ..kernels.modules.counting import counts
-from ..kernels.modules.step import Step, enter, leave
+from ...activation_sparsity.base import CoreNeurons, Policy
+from ...activation_sparsity.sequences import Sequences
+from ...kernels.arguments import MAX_ROWS
+from ...kernels.modules.counting import counts
+from ...kernels.modules.step import Step, enter, leave
 
 _ATTRIBUTE = "_gossamer_sequences"
 

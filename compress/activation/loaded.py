@@ -10,22 +10,22 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..activation_sparsity.base import CoreNeurons, GateThreshold, LinearPolicy, MLPParts, Policy
-from ..errors import CheckpointError
-from ..kernels.arguments import CODES
-from ..kernels.bitmask_gemv import dispatch as bitmask
-from ..kernels.channel_gemv.dispatch import transpose
-from ..kernels.dual_gemv import dispatch as dual
-from ..kernels.modules.bitmask_linear import BitmaskLinear
-from ..kernels.modules.channel_linear import ChannelSparseLinear
-from ..kernels.modules.dense_linear import DenseLinear
-from ..kernels.modules.dual_linear import DualSparseLinear
-from ..kernels.modules.masked import MaskedInputs, MaskedNeurons
-from ..kernels.modules.neuron_subset import NeuronSubsetMLP
-from ..kernels.modules.packed_stack import PackedStack
-from ..kernels.modules.thresholds import ThresholdLinear
-from .activation_hook import StepHook
-from .skeleton import find_blocks
+from ...activation_sparsity.base import CoreNeurons, GateThreshold, LinearPolicy, MLPParts, Policy
+from ...errors import CheckpointError
+from ...kernels.arguments import CODES
+from ...kernels.bitmask_gemv import dispatch as bitmask
+from ...kernels.channel_gemv.dispatch import transpose
+from ...kernels.dual_gemv import dispatch as dual
+from ...kernels.modules.bitmask_linear import BitmaskLinear
+from ...kernels.modules.channel_linear import ChannelSparseLinear
+from ...kernels.modules.dense_linear import DenseLinear
+from ...kernels.modules.dual_linear import DualSparseLinear
+from ...kernels.modules.masked import MaskedInputs, MaskedNeurons
+from ...kernels.modules.neuron_subset import NeuronSubsetMLP
+from ...kernels.modules.packed_stack import PackedStack
+from ...kernels.modules.thresholds import ThresholdLinear
+from ..skeleton import find_blocks
+from .hook import StepHook
 
 FORMAT = "no kernel skips inputs of {kind}: they are zeroed, and every weight is read"
 

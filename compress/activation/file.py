@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..activation_sparsity.base import Policy
-from ..activation_sparsity.store import from_tensors, to_tensors
-from ..errors import CheckpointError
-from .attachments import entries
-from .safefile import SafeFile
-from .writer import output, replacing, write_file
+from ...activation_sparsity.base import Policy
+from ...activation_sparsity.store import from_tensors, to_tensors
+from ...errors import CheckpointError
+from ..attachments import entries
+from ..safefile import SafeFile
+from ..writer import output, replacing, write_file
 
 NAME = "activation"  # of the entry below our key in config.json
 FILE = "gossamer/activation.safetensors"

@@ -6,10 +6,10 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-from .activation_apply import apply_policy
-from .activation_file import FILE, NAME, read_policy, write_policy
-from .format import METADATA_KEY
-from .placement import Placed
+from ..format import METADATA_KEY
+from ..placement import Placed
+from .file import FILE, NAME, read_policy, write_policy
+from .loaded import apply_policy
 
 
 class ActivationAttachment:
@@ -35,8 +35,8 @@ class ActivationAttachment:
 
 def reference(model: Any, wanted: bool) -> None:
     """Let the modules of the policy compute in plain torch, or not."""
-    from ..kernels.modules.neuron_subset import NeuronSubsetMLP
-    from ..kernels.modules.thresholds import ThresholdLinear
+    from ...kernels.modules.neuron_subset import NeuronSubsetMLP
+    from ...kernels.modules.thresholds import ThresholdLinear
 
     for module in model.modules():
         if isinstance(module, ThresholdLinear | NeuronSubsetMLP):
@@ -45,7 +45,7 @@ def reference(model: Any, wanted: bool) -> None:
 
 def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
     """transformers' `save_pretrained`, and the policy beside the weights."""
-    from .attachments import save_attachments
+    from ..attachments import save_attachments
 
     if kwargs.get("is_main_process", True):
         Path(save_directory).mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..kernels.modules.counting import Counts
-from .activation_apply import AppliedPolicy
+from ...kernels.modules.counting import Counts
+from .loaded import AppliedPolicy
 
 
 def realised(model: Any, counted: Counts) -> dict[str, Any]:
