@@ -6,6 +6,7 @@ positions of the calibration windows (not in the prompt, so never at the first t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,7 +103,7 @@ class Extent:
     sites: int
 
 
-class Method:
+class Method(ABC):
     """What makes a policy. Subclasses override what they need.
 
     Attributes:
@@ -131,9 +132,9 @@ class Method:
         """Sparsity of every site, so that all linear maps together have `target`; right after the survey."""
         return {}
 
+    @abstractmethod
     def fit(self, block: BlockData, budgets: Mapping[str, float], target: float, extent: Extent) -> Fitted:
         """Entries of the block. `budgets`: from `share`; `target`: of all linear maps of the model."""
-        raise NotImplementedError
 
     def conclude(self, blocks: Sequence[Fitted], evaluate: Evaluate, log: Log) -> tuple[list[Fitted], CoreGuide | None]:
         """A last look at all blocks together: their final entries, and how core neurons are chosen."""

@@ -16,22 +16,19 @@ from ..kernels.bitmask.dispatch import pack_bits, unpack_bits
 from ..pruning.pattern import Pattern, parse_pattern
 from .drop_grow import move, share_at
 from .masked import MaskGuard, agree_on_masks
-from .methods import Attached
+from .methods import Attached, Method
 
 BUFFER = "gossamer_moved_mask"  # beside the weight while it is trained: a checkpoint holds the mask of its moment
 
 
-class Dst:
+class Dst(Method):
     """Every masked linear layer keeps its number of zeros, not their places; masked experts keep both."""
 
     reads = frozenset({"every", "drop", "stop"})
-    learning_rate = 1e-3
+    needs_masks = True
 
     def share(self, parameters: int, shapes: Sequence[tuple[int, int]], options: Mapping[str, Any]) -> float:
         return 1.0
-
-    def prunes(self, options: Mapping[str, Any]) -> None:
-        return None
 
     def attach(
         self, model: Any, masks: Mapping[str, Tensor], targets: Sequence[str], options: Mapping[str, Any], seed: int

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RecipeError
 
@@ -57,26 +58,29 @@ class Attached:
     patterns: Mapping[str, str] = field(default_factory=dict)
 
 
-class Method(Protocol):
+class Method(ABC):
     """One way of fine-tuning.
 
     Attributes:
         reads: fields of the finetune stage that mean something to it, beyond those of every training stage; giving
             another one is a mistake.
         learning_rate: the peak when the user gives none.
+        needs_masks: whether a model without any mask is a mistake.
     """
 
-    reads: frozenset[str]
-    learning_rate: float
+    reads: frozenset[str] = frozenset()
+    learning_rate = 1e-3
+    needs_masks = False
 
+    @abstractmethod
     def share(self, parameters: int, shapes: Sequence[tuple[int, int]], options: Mapping[str, Any]) -> float:
         """Share of all parameters that get a gradient, for the estimate of memory. `shapes`: of the targets."""
-        ...
 
     def prunes(self, options: Mapping[str, Any]) -> Pattern | None:
         """The pattern to which it prunes every linear layer of the blocks; None: it keeps the masks that there are."""
-        ...
+        return None
 
+    @abstractmethod
     def attach(
         self, model: Any, masks: Mapping[str, Tensor], targets: Sequence[str], options: Mapping[str, Any], seed: int
     ) -> Attached:
@@ -89,7 +93,6 @@ class Method(Protocol):
             options: the fields of the stage.
             seed: for whatever is drawn.
         """
-        ...
 
 
 def method_names() -> tuple[str, ...]:

@@ -14,15 +14,14 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import RecipeError
 from ..pruning.pattern import Pattern, parse_pattern
 from .biasnorm import bias_and_norm_names, train_only
-from .methods import Attached
+from .methods import Attached, Method
 from .pst import PstConfig, PstWeight
 
 
-class Pst:
+class Pst(Method):
     """Every prunable matrix gets a mask; those that have one can only lose more weights."""
 
     reads = frozenset({"sparsity", "pattern", "rank", "score_rank"})
-    learning_rate = 1e-3
 
     def share(self, parameters: int, shapes: Sequence[tuple[int, int]], options: Mapping[str, Any]) -> float:
         ranks = options["rank"] + options["score_rank"] + 1

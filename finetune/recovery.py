@@ -10,20 +10,12 @@ from torch import Tensor
 from ..errors import TrainingError
 from . import masklora
 from .biasnorm import bias_and_norm_names, train_only
-from .methods import Attached
+from .methods import Attached, Method
 
 
-class _UnderMasks:
-    """What all of them share: masks stay as they are."""
-
-    def prunes(self, options: Mapping[str, Any]) -> None:
-        return None
-
-
-class Full(_UnderMasks):
+class Full(Method):
     """Every parameter is trained, the pruned entries excepted."""
 
-    reads: frozenset[str] = frozenset()
     learning_rate = 3e-4
 
     def share(self, parameters: int, shapes: Sequence[tuple[int, int]], options: Mapping[str, Any]) -> float:
@@ -36,10 +28,9 @@ class Full(_UnderMasks):
         return Attached(masks, lambda: {"trained": _trained(model)})
 
 
-class BiasNorm(_UnderMasks):
+class BiasNorm(Method):
     """Biases and norms alone; no weight that can be pruned moves."""
 
-    reads: frozenset[str] = frozenset()
     learning_rate = 3e-3
 
     def share(self, parameters: int, shapes: Sequence[tuple[int, int]], options: Mapping[str, Any]) -> float:
@@ -55,7 +46,7 @@ class BiasNorm(_UnderMasks):
         return Attached(masks, lambda: {"trained": _trained(model)})
 
 
-class MaskLoRA(_UnderMasks):
+class MaskLoRA(Method):
     """A low-rank update under the mask of every prunable matrix, and unless `extras` is off biases and norms too."""
 
     reads = frozenset({"rank", "alpha", "extras"})

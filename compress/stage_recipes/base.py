@@ -16,12 +16,14 @@ class Frozen(BaseModel):
 class BaseStage(Frozen):
     """One stage. Subclasses give `stage` a Literal type and a default: the name in YAML.
 
-    `changes_weights`: its result is a model with other weights. `attaches`: the name of what it adds beside the weights
+    `changes_weights`: its result is a model with other weights. `makes_masks`: it gives masks to matrices, or smaller
+    ones. `attaches`: the name of what it adds beside the weights
     (an activation policy, a head plan), kept under our key in config.json; such stages run after the last one that
     changes weights, because what they add was measured on the weights as they are written.
     """
 
     changes_weights: ClassVar[bool] = False
+    makes_masks: ClassVar[bool] = False
     attaches: ClassVar[str | None] = None
 
     stage: str

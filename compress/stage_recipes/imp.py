@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from ...pruning.factors import DEFAULT_FACTOR, get_factor, values_of
 from ...pruning.registry import check_method
 from ..mistakes import Mistake, checked
-from .prune import Scope
+from .sparsity import Scope
 from .target import TargetStage
 
 SoupKind = Literal["uniform", "greedy", "learned", "best"]

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from ..mistakes import Mistake
+from .sparsity import SelectingStage, check_regex
 from .training import TrainingStage
 
 Flow = Literal["mdgf-exp", "mdgf-linear", "sdgf-stepwise", "sdgf-geometric", "sr-ste", "ste"]
@@ -18,7 +19,7 @@ DENSE = "dense"
 _NM = re.compile(r"\d+:\d+")
 
 
-class NmFlowStage(TrainingStage):
+class NmFlowStage(SelectingStage, TrainingStage):
     """Progressive gradient flow for N:M: the pattern is reached while the model is trained."""
 
     stage: Literal["nm-flow"] = "nm-flow"
@@ -35,8 +36,6 @@ class NmFlowStage(TrainingStage):
         None, ge=0, allow_inf_nan=False, description="pull of pruned weights towards zero; default: the flow's own"
     )
     decoupled: bool = Field(True, description="shrink acts on the weights, as AdamW's decay; else on the gradient")
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
 
     @property
     def untie(self) -> bool:
@@ -52,20 +51,8 @@ class NmFlowStage(TrainingStage):
     @field_validator("patterns")
     @classmethod
     def _are_nm(cls, value: dict[str, str]) -> dict[str, str]:
-        for pattern in value.values():
+        for regex, pattern in value.items():
+            check_regex(regex)
             if pattern != DENSE:
                 cls._is_nm(pattern)
-        return value
-
-    @field_validator("include", "exclude", "patterns")
-    @classmethod
-    def _valid_regex(cls, value: tuple[str, ...] | dict[str, str]) -> tuple[str, ...] | dict[str, str]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise Mistake(
-                    f"{pattern!r} is not a valid regular expression: {error}",
-                    hint="put a backslash before characters that are meant as they are, such as \\( and \\[",
-                ) from error
         return value

@@ -2,72 +2,34 @@
 
 from __future__ import annotations
 
-import re
-from typing import ClassVar, Literal
+from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from ...pruning.registry import DEFAULT_METHOD
 from ..mistakes import Mistake
-from .base import BaseStage
+from .sparsity import Scope, SparsityStage
 
-Scope = Literal["row", "matrix", "model"]
 Allocation = Literal["uniform", "owl"]
 
-DEFAULT_SPARSITY = 0.5
 
-
-class PruneStage(BaseStage):
+class PruneStage(SparsityStage):
     """One-shot pruning, decoder block by decoder block."""
-
-    changes_weights: ClassVar[bool] = True
 
     stage: Literal["prune"] = "prune"
     method: str = DEFAULT_METHOD
-    sparsity: float | None = Field(None, description="fraction of zeros; default 0.5 when no pattern is given")
-    pattern: str | None = Field(None, description='"2:4" (keep 2 of every 4 inputs) or "block:4x8"')
     allocation: Allocation = "uniform"
     scope: Scope | None = Field(
         None, description="unit of comparison of unstructured scores; default: the method's own"
     )
     reconstruct: bool = False
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
     untie: bool = False
     calibration: str | None = None
     nsamples: int = Field(128, ge=1)
     seqlen: int | None = Field(None, ge=2)
 
-    @field_validator("sparsity")
-    @classmethod
-    def _in_range(cls, value: float | None) -> float | None:
-        if value is not None and not 0 <= value < 1:
-            raise Mistake(
-                f"sparsity must be in [0, 1), got {value:g}",
-                hint="it is the fraction of zeros: 0.5 removes half of the weights",
-            )
-        return value
-
-    @field_validator("include", "exclude")
-    @classmethod
-    def _valid_regex(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise Mistake(
-                    f"{pattern!r} is not a valid regular expression: {error}",
-                    hint="put a backslash before characters that are meant as they are, such as \\( and \\[",
-                ) from error
-        return value
-
     @model_validator(mode="after")
     def _consistent(self) -> PruneStage:
-        if self.sparsity is not None and self.pattern is not None and not self.pattern.startswith("block"):
-            raise Mistake(
-                "give sparsity or pattern, not both (a block pattern takes a sparsity)",
-                hint="N:M says it already: 2:4 is 50 %, 1:4 is 75 %",
-            )
         if self.allocation == "owl" and self.pattern is not None:
             raise Mistake(
                 "allocation owl needs an unstructured sparsity: a fixed pattern leaves nothing to allocate",
@@ -76,11 +38,3 @@ class PruneStage(BaseStage):
         if self.allocation == "owl" and self.scope == "model":
             raise Mistake("allocation owl and scope model both decide the sparsity per matrix", hint="give one of them")
         return self
-
-    @property
-    def pattern_text(self) -> str:
-        """The pattern as `pruning.pattern.parse_pattern` reads it: "0.5", "2:4" or "block:4x8:0.5"."""
-        sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
-        if self.pattern is None:
-            return repr(sparsity)
-        return f"{self.pattern}:{sparsity!r}" if self.pattern.startswith("block") else self.pattern

@@ -50,6 +50,11 @@ class Finetune:
                 f"{', '.join(strange)} means nothing to fine-tuning method {stage.method}",
                 hint=f"it knows {', '.join(sorted(method.reads)) or 'no options of its own'}",
             )
+        if method.needs_masks and not _masked_before(index, planning):
+            raise RecipeError(
+                f"{stage.method} moves masks, and the model has none",
+                hint="put a prune stage before it, or start from a sparse checkpoint",
+            )
         if stage.learning_rate is None:
             stage = stage.model_copy(update={"learning_rate": method.learning_rate})
         model = planning.skeleton
@@ -117,3 +122,10 @@ def _save(context: Context, stage: FinetunePlan, attached: Attached) -> list[str
     save, folder = attached.save, context.attachment(stage, f"adapter-{stage.index}")
     names = distributed.on_main(lambda: save(folder))
     return [str((folder / name).relative_to(context.work)) for name in names]
+
+
+def _masked_before(index: int, planning: Planning) -> bool:
+    """Whether the source has masks, or an earlier stage makes some."""
+    earlier = planning.recipe.stages[:index]
+    pst = any(isinstance(s, FinetuneStage) and get_method(s.method).prunes(s.model_dump()) for s in earlier)
+    return bool(planning.source.records()) or pst or any(s.makes_masks for s in earlier)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import TrainerCallback
 from ...errors import RecipeError
 from ..budget import total
 from ..losses import LossConfig, loss_sum
-from ..methods import Attached
+from ..methods import Attached, Method
 from ..tokens import TokenRows, order
 from .base import describe
 from .config import BY_DATA, SpielConfig
@@ -32,18 +33,12 @@ BUDGET = ("density", "num_weights", "rank_equivalent")
 SCORED_ROWS = 64  # of the training text, for a selection by data
 
 
-class _Adapter:
+class _Adapter(Method):
     """What methods of peft have in common here. `options` below are the fields of the finetune stage."""
 
-    reads: frozenset[str] = frozenset()
-    learning_rate = 1e-3
-
+    @abstractmethod
     def tuner(self, model: Any, names: list[str], options: Mapping[str, Any], seed: int) -> BaseTuner:
         """The adapter, put into the model's layers of these names."""
-        raise NotImplementedError
-
-    def prunes(self, options: Mapping[str, Any]) -> None:
-        """Nothing: the masks that there are stay."""
 
     def optimizer(self, options: Mapping[str, Any]) -> Callable[[Any], Any] | None:
         """Makes the adapter's own optimizer for a model; None: that of every training stage."""

@@ -62,10 +62,10 @@ class Static:
     moments, moves = "adam", False
 
     def tracker(self, layer: Linear, adapter: str, count: int, slots: int) -> Tracker:
-        raise NotImplementedError
+        raise AssertionError("static positions are never chosen anew")
 
     def grow(self, layer: Linear, adapter: str, tracker: Any, state: dict[str, Tensor], count: int) -> Grown:
-        raise NotImplementedError
+        raise AssertionError("static positions are never chosen anew")
 
 
 class AccumulatedGradient:

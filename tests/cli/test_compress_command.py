@@ -23,7 +23,7 @@ from gossamer.compress.recipe import (
     Recipe,
 )
 from gossamer.compress.stage_recipes.evaluate import DEFAULT_EVALUATION
-from gossamer.compress.stage_recipes.prune import DEFAULT_SPARSITY
+from gossamer.compress.stage_recipes.sparsity import DEFAULT_SPARSITY
 
 
 class Driver(types.ModuleType):

@@ -213,7 +213,7 @@ def test_underscores(run, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
-        ("stages: [{stage: prune, sparsty: 0.5}]", "stages.0.sparsty is no field", "method, sparsity, pattern"),
+        ("stages: [{stage: prune, sparsty: 0.5}]", "stages.0.sparsty is no field", "sparsity, pattern, method"),
         ("stages: [{stage: prune, sparsty: 0.5}]", "did you mean sparsity?", None),
         ("seeds: 1\nstages: [{stage: prune}]", "seeds is no field of a recipe; did you mean seed?", "stages, seed"),
         ("stages: [{stage: fry}]", "stages.0: stage 'fry' is unknown; allowed: prune, imp,", None),

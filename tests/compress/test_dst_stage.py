@@ -56,8 +56,9 @@ def test_on_a_sparse_checkpoint_and_before_prune(tiny, tmp_path):
 
 
 def test_a_dense_model_is_a_mistake(tiny, tmp_path):
-    with pytest.raises(RecipeError, match="no linear layer of the model has one"):
+    with pytest.raises(RecipeError, match="dst moves masks, and the model has none"):
         compress(tiny, tmp_path / "out", Recipe(stages=[dst(tiny)]))
+    assert not (tmp_path / "out.partial").exists()  # found in the plan
 
 
 def test_two_processes_move_the_same_masks(launcher, tiny, tmp_path):
