@@ -64,10 +64,10 @@ def soup(
 
     shares = _numbers(weights)
     hush_libraries(quiet)
-    from ..compress.merge import merge
+    from ..compress.averaging import average_checkpoints
 
     with watch(quiet) as progress:
-        report = merge(
+        report = average_checkpoints(
             models,
             out,
             weights=shares,

@@ -316,7 +316,6 @@ def test_a_core_is_taken_anew_only_after_drift() -> None:
 
 
 def test_clusters_hold_the_neurons_of_their_own_prompts() -> None:
-    pytest.importorskip("sklearn")
     kinds = torch.arange(16) % 4
     prompts = [
         draw(9, 12, seed=k) * 0.01 + 5 * torch.nn.functional.one_hot(kind * 3, 12) for k, kind in enumerate(kinds)

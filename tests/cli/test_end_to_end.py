@@ -57,29 +57,29 @@ def test_json_is_one_document_and_quiet_is_quiet(demo, tmp_path):
     assert done.stderr == ""
 
 
-def test_eval_of_the_result_equals_the_report(sparse, demo):
+def test_eval_of_the_result_equals_the_report(launcher, sparse, demo):
     out, _ = sparse
-    done = gossamer("eval", out, "--data", demo / "heldout.txt", "--seqlen", "128", "--windows", "6", "--json")
+    done = launcher.run("eval", out, "--data", demo / "heldout.txt", "--seqlen", "128", "--windows", "6", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "report.json").read_text())
     assert json.loads(done.stdout)["perplexity"] == pytest.approx(report["evaluation"]["after"]["perplexity"], rel=1e-6)
 
 
-def test_inspect_counts_the_zeros(sparse):
+def test_inspect_counts_the_zeros(launcher, sparse):
     out, _ = sparse
-    found = json.loads(gossamer("inspect", out, "--json").stdout)
+    found = json.loads(launcher.run("inspect", out, "--json").stdout)
     assert found["sparsity"]["prunable"] == pytest.approx(0.5, abs=1e-3)
     assert found["bytes"]["stored"] < found["bytes"]["dense"]
-    assert gossamer("inspect", out).stdout.count("explicit") == found["masks"]
+    assert launcher.run("inspect", out).stdout.count("explicit") == found["masks"]
 
 
-def test_convert_there_and_back(sparse, tmp_path):
+def test_convert_there_and_back(launcher, sparse, tmp_path):
     import torch
     from safetensors.torch import load_file
 
     out, _ = sparse
-    assert gossamer("convert", out, tmp_path / "dense", "--to", "dense").returncode == 0
-    assert gossamer("convert", tmp_path / "dense", tmp_path / "again", "--to", "sparse").returncode == 0
+    assert launcher.run("convert", out, tmp_path / "dense", "--to", "dense").returncode == 0
+    assert launcher.run("convert", tmp_path / "dense", tmp_path / "again", "--to", "sparse").returncode == 0
     first, again = (load_file(folder / "model.sparse.safetensors") for folder in (out, tmp_path / "again"))
     assert first.keys() == again.keys()
     assert all(torch.equal(first[key], again[key]) for key in first)
@@ -108,8 +108,8 @@ def test_dry_run_writes_nothing(demo, tmp_path):
         (["--device", "warp", "--no-eval"], "warp"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(demo, tmp_path, words, message):
-    done = gossamer("compress", demo, "-o", "out", "--calibration", demo / "calibration.txt", *words, cwd=tmp_path)
+def test_mistakes_are_one_line_and_leave_nothing(launcher, demo, tmp_path, words, message):
+    done = launcher.run("compress", demo, "-o", "out", "--calibration", demo / "calibration.txt", *words, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -118,7 +118,7 @@ def test_mistakes_are_one_line_and_leave_nothing(demo, tmp_path, words, message)
     assert not list(tmp_path.iterdir())
 
 
-def test_same_text_twice_is_refused_and_can_be_allowed(demo, tmp_path):
+def test_same_text_twice_is_refused_and_can_be_allowed(launcher, demo, tmp_path):
     text = demo / "heldout.txt"
     words = [
         "compress",
@@ -133,29 +133,29 @@ def test_same_text_twice_is_refused_and_can_be_allowed(demo, tmp_path):
         text,
         *WINDOWS,
     ]
-    done = gossamer(*words)
+    done = launcher.run(*words)
     assert done.returncode == 2
     assert "--allow-overlap" in done.stderr
-    done = gossamer(*words, "--allow-overlap", "--json")
+    done = launcher.run(*words, "--allow-overlap", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["overlap"] == {"share": 1.0, "allowed": True}
     assert any("overlap" in note for note in report["notes"])
 
 
-def test_magnitude_needs_no_tokenizer(demo, tmp_path):
+def test_magnitude_needs_no_tokenizer(launcher, demo, tmp_path):
     import shutil
 
     model = tmp_path / "model"
     shutil.copytree(demo, model, ignore=shutil.ignore_patterns("tokenizer*"))
-    assert gossamer("compress", model, "-o", tmp_path / "a", "--method", "magnitude", "--no-eval").returncode == 0
-    done = gossamer("compress", model, "-o", tmp_path / "b", "--method", "wanda", *texts(demo), *WINDOWS)
+    assert launcher.run("compress", model, "-o", tmp_path / "a", "--method", "magnitude", "--no-eval").returncode == 0
+    done = launcher.run("compress", model, "-o", tmp_path / "b", "--method", "wanda", *texts(demo), *WINDOWS)
     assert done.returncode == 2
     assert "no usable tokenizer" in done.stderr
 
 
-def test_taken_folder(sparse, demo):
+def test_taken_folder(launcher, sparse, demo):
     out, _ = sparse
-    done = gossamer("compress", demo, "-o", out, "--method", "magnitude", "--no-eval")
+    done = launcher.run("compress", demo, "-o", out, "--method", "magnitude", "--no-eval")
     assert done.returncode == 2
     assert "--overwrite" in done.stderr

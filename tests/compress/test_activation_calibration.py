@@ -220,7 +220,6 @@ def test_windows_do_not_see_each_other(tinies) -> None:
 
 
 def test_clusters_guide_every_layer(tinies) -> None:
-    pytest.importorskip("sklearn")
     tiny = tinies("llama")
     policy = tiny.calibration(CoreInfer(mode="similarity")).run(0.3)
     assert policy.guide is not None

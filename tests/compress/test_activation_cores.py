@@ -66,7 +66,9 @@ def masked(model, policy):
 
 
 @pytest.mark.parametrize("similarity", [False, True])
-@pytest.mark.parametrize("family", [*GATED, *PLAIN])
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f in (GATED[0], PLAIN[0]) else pytest.mark.slow) for f in (*GATED, *PLAIN)]
+)
 def test_core_neurons_of_the_prompt(tmp_path, family, similarity):
     policy = core_policy(family, similarity=similarity)
     folder = family_with(family, tmp_path / "m", policy)

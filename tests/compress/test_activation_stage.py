@@ -118,6 +118,7 @@ def test_two_processes_make_the_policy_of_one(launcher: Launcher, tiny: Path, tm
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_perplexity_target_is_measured_on_other_windows(demo: Path, tmp_path: Path) -> None:
     stage = {"stage": "activation", "method": "wina", "search": False, "target_ppl_increase": "3%", "seqlen": 32}
     stage |= {"calibration": str(demo / "calibration.txt"), "nsamples": 8}

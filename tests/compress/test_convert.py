@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -270,20 +268,16 @@ def test_a_failure_leaves_nothing(tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
-CHILD = "import sys; from gossamer.compress.convert import convert; convert(sys.argv[1], sys.argv[2], 'dense')"
-
-
 @pytest.mark.parametrize("point", ["assemble", "verify:5", "publish", "published"])
-def test_killed_and_repeated(tmp_path, point):
+def test_killed_and_repeated(launcher, tmp_path, point):
     first = prune(save_family("llama", tmp_path / "base"), tmp_path / "first")
     convert(first, tmp_path / "undisturbed", "dense")
-    command = [sys.executable, "-c", CHILD, str(first), str(tmp_path / "out")]
-    done = subprocess.run(command, env={**os.environ, "GOSSAMER_FAILPOINT": point}, check=False)
-    assert done.returncode == -signal.SIGKILL
+    command = ["convert", first, tmp_path / "out", "--to", "dense"]
+    assert launcher.run(*command, env={"GOSSAMER_FAILPOINT": point}).returncode == -signal.SIGKILL
     assert (tmp_path / "out").exists() == (point == "published")
     if point == "published":  # whole, but the working folder is still there: the next conversion removes it
         assert weights(tmp_path / "out") == weights(tmp_path / "undisturbed")
         (tmp_path / "out").rename(tmp_path / "elsewhere")
-    assert subprocess.run(command, check=False).returncode == 0
+    assert launcher.run(*command).returncode == 0
     assert weights(tmp_path / "out") == weights(tmp_path / "undisturbed")
     assert not list(tmp_path.glob("out.*"))

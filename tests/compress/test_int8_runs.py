@@ -107,7 +107,10 @@ def test_inspect(run):
     assert found["bytes"]["stored"] == sum(tensor.nbytes for tensor in plain(out, "model.sparse*").values())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", pytest.param("gpt2", marks=pytest.mark.slow), "mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)],
+)
 def test_all_forms_are_one_model(family, tmp_path):
     source = save_family(family, tmp_path / "model", dtype=torch.bfloat16)
     for form in ("sparse", "dense", "both"):

@@ -222,7 +222,8 @@ def whole(launcher, tiny, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("step", "number", "code"), [(1, "SIGKILL", KILLED), (5, "SIGKILL", KILLED), (5, "SIGINT", 130)]
+    ("step", "number", "code"),
+    [pytest.param(1, "SIGKILL", KILLED, marks=pytest.mark.slow), (5, "SIGKILL", KILLED), (5, "SIGINT", 130)],
 )
 def test_a_run_that_was_stopped_goes_on_exactly(launcher, tiny, tmp_path, whole, step, number, code):
     out = tmp_path / "out"

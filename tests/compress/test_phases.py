@@ -248,7 +248,7 @@ POINTS = {
 }
 
 
-DEFAULT = {("imp", "phase:1"), ("soup", "part:3"), ("gradual", "part:1"), ("random", "part:2")}
+DEFAULT = {("soup", "part:3"), ("random", "part:2")}
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,9 @@ Trainer.training_step = interrupted
 """
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [k if k in ("soup", "gradual") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 @pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGKILL", marks=pytest.mark.slow)])
 def test_interrupted_in_the_middle_of_training(jobs, tmp_path, kind, name):
     """The fourth step of the second training run, or of the only one."""

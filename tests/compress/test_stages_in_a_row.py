@@ -35,7 +35,7 @@ def matrices(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("second", METHODS)
-@pytest.mark.parametrize("first", ["wanda", "gossamer"])
+@pytest.mark.parametrize("first", [pytest.param("wanda", marks=pytest.mark.slow), "gossamer"])
 def test_a_second_prune_never_revives_a_weight(tiny, tmp_path, first, second):
     one = prune(tiny, method=first, sparsity=0.3)
     early, _ = run(tiny, tmp_path / "one", one)
@@ -52,7 +52,9 @@ def test_a_second_prune_never_revives_a_weight(tiny, tmp_path, first, second):
     assert [entry["stage"] for entry in report["stages"]] == ["prune", "prune"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [m if m in ("wanda", "gossamer") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
 def test_a_weaker_second_prune_changes_no_mask(tiny, tmp_path, method):
     """30 % after 60 %: all that was pruned stays pruned, and nothing more goes."""
     early, _ = run(tiny, tmp_path / "one", prune(tiny, method="wanda", sparsity=0.6))

@@ -18,7 +18,10 @@ import sharded_flow
 TOLERANCE = 1e-5  # gradients are summed in another order
 
 
-@pytest.mark.parametrize(("kind", "tail", "whole_again"), [("sr-ste", 0.3, True), ("mdgf-linear", 0.0, False)])
+@pytest.mark.parametrize(
+    ("kind", "tail", "whole_again"),
+    [("sr-ste", 0.3, True), pytest.param("mdgf-linear", 0.0, False, marks=pytest.mark.slow)],
+)
 def test_two_processes_equal_one(launcher: Launcher, tmp_path: Path, kind: str, tail: float, whole_again: bool) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -63,7 +63,9 @@ def run(folder: Path, kind: str, *, kill: int | None = None, **changes: Any) -> 
     return net.state_dict(), list(metrics.history), masks
 
 
-@pytest.mark.parametrize("kind", ["mdgf-exp", "sdgf-stepwise", "sr-ste"])
+@pytest.mark.parametrize(
+    "kind", ["mdgf-exp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sdgf-stepwise", "sr-ste"))]
+)
 def test_a_killed_run_goes_on_exactly(tmp_path: Path, kind: str) -> None:
     whole, history, masks = run(tmp_path / "whole", kind)
     for kill in (5, 9):  # the checkpoints are of steps 3 and 9; the mask freezes at 8

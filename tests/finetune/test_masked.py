@@ -153,7 +153,8 @@ def test_averages_and_masters_follow():
 
 
 def test_eight_bit_state_is_masked_by_its_code():
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    import bitsandbytes
+
     torch.manual_seed(0)
     model = nn.Linear(128, 64, bias=False)
     mask = torch.rand(64, 128) > 0.5

@@ -35,7 +35,7 @@ def dense(net, model, adapter="default"):
     "code",
     [
         "import gossamer, peft; check()",
-        "import peft, gossamer; check()",
+        pytest.param("import peft, gossamer; check()", marks=pytest.mark.slow),
         "import gossamer, importlib; importlib.reload(gossamer); gossamer._hook.install(); import peft; check(); "
         "gossamer._hook.install(); gossamer._hook.register_tuner(); check()",
     ],

@@ -49,10 +49,14 @@ class Watch(TrainerCallback):
                 ]
 
 
-@pytest.mark.parametrize("options", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(o, id=n, marks=pytest.mark.slow if n in ("adamw", "checkpointing") else [])
+        for n, o in RECIPES.items()
+    ],
+)
 def test_zeros_stay_through_200_steps(tmp_path, options):
-    if options.get("optimizer") == "adamw-8bit":
-        pytest.importorskip("bitsandbytes")
     model = llama()
     masks = masks_of(model)
     watch = Watch(masks)

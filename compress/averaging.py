@@ -74,7 +74,7 @@ class MeanSource(FloatSource):
         return " ".join(f"{weight!r} {source.digest()}" for source, _, weight in self._parts)
 
 
-def merge(
+def average_checkpoints(
     models: Sequence[str | Path],
     out: str | Path,
     *,

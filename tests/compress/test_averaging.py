@@ -10,7 +10,7 @@ import torch
 from tiny import save_llama, save_texts, tensors
 
 import gossamer
-from gossamer.compress.merge import merge
+from gossamer.compress.averaging import average_checkpoints
 from gossamer.compress.recipe import ImpStage, PruneStage, Recipe
 from gossamer.compress.run import compress
 from gossamer.errors import CheckpointError, GossamerError, ModelError, RecipeError
@@ -52,7 +52,7 @@ def dense(folder) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("weights", [pytest.param(None, marks=pytest.mark.slow), [3, 1, 0]])
 def test_the_average_by_hand(candidates, tmp_path, weights):
-    report = merge(candidates, tmp_path / "out", weights=weights)
+    report = average_checkpoints(candidates, tmp_path / "out", weights=weights)
     shares = [1 / 3] * 3 if weights is None else [0.75, 0.25, 0.0]
     assert report["weights"] == pytest.approx(shares)
     own, parts = dense(tmp_path / "out"), [dense(folder) for folder in candidates]
@@ -73,14 +73,14 @@ def test_the_average_by_hand(candidates, tmp_path, weights):
 
 
 def test_with_a_text_everything_is_compared(candidates, parent, tmp_path):
-    report = merge(candidates, tmp_path / "out", data=str(parent / "heldout.txt"), seqlen=32, windows=8)
+    report = average_checkpoints(candidates, tmp_path / "out", data=str(parent / "heldout.txt"), seqlen=32, windows=8)
     found = report["compared"]
     assert len(found["candidates"]) == 3
     assert found["best"]["loss"] == min(found["candidates"])
     assert found["soups"]["greedy"]["loss"] <= found["best"]["loss"]
     assert found["ensemble"] < max(found["candidates"])
     assert report["weights"] == found["soups"]["greedy"]["weights"]
-    given = merge(
+    given = average_checkpoints(
         candidates, tmp_path / "two", weights=[1, 1, 1], data=str(parent / "heldout.txt"), seqlen=32, windows=8
     )
     assert given["compared"]["soups"]["given"]["loss"] == given["compared"]["soups"]["uniform"]["loss"]
@@ -93,8 +93,8 @@ def test_a_dense_form_stays_dense(candidates, tmp_path):
     for index, folder in enumerate(candidates[:2]):
         convert(folder, tmp_path / f"dense-{index}", "dense")
         forms.append(tmp_path / f"dense-{index}")
-    merge(forms, tmp_path / "out")
-    merge(candidates[:2], tmp_path / "sparse")
+    average_checkpoints(forms, tmp_path / "out")
+    average_checkpoints(candidates[:2], tmp_path / "sparse")
     written, other = tensors(tmp_path / "out"), dense(tmp_path / "sparse")
     assert all(torch.equal(written[name], tensor) for name, tensor in other.items())
     assert (tmp_path / "out" / "gossamer" / "masks.safetensors").exists()
@@ -122,13 +122,13 @@ def test_different_candidates_are_refused_and_nothing_is_left(candidates, parent
     ]
     for second, kind, said in cases:
         with pytest.raises(kind, match=said):
-            merge([one, second], out)
+            average_checkpoints([one, second], out)
     with pytest.raises(RecipeError, match="at least 2"):
-        merge([one], out)
+        average_checkpoints([one], out)
     for weights in ([1.0], [0.0, 0.0], [1.0, -1.0]):
         with pytest.raises(RecipeError, match="weights"):
-            merge([one, candidates[1]], out, weights=weights)
+            average_checkpoints([one, candidates[1]], out, weights=weights)
     with pytest.raises(RecipeError, match="is one of the models"):
-        merge([one, candidates[1]], one, overwrite=True)
+        average_checkpoints([one, candidates[1]], one, overwrite=True)
     assert not out.exists()
     assert not out.with_name("out.partial").exists()
