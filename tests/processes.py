@@ -6,9 +6,11 @@ its own working folder, environment and output, and can be killed at any moment.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -75,6 +77,24 @@ class Done:
         return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
 
 
+def free_port() -> int:
+    """A port that nothing listens on, for the processes of one group to meet at.
+
+    Below the ports that the kernel gives to connections (from 32768), so that none of those takes it first, and in a
+    range of its own for every worker of the test run.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+    while True:
+        port = 16000 + 2000 * worker + next(_PORTS) % 2000
+        with socket.socket() as tried:
+            with suppress(OSError):
+                tried.bind(("127.0.0.1", port))
+                return port
+
+
+_PORTS = itertools.count(os.getpid())
+
+
 class Running:
     """A command under way."""
 
@@ -138,6 +158,30 @@ class Launcher:
         before: str = "",
     ) -> Done:
         return self.start(*words, cwd=cwd, env=env, before=before).wait()
+
+    def start_group(
+        self,
+        count: int,
+        *words: str | Path | float,
+        env: Mapping[str, str] | None = None,
+        before: Mapping[int, str] | str = "",
+        of_rank: Mapping[int, Mapping[str, str]] | None = None,
+    ) -> list[Running]:
+        """The same command as all ranks of one torch.distributed group, as `torchrun` would start it.
+
+        `before` is for every rank, or rank -> what runs first there; `of_rank` is environment of single ranks.
+        A group of 1 is an ordinary process.
+        """
+        port = str(free_port())
+        found = []
+        for rank in range(count):
+            own = dict(env or {}) | dict((of_rank or {}).get(rank, {}))
+            if count > 1:
+                own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+                own |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            first = before if isinstance(before, str) else before.get(rank, "")
+            found.append(self.start(*words, env=own, before=first))
+        return found
 
     def ask(self, job: dict) -> str:
         assert self._parent.stdin is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -96,17 +95,9 @@ def test_a_killed_run_goes_on_to_the_same_policy(launcher: Launcher, tiny: Path,
 
 
 def test_two_processes_make_the_policy_of_one(launcher: Launcher, tiny: Path, tmp_path: Path) -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
     more = ("--activation", "auto", "--activation-sparsity", "0.4")
     assert launcher.run(*words(tiny, tmp_path / "one", *more)).returncode == 0
-    runs = []
-    for rank in range(2):
-        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        runs.append(launcher.start(*words(tiny, tmp_path / "two", *more), env=env))
-    for run in runs:
+    for run in launcher.start_group(2, *words(tiny, tmp_path / "two", *more)):
         done = run.wait()
         assert done.returncode == 0, done.stderr
     one, two = policy_of(tmp_path / "one"), policy_of(tmp_path / "two")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import VOCAB, save_family
-from processes import Done, Launcher, Running
+from processes import Done, Launcher, Running, free_port
 from safetensors.torch import load_file, save_file
 from tiny import digests, report, save_llama, save_texts, save_words
 
@@ -25,12 +24,6 @@ KILLED = -signal.SIGKILL
 SIZES = ("--nsamples", "5", "--seqlen", "32", "--eval-windows", "3", "--format", "both")
 SLABS = "import gossamer.compress.sums as sums; sums.SLAB = 16"  # several slabs in matrices this small
 SPILL = ("--max-memory", "1")
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 class Group:
@@ -51,14 +44,9 @@ class Group:
         fail: dict[int, str] | None = None,
     ) -> list[Running]:
         """`before`: rank -> Python to run first; `fail`: rank -> failpoint."""
-        port = str(free_port())
-        found = []
-        for rank in range(count):
-            env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GOSSAMER_FAILPOINT": (fail or {}).get(rank, "")}
-            code = f"{SLABS}\n{(before or {}).get(rank, '')}"
-            found.append(self.launcher.start(*words, env=env if count > 1 else {}, before=code))
-        return found
+        code = {rank: f"{SLABS}\n{(before or {}).get(rank, '')}" for rank in range(count)}
+        points = {rank: {"GOSSAMER_FAILPOINT": point} for rank, point in (fail or {}).items()}
+        return self.launcher.start_group(count, *words, before=code, of_rank=points)
 
     def run(self, count: int, out: Path, *more: str | Path, **options) -> list[Done]:
         return [process.wait() for process in self.begin(count, self.words(out, *more), **options)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +64,7 @@ def test_two_processes_move_the_same_masks(launcher, tiny, tmp_path):
     run(tiny, tmp_path / "sparse", prune(sparsity=0.6))
     words = ["finetune", tmp_path / "sparse", "--data", tiny / "calibration.txt", "--method", "dst", "--seqlen", "32"]
     words += ["--steps", "8", "--set", "batch=4", "--set", "every=2", "--no-eval", "--format", "both", "-o"]
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    network = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        launcher.start(*words, tmp_path / "2", env=network | {"RANK": f"{r}", "LOCAL_RANK": f"{r}"}) for r in (0, 1)
-    ]
+    ranks = launcher.start_group(2, *words, tmp_path / "2")
     ended = [*(rank.wait() for rank in ranks), launcher.run(*words, tmp_path / "1")]
     assert [done.returncode for done in ended] == [0, 0, 0], [done.stderr for done in ended]
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("1", "2")]

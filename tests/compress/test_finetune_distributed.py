@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,12 +43,6 @@ bookkeeping.Bookkeeping.on_train_begin = check
 """
 
 
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def pruned(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("pruned") / "sparse"
@@ -75,13 +68,7 @@ class Runs:
             "finetune", self.pruned, "-o", out, "--data", self.tiny / "calibration.txt", "--seqlen", 32, "--no-eval",
             "--steps", 10, "--set", "batch=8", "--set", "save_every=4", "--format", "both", *more,
         ]  # fmt: skip
-        port = free_port()
-        running = []
-        for rank in range(count):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            own = own if count > 1 else {}
-            running.append(self.launcher.start(*words, env=own | dict(env or {}), before=(before or {}).get(rank, "")))
+        running = self.launcher.start_group(count, *words, env=env, before=before or "")
         return [process.wait() for process in running]
 
     def finished(self, count: int, out: Path, *more: str, **options) -> dict[str, torch.Tensor]:

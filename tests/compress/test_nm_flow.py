@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -236,15 +235,7 @@ def test_a_run_that_was_stopped_goes_on_exactly(launcher, tiny, tmp_path, whole,
 
 
 def test_two_processes_have_the_masks_of_one(launcher, tiny, tmp_path, whole):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    network = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        launcher.start(*words(tiny, tmp_path / "two"), env=network | {"RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(2)
-    ]
-    for rank in ranks:
+    for rank in launcher.start_group(2, *words(tiny, tmp_path / "two")):
         done = rank.wait()
         assert done.returncode == 0, done.stderr
     reports = [json.loads((folder / "report.json").read_text()) for folder in (whole, tmp_path / "two")]

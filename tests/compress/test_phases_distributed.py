@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
@@ -33,18 +32,9 @@ def run(launcher, tiny: Path, out: Path, stage: dict, count: int, env: dict | No
     recipe = out.with_suffix(".yaml")
     stages = [common | stage, {"stage": "export", "format": "dense"}]
     recipe.write_text(yaml.safe_dump({"stages": stages}))
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    running = []
-    for rank in range(count):
-        own = {"MASKS": str(out) + ".masks", **(env or {})}
-        if count > 1:
-            own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        words = ["compress", tiny, "-o", out, "--recipe", recipe]
-        running.append(launcher.start(*words, env=own, before=WATCH))
-    return [process.wait() for process in running]
+    words = ["compress", tiny, "-o", out, "--recipe", recipe]
+    own = {"MASKS": str(out) + ".masks", **(env or {})}
+    return [process.wait() for process in launcher.start_group(count, *words, env=own, before=WATCH)]
 
 
 def masks_of(out: Path, rank: int) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import sys
 from pathlib import Path
 
@@ -23,14 +22,9 @@ TOLERANCE = 1e-5  # gradients are summed in another order
     [("sr-ste", 0.3, True), pytest.param("mdgf-linear", 0.0, False, marks=pytest.mark.slow)],
 )
 def test_two_processes_equal_one(launcher: Launcher, tmp_path: Path, kind: str, tail: float, whole_again: bool) -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import sharded_flow; "
     code += f"sharded_flow.child({str(tmp_path)!r}, {kind!r}, {tail}, {whole_again})"
-    network = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [launcher.start("--version", env=network | {"RANK": str(rank)}, before=code) for rank in range(2)]
-    for rank in ranks:
+    for rank in launcher.start_group(2, "--version", before=code):
         done = rank.wait()
         assert done.returncode == 0, done.stderr
     masks, weights = sharded_flow.train(kind, tail)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
+import json
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import PeftModel
 from spiel_models import Net, adapted, batch, fill, loss_of
 from torch import nn
@@ -202,47 +203,43 @@ def test_the_trainer_resumes_exactly(tmp_path, tiny):
     assert same(state(again), state(whole))
 
 
-def two_processes(rank, port, results, micro):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        for policy in ("ag", "ma"):
-            model = adapted(policy=policy, **QUICK)
-            optimizer = optimizer_of(model)
-            wrapped = nn.parallel.DistributedDataParallel(model)
-            for step in range(7):
-                optimizer.zero_grad()
-                x, y = batch(100 * rank + step)
-                nn.functional.cross_entropy(wrapped(x), y).backward()
-                optimizer.step()
-            results[rank, policy] = [(flat.tolist(), values.tolist()) for flat, values in state(model)]
-        torch.manual_seed(rank)
-        from gossamer.finetune.spiel.ranks import check_equal
+def one_of_two(folder):
+    """In a process of its own, named by RANK: what it trained as a file below `folder`."""
+    from gossamer.finetune.spiel.ranks import check_equal
 
-        try:
-            check_equal([torch.tensor([rank])], "the positions")
-        except TrainingError as error:
-            results[rank, "error"] = str(error)
-    finally:
-        dist.destroy_process_group()
-
-
-def test_two_processes_choose_the_same_positions():
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(two_processes, (port, results, 1), nprocs=2)
-        results = dict(results)
-    alone = adapted(policy="ag", **QUICK)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    rank, found = dist.get_rank(), {}
     for policy in ("ag", "ma"):
-        assert results[0, policy] == results[1, policy]
-        assert results[0, policy][0][0] != layers_of(alone, "default")[0].flat("default").tolist()
-    assert "rank 1 disagrees with rank 0" in results[0, "error"]
-    assert "rank 1 disagrees with rank 0" in results[1, "error"]
+        model = adapted(policy=policy, **QUICK)
+        optimizer = optimizer_of(model)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for step in range(7):
+            optimizer.zero_grad()
+            x, y = batch(100 * rank + step)
+            nn.functional.cross_entropy(wrapped(x), y).backward()
+            optimizer.step()
+        found[policy] = [(flat.tolist(), values.tolist()) for flat, values in state(model)]
+    try:
+        check_equal([torch.tensor([rank])], "the positions")
+    except TrainingError as error:
+        found["error"] = str(error)
+    dist.barrier()
+    dist.destroy_process_group()
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    raise SystemExit(0)
+
+
+def test_two_processes_choose_the_same_positions(launcher, tmp_path):
+    code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]}; "
+    code += f"import test_spiel_training; test_spiel_training.one_of_two({str(tmp_path)!r})"
+    for process in launcher.start_group(2, "--version", before=code):
+        done = process.wait()
+        assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    alone = layers_of(adapted(policy="ag", **QUICK), "default")[0].flat("default").tolist()
+    assert all(first[policy][0][0] != alone for policy in ("ag", "ma"))
+    assert "rank 1 disagrees with rank 0" in first["error"]
 
 
 def test_a_layer_without_gradient_is_told():
