@@ -131,7 +131,7 @@ class RaggedLayer(CacheLayerMixin):
 
         query [batch, query heads, D], key and value [batch, KV heads, D], contiguous; attention like the query.
         """
-        assert self.store is not None and self.pending is None
+        assert self.store is not None
         self.seen += 1
         self.shared.windows[self.index] = reach
         return self._step(self.store, query, key, value, scale)

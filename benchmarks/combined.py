@@ -126,9 +126,9 @@ def decode_loss(model: Any, windows: torch.Tensor) -> tuple[float, int]:
             logits = model(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True).logits[:, -1]
             for position in range(prompt, length):
                 losses.append(float(torch.nn.functional.cross_entropy(logits.float(), ids[:, position])))
-                logits = model(
-                    input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True
-                ).logits[:, -1]
+                logits = model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True).logits[
+                    :, -1
+                ]
             held = cache_bytes(cache)
     return sum(losses) / len(losses), held
 

@@ -42,7 +42,7 @@ def decode(model, short: bool, dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind, more", [("Llama", {}), ("Llama", {"attention_bias": True}), ("Qwen2", {}),
+@pytest.mark.parametrize(("kind", "more"), [("Llama", {}), ("Llama", {"attention_bias": True}), ("Qwen2", {}),
                                         ("Mistral", {"sliding_window": 9})])  # fmt: skip
 def test_the_same_bits_as_the_blocks_own_forward(kind, more, dtype, counted):
     model = tiny(kind, **more)
