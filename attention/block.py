@@ -128,8 +128,8 @@ def _rotates(rotate: Callable[..., Any]) -> bool:
 
 def _alike(one: Any, other: Any) -> bool:
     """Whether two functions are the same code, wherever it stands."""
-    codes = [getattr(inspect.unwrap(function), "__code__", None) for function in (one, other)]
-    return None not in codes and _same_code(*codes)  # type: ignore[arg-type]
+    first, second = (getattr(inspect.unwrap(function), "__code__", None) for function in (one, other))
+    return first is not None and second is not None and _same_code(first, second)
 
 
 def _same_code(one: CodeType, other: CodeType) -> bool:

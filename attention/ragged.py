@@ -137,8 +137,8 @@ class RaggedLayer(CacheLayerMixin):
         return self._step(self.store, query, key, value, scale)
 
     def _attend_one(self, store: Store, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        one = [tensor.squeeze(2).contiguous() for tensor in (query, key, value)]
-        return self._step(store, *one, scale).unsqueeze(2)
+        query, key, value = (tensor.squeeze(2).contiguous() for tensor in (query, key, value))
+        return self._step(store, query, key, value, scale).unsqueeze(2)
 
     def _step(self, store: Store, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         after = tuple([count + 1 for count in store.counts])
