@@ -325,7 +325,7 @@ def test_killed_while_it_tidies_up(default, tmp_path):
 
 
 def test_interrupt_leaves_a_partial_run_that_goes_on(launcher, tiny, tmp_path):
-    job = Job(launcher, tiny, tmp_path, "--nsamples", "150")
+    job = Job(launcher, tiny, tmp_path, "--method", "wanda", "--nsamples", "150")
     out = tmp_path / "out"
     running = launcher.start(*job.words(out))
     while "prune 1/3" not in running.said():
