@@ -55,7 +55,7 @@ def shared() -> Path:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A very small trained Llama with tokenizer, calibration.txt and heldout.txt: `make_demo` with few steps.
 
-    Session-wide and read-only: tests write elsewhere. The workers of one run share it; the first that wants it makes it.
+    Read-only: tests write elsewhere. The workers of one run share it, and the first that wants it makes it.
     """
     from filelock import FileLock
 
