@@ -51,7 +51,7 @@ def quantisable(targets: Iterable[Prunable]) -> list[str]:
 
 
 def open_quantised(context: Context, targets: Iterable[Prunable], kind: str, dtype: torch.dtype) -> Any:
-    """The model after the stages finished so far, on the run's device: its linear layers quantised, all else in `dtype`.
+    """The model after the stages finished so far, on the run's device: linear layers quantised, all else in `dtype`.
 
     With masks, as `open_whole` gives them: what they prune is exactly 0 in the quantised layers too.
 
@@ -92,7 +92,13 @@ def _check_groups(keys: KeyMap, names: Sequence[str]) -> None:
 
 
 def quantised_needs(
-    plan: Plan, stage: StagePlan, targets: Sequence[Prunable], kind: str, dtype: torch.dtype, trained: float, tokens: int
+    plan: Plan,
+    stage: StagePlan,
+    targets: Sequence[Prunable],
+    kind: str,
+    dtype: torch.dtype,
+    trained: float,
+    tokens: int,
 ) -> Needs:
     """The quantised model, one dense block (while it is read), what is trained, and the logits of one micro-batch.
 

@@ -17,8 +17,8 @@ from .. import distributed
 from ..jobs import MatrixJob, matrix_jobs
 from ..needs import Needs
 from ..plan import Plan, Planning
-from ..quantisedbase import check_base, open_quantised, quantised_needs
 from ..prunable import Prunable
+from ..quantisedbase import check_base, open_quantised, quantised_needs
 from ..stage_recipes.finetune import FinetuneStage
 from ..stage_recipes.training import TrainingStage
 from ..training import (

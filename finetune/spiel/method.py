@@ -85,8 +85,18 @@ class _Adapter(Method):
 
 class _Spiel(_Adapter):
     reads = frozenset(
-        {*BUDGET, "allocation", "selection", "where", "interval", "window", "replace", "anneal", "adapter_dtype",
-         "base_quant"}
+        {
+            *BUDGET,
+            "allocation",
+            "selection",
+            "where",
+            "interval",
+            "window",
+            "replace",
+            "anneal",
+            "adapter_dtype",
+            "base_quant",
+        }
     )
     policy = "ag"
     selection = "random"

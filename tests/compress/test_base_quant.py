@@ -15,10 +15,10 @@ from tiny import digests, report, save_llama, save_texts, save_words, tensors
 from torch import nn
 
 import gossamer
-from gossamer.compress.recipe import ExportStage, FinetuneStage, PruneStage, Recipe
-from gossamer.compress.run import compress
+from gossamer.compress.recipe import ExportStage, FinetuneStage, PruneStage, Recipe, build
+from gossamer.compress.run import compress, plan
 from gossamer.errors import CheckpointError, GossamerError, RecipeError
-from gossamer.finetune.quantised import is_quantised, plain, quantise
+from gossamer.finetune.quantised import plain, quantise
 
 KINDS = ["nf4", "fp4", "int8"]
 ADAPTER = "gossamer/adapter-0"
@@ -73,7 +73,7 @@ def test_the_merge_is_into_what_the_quantised_weights_stand_for(wide, tmp_path, 
         if "proj" in name:
             torch.testing.assert_close(new[name], wanted[name], rtol=1e-6, atol=1e-7)
             error = float((new[name] - old[name]).norm() / old[name].norm())
-            assert (0.002 if kind == "int8" else 0.05) < error < 0.3
+            assert (0.002 if kind == "int8" else 0.05) < error < 0.6
         else:
             assert torch.equal(new[name], old[name])
     assert json.loads((out / "config.json").read_text()).get("quantization_config") is None
@@ -87,7 +87,9 @@ def test_the_adapter_belongs_to_the_weights_before_they_were_quantised(wide, tmp
         PeftModel.from_pretrained(gossamer.load(tmp_path / "out", packed=False), folder)
 
 
-@pytest.mark.parametrize(("kind", "pattern", "where"), [("nf4", "2:4", None), ("int8", "0.5", None), ("nf4", "2:4", "seft")])
+@pytest.mark.parametrize(
+    ("kind", "pattern", "where"), [("nf4", "2:4", None), ("int8", "0.5", None), ("nf4", "2:4", "seft")]
+)
 def test_masks_of_a_pruned_base_hold(wide, tmp_path, kind, pattern, where):
     prune = PruneStage(method="magnitude", pattern=pattern)
     compress(wide, tmp_path / "pruned", Recipe(stages=(prune, ExportStage())))
@@ -118,21 +120,25 @@ def test_in_bfloat16_what_is_not_adapted_stays_to_the_bit(wide, tmp_path):
     assert found["heldout"]["after"] < found["heldout"]["before"]
 
 
-@pytest.mark.parametrize(("family", "method"), [("gpt2", "spiel-ag"), ("gpt2", "lora"), ("mixtral", "static"), ("qwen2", "lora")])
+@pytest.mark.parametrize(
+    ("family", "method"), [("gpt2", "spiel-ag"), ("gpt2", "lora"), ("mixtral", "static"), ("qwen2", "lora")]
+)
 def test_other_families(tmp_path, family, method):
     """Conv1D is turned round and back; fused experts and routers stay as they are; biases are kept."""
     model = save_family(family, tmp_path / "model", dtype=torch.bfloat16)
     save_words(model, 97)
     (model / "calibration.txt").write_text(" ".join(f"w{(7 * k * k + k // 3) % 97}" for k in range(1500)))
-    tune = stage(model, method, seqlen=12, base_quant="nf4")
+    tune = stage(model, method, seqlen=12, base_quant="nf4", learning_rate=1e-3)
     compress(model, tmp_path / "out", Recipe(stages=(tune, ExportStage(format="dense"))))
     new, old = tensors(tmp_path / "out"), tensors(model)
-    assert {name: (t.dtype, t.shape) for name, t in new.items()} == {name: (t.dtype, t.shape) for name, t in old.items()}
+    assert {name: (t.dtype, t.shape) for name, t in new.items()} == {
+        name: (t.dtype, t.shape) for name, t in old.items()
+    }
     moved = {name for name in old if not torch.equal(new[name], old[name])}
     assert moved
     assert all(old[name].dim() == 2 and "expert" not in name and "embed" not in name for name in moved)
     for name in moved:
-        assert float((new[name].float() - old[name].float()).norm() / old[name].float().norm()) < 0.4, name
+        assert float((new[name].float() - old[name].float()).norm() / old[name].float().norm()) < 0.2, name
 
 
 def test_after_a_kill_it_goes_on_to_the_same_bits(wide, launcher, tmp_path):
@@ -164,14 +170,14 @@ def test_methods_that_train_weights_are_refused_before_one_is_read(wide, tmp_pat
 
 def test_an_unknown_kind(wide):
     with pytest.raises(GossamerError, match="base_quant"):
-        from gossamer.compress.recipe import build
-
         build(FinetuneStage, method="lora", base_quant="int4")
 
 
 def test_without_bitsandbytes_it_says_so(wide, tmp_path, monkeypatch):
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a)
+    )
     with pytest.raises(RecipeError, match="needs the package bitsandbytes"):
         compress(wide, tmp_path / "out", Recipe(stages=(stage(wide, base_quant="int8"),)))
     assert list(tmp_path.iterdir()) == []
@@ -194,12 +200,10 @@ def test_lora_on_a_pruned_base_is_refused(wide, tmp_path):
 
 def test_the_estimate_counts_codes(wide, tmp_path):
     """Weights that are 1.6 % in a width of 48; what is left of the difference are the codes."""
-    from gossamer.compress.plan import make_plan
-
     peaks = {}
     for kind in (None, "int8", "nf4"):
         recipe = Recipe(stages=(stage(wide, "static", base_quant=kind),))
-        peaks[kind] = make_plan(wide, tmp_path / "out", recipe).estimate.peak.bytes
+        peaks[kind] = plan(wide, tmp_path / "out", recipe).estimate.peak.bytes
     assert peaks["nf4"] < peaks["int8"] < peaks[None]
 
 
@@ -214,7 +218,9 @@ def test_only_one_block_is_dense_while_the_model_is_opened(wide, tmp_path, monke
     def counting(block, names, kind, dtype):
         gc.collect()
         sizes = [(48, 48), (24, 48), (72, 48), (48, 72)]
-        alive = [o for o in gc.get_objects() if isinstance(o, nn.Parameter) and not o.is_meta and tuple(o.shape) in sizes]
+        alive = [
+            o for o in gc.get_objects() if isinstance(o, nn.Parameter) and not o.is_meta and tuple(o.shape) in sizes
+        ]
         seen.append(sum(1 for p in alive if p.is_floating_point()))
         quantise(block, names, kind, dtype)
 
