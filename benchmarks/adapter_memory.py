@@ -4,9 +4,9 @@
     python benchmarks/adapter_memory.py big                # 512 tokens, sparse deltas at density 0.01
     python benchmarks/adapter_memory.py big --adapter lora --bases bfloat16 nf4
 
-The base is read block by block in the same way, quantised or not, then one forward, backward and optimizer step on random
-tokens. Every base has a process of its own. Reported: the largest resident memory of the process (mapped files included)
-less what it was after imports, for the whole run and for the step alone, and the seconds of both.
+The base is read block by block in the same way, quantised or not, then one forward, backward and optimizer step on
+random tokens. Every base has a process of its own. Reported: the largest resident memory of the process (mapped files
+included) less what it was after imports, for the whole run and for the step alone, and the seconds of both.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def main() -> None:
         found = json.loads(done.stdout.splitlines()[-1])
         first = first or found
         print(
-            f"{base:9} peak {found['peak'] / 1e9:6.3f} GB ({found['peak'] / first['peak']:.2f}x), after loading "
-            f"{found['loaded'] / 1e9:6.3f}, the step's own {found['step'] / 1e9:6.3f} GB; {found['trained']:,} trained; "
+            f"{base:9} peak {found['peak'] / 1e9:6.3f} GB ({found['peak'] / first['peak']:.2f}x), of loading "
+            f"{found['loaded'] / 1e9:6.3f}, the step's own {found['step'] / 1e9:6.3f}; {found['trained']:,} trained; "
             f"loading {found['load_s']:.0f} s, step {found['step_s']:.0f} s; loss {found['loss']:.3f}",
             flush=True,
         )
