@@ -5,10 +5,11 @@
     python benchmarks/finetune_quality.py --tasks tiny-wikitext --base-quant nf4 --tokens 200000
     python benchmarks/finetune_quality.py --render                        # only print the table
 
-A cell is one task, method, rank, learning rate, seed, number of tokens and kind of base (float32, or quantised): `gossamer finetune`, then perplexity of the result on the
-task's test text and on the text that the model was trained on before (forgetting). Every learning rate of the grid is
-run with the first seed; the one with the lowest loss on held-out training rows is run with the other seeds. The test
-text takes no part in any choice. Each finished cell is one JSON line; a rerun skips the cells it finds there.
+A cell is one task, method, rank, learning rate, seed, number of tokens and kind of base (float32, or quantised):
+`gossamer finetune`, then perplexity of the result on the task's test text and on the text that the model was trained on
+before (forgetting). Every learning rate of the grid is run with the first seed; the one with the lowest loss on held-out
+training rows is run with the other seeds. The test text takes no part in any choice. Each finished cell is one JSON
+line; a rerun skips the cells it finds there.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def main() -> None:
             append_result(options.results, cell)
             cells.append(cell)
             print(
-                f"{job.task} {job.method} {job.base_quant or 'float32'} rank {job.rank} lr {job.learning_rate:g} seed {job.seed}: "
+                f"{job.task} {job.method} {job.base_quant or 'float32'} rank {job.rank} lr {job.learning_rate:g} "
+                f"seed {job.seed}: "
                 f"test {cell['test']:.3f}, before {cell['before']:.3f}, {cell['seconds']:.0f} s",
                 flush=True,
             )
@@ -216,7 +218,8 @@ def table(cells: list[dict[str, Any]]) -> str:
         test = [c["test"] for c in group]
         peak = f"{max(c['peak'] for c in group) / 1e6:.0f} MB" if group[0]["peak"] else ""
         lines.append(
-            f"| {task} | {rank} | {method} | {same['base_quant'] or 'float32'} | {group[0]['trained']:,} | {rate:g} | {statistics.fmean(test):.3f} "
+            f"| {task} | {rank} | {method} | {same['base_quant'] or 'float32'} | {group[0]['trained']:,} | {rate:g} | "
+            f"{statistics.fmean(test):.3f} "
             f"({min(test):.3f}-{max(test):.3f}) | {statistics.fmean(c['before'] for c in group):.3f} | {peak} | "
             f"{statistics.fmean(c['seconds'] for c in group):.0f} | {group[0]['file']:,} | {len(group)} |"
         )
