@@ -6,10 +6,10 @@
     python benchmarks/finetune_quality.py --render                        # only print the table
 
 A cell is one task, method, rank, learning rate, seed, number of tokens and kind of base (float32, or quantised):
-`gossamer finetune`, then perplexity of the result on the task's test text and on the text that the model was trained on
-before (forgetting). Every learning rate of the grid is run with the first seed; the one with the lowest loss on held-out
-training rows is run with the other seeds. The test text takes no part in any choice. Each finished cell is one JSON
-line; a rerun skips the cells it finds there.
+`gossamer finetune`, then perplexity of the result on the task's test text and on the text that the model was trained
+on before (forgetting). Every learning rate of the grid is run with the first seed; the one with the lowest loss on
+held-out training rows is run with the other seeds. The test text takes no part in any choice. Each finished cell is one
+JSON line; a rerun skips the cells it finds there.
 """
 
 from __future__ import annotations

@@ -70,12 +70,14 @@ class Method(ABC):
             another one is a mistake.
         learning_rate: the peak when the user gives none.
         needs_masks: whether a model without any mask is a mistake.
+        optimizers: those that it can train with; None: all.
         beside: whether what it trains lies beside the weights, so that these may be quantised.
     """
 
     reads: frozenset[str] = frozenset()
     learning_rate = 1e-3
     needs_masks = False
+    optimizers: frozenset[str] | None = None
     beside = False
 
     @abstractmethod

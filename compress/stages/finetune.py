@@ -70,6 +70,11 @@ class Finetune:
                 f"{', '.join(strange)} means nothing to fine-tuning method {stage.method}",
                 hint=f"it knows {', '.join(sorted(method.reads)) or 'no options of its own'}",
             )
+        if method.optimizers is not None and stage.optimizer not in method.optimizers:
+            raise RecipeError(
+                f"{stage.method} has an optimizer of its own; {stage.optimizer} means nothing to it",
+                hint=f"optimizers that it knows: {', '.join(sorted(method.optimizers))}",
+            )
         if method.needs_masks and not _masked_before(index, planning):
             raise RecipeError(
                 f"{stage.method} moves masks, and the model has none",

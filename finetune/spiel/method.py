@@ -98,6 +98,7 @@ class _Spiel(_Adapter):
             "base_quant",
         }
     )
+    optimizers = frozenset({"adamw", "adamw-8bit"})
     policy = "ag"
     selection = "random"
 
@@ -120,8 +121,9 @@ class _Spiel(_Adapter):
     def optimizer(self, options: Mapping[str, Any]) -> Callable[[Any], Any]:
         def make(model: Any) -> SpielOptimizer:
             return SpielOptimizer(
-                model, options["learning_rate"], options["steps"], weight_decay=options["weight_decay"]
-            )
+                model, options["learning_rate"], options["steps"], weight_decay=options["weight_decay"],
+                eight_bit=options["optimizer"] == "adamw-8bit",
+            )  # fmt: skip
 
         return make
 
@@ -131,8 +133,9 @@ class SpielAG(_Spiel):
 
 
 class SpielMA(_Spiel):
-    """Positions move to where SM3's row and column moments are largest; half the memory of SpIEL-AG."""
+    """Positions move to where SM3's row and column moments are largest; half the memory of SpIEL-AG. Trained by SM3."""
 
+    optimizers = frozenset({"adamw"})
     policy = "ma"
     learning_rate = 2e-3
 

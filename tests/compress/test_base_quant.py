@@ -168,6 +168,24 @@ def test_methods_that_train_weights_are_refused_before_one_is_read(wide, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("method", "optimizer"), [("spiel-ma", "adamw-8bit"), ("spiel-ag", "sgd")])
+def test_an_optimizer_that_a_method_does_not_have(wide, tmp_path, method, optimizer):
+    """It was ignored without a word before."""
+    with pytest.raises(RecipeError, match="has an optimizer of its own"):
+        compress(wide, tmp_path / "out", Recipe(stages=(stage(wide, method, optimizer=optimizer),)))
+
+
+def test_all_that_makes_it_small_at_once(wide, tmp_path):
+    """4-bit base, 8-bit moments, bfloat16, gradient checkpointing: it learns, and positions move."""
+    tune = stage(
+        wide, base_quant="nf4", optimizer="adamw-8bit", precision="bfloat16", gradient_checkpointing=True, steps=8
+    )
+    compress(wide, tmp_path / "out", Recipe(stages=(tune, ExportStage(format="dense"))))
+    found = next(s for s in report(tmp_path / "out")["stages"] if s["stage"] == "finetune")
+    assert found["heldout"]["after"] < found["heldout"]["before"]
+    assert found["reselections"][0]["replaced"] > 0
+
+
 def test_an_unknown_kind(wide):
     with pytest.raises(GossamerError, match="base_quant"):
         build(FinetuneStage, method="lora", base_quant="int4")
