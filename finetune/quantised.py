@@ -80,7 +80,8 @@ def origin_of(layer: nn.Module) -> Origin | None:
 def sample_of(weight: Tensor) -> Tensor:
     """`SAMPLE` entries, evenly spread, as bfloat16 on the CPU: of a weight in float32 those of its bfloat16 copy."""
     flat = weight.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].to(torch.bfloat16).cpu()
+    # A copy also of what is bfloat16 already: a view would keep the whole weight in memory.
+    return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].to("cpu", torch.bfloat16, copy=True).contiguous()
 
 
 def plain(layer: Any) -> nn.Linear:

@@ -24,7 +24,7 @@ def test_codes(count, signed):
     assert (codes.dtype, codes.shape, scales.shape) == (torch.uint8, (count,), (-(-count // 256),))
     found = decode(codes, scales, signed=signed)
     largest = scales.repeat_interleave(256)[:count]
-    assert bool((found[::7].abs() <= 1e-5 * largest[::7]).all())  # on CPUs 0 may become the code beside it
+    assert bool((found[::7].abs() <= 3e-5 * largest[::7]).all())  # on CPUs 0 may become the code beside it
     assert float(((found - values).abs() / largest.clamp(min=1e-30)).max()) < 0.016
     if not signed:
         assert float(found.min()) >= 0
