@@ -2,12 +2,14 @@
 
     python benchmarks/finetune_quality.py --shared ../shared              # run what is missing, then print the table
     python benchmarks/finetune_quality.py --tasks stories-shakespeare --ranks 2 --methods spiel-ag lora
+    python benchmarks/finetune_quality.py --tasks tiny-wikitext --base-quant nf4 --tokens 200000
     python benchmarks/finetune_quality.py --render                        # only print the table
 
-A cell is one task, method, rank, learning rate and seed: `gossamer finetune`, then perplexity of the result on the
-task's test text and on the text that the model was trained on before (forgetting). Every learning rate of the grid is
-run with the first seed; the one with the lowest loss on held-out training rows is run with the other seeds. The test
-text takes no part in any choice. Each finished cell is one JSON line; a rerun skips the cells it finds there.
+A cell is one task, method, rank, learning rate, seed, number of tokens and kind of base (float32, or quantised):
+`gossamer finetune`, then perplexity of the result on the task's test text and on the text that the model was trained
+on before (forgetting). Every learning rate of the grid is run with the first seed; the one with the lowest loss on
+held-out training rows is run with the other seeds. The test text takes no part in any choice. Each finished cell is one
+JSON line; a rerun skips the cells it finds there.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "finetune.jsonl"
 SEEDS = [0, 1, 2, 3, 4]
 SPARSE = ("spiel-ag", "spiel-ma", "static", "random")
-METHODS = ("base", *SPARSE, "lora", "full")
+ADAPTERS = (*SPARSE, "lora")
+METHODS = ("base", *ADAPTERS, "full")
 GRIDS = {
     "spiel-ma": (3e-3, 1e-2, 3e-2),
     "lora": (1e-3, 3e-3, 1e-2),
@@ -77,10 +80,7 @@ class Job:
     learning_rate: float
     seed: int
     tokens: int
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return tuple(asdict(self).values())
+    base_quant: str | None = None
 
 
 def main() -> None:
@@ -92,7 +92,8 @@ def main() -> None:
             append_result(options.results, cell)
             cells.append(cell)
             print(
-                f"{job.task} {job.method} rank {job.rank} lr {job.learning_rate:g} seed {job.seed}: "
+                f"{job.task} {job.method} {job.base_quant or 'float32'} rank {job.rank} lr {job.learning_rate:g} "
+                f"seed {job.seed}: "
                 f"test {cell['test']:.3f}, before {cell['before']:.3f}, {cell['seconds']:.0f} s",
                 flush=True,
             )
@@ -106,25 +107,34 @@ def jobs(options: argparse.Namespace, cells: list[dict[str, Any]]) -> Iterator[J
         tokens = options.tokens or task.tokens
         for rank in options.ranks or task.ranks:
             for method in options.methods:
+                quant = options.base_quant if method in ADAPTERS else None
+                if options.base_quant and method == "full":
+                    continue  # it trains the weights themselves
                 grid = options.rates or GRIDS.get(method, GRID)
-                yield from missing((Job(name, method, rank, lr, options.seeds[0], tokens) for lr in grid), cells)
+                first = [Job(name, method, rank, lr, options.seeds[0], tokens, quant) for lr in grid]
+                yield from missing(first, cells)
                 if method == "base":
                     continue
-                best = best_rate(cells, name, method, rank, options.seeds[0], tokens)
-                yield from missing((Job(name, method, rank, best, s, tokens) for s in options.seeds[1:]), cells)
+                best = best_rate(cells, first[0])
+                yield from missing([replace(first[0], learning_rate=best, seed=s) for s in options.seeds[1:]], cells)
 
 
-def missing(wanted: Iterator[Job], cells: list[dict[str, Any]]) -> Iterator[Job]:
+def missing(wanted: list[Job], cells: list[dict[str, Any]]) -> Iterator[Job]:
     for job in wanted:
-        if not any(all(cell[k] == v for k, v in asdict(job).items()) for cell in cells):
+        if not any(_same(cell, asdict(job)) for cell in cells):
             yield job
 
 
-def best_rate(cells: list[dict[str, Any]], task: str, method: str, rank: int, seed: int, tokens: int) -> float:
-    """The learning rate with the lowest held-out loss."""
-    same = {"task": task, "method": method, "rank": rank, "seed": seed, "tokens": tokens}
-    found = [cell for cell in cells if all(cell[k] == v for k, v in same.items())]
+def best_rate(cells: list[dict[str, Any]], like: Job) -> float:
+    """The learning rate with the lowest held-out loss, all else as in `like`."""
+    wanted = {name: value for name, value in asdict(like).items() if name != "learning_rate"}
+    found = [cell for cell in cells if _same(cell, wanted)]
     return min(found, key=lambda cell: cell["heldout"])["learning_rate"]
+
+
+def _same(cell: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a finished cell is of this kind; lines from before bases could be quantised do not name theirs."""
+    return all(cell.get(name) == value for name, value in wanted.items())
 
 
 def run_cell(job: Job, shared: Path, windows: int) -> dict[str, Any]:
@@ -159,6 +169,8 @@ def _finetune(job: Job, model: Path, train: Path, out: Path) -> dict[str, Any]:
         fields["rank_equivalent"] = job.rank
     if job.method == "lora":
         fields |= {"rank": job.rank, "alpha": 2 * job.rank}
+    if job.base_quant is not None:
+        fields["base_quant"] = job.base_quant
     stage = FinetuneStage(
         data=str(train), seqlen=SEQLEN, batch=BATCH, tokens=job.tokens, learning_rate=job.learning_rate, save_every=0,
         **fields,
@@ -193,18 +205,21 @@ def _texts(task: Task, shared: Path, folder: Path) -> tuple[Path, Path]:
 def table(cells: list[dict[str, Any]]) -> str:
     """Markdown: mean and range over seeds at the best learning rate, and their number."""
     lines = [
-        "| task | rank | method | entries | rate | test perplexity | before | peak | s | file | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| task | rank | method | base | entries | rate | test perplexity | before | peak | s | file | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for task, rank, method, tokens in dict.fromkeys((c["task"], c["rank"], c["method"], c["tokens"]) for c in cells):
-        same = {"task": task, "rank": rank, "method": method, "tokens": tokens}
-        group = [c for c in cells if all(c[k] == v for k, v in same.items())]
+    kinds = ("task", "rank", "method", "tokens", "base_quant")
+    for kind in dict.fromkeys(tuple(c.get(name) for name in kinds) for c in cells):
+        same = dict(zip(kinds, kind, strict=True))
+        task, rank, method = kind[:3]
+        group = [c for c in cells if _same(c, same)]
         rate = min(group, key=lambda c: (c["heldout"] is not None, c["heldout"] or 0.0))["learning_rate"]
         group = [c for c in group if c["learning_rate"] == rate]
         test = [c["test"] for c in group]
         peak = f"{max(c['peak'] for c in group) / 1e6:.0f} MB" if group[0]["peak"] else ""
         lines.append(
-            f"| {task} | {rank} | {method} | {group[0]['trained']:,} | {rate:g} | {statistics.fmean(test):.3f} "
+            f"| {task} | {rank} | {method} | {same['base_quant'] or 'float32'} | {group[0]['trained']:,} | {rate:g} | "
+            f"{statistics.fmean(test):.3f} "
             f"({min(test):.3f}-{max(test):.3f}) | {statistics.fmean(c['before'] for c in group):.3f} | {peak} | "
             f"{statistics.fmean(c['seconds'] for c in group):.0f} | {group[0]['file']:,} | {len(group)} |"
         )
@@ -218,6 +233,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--ranks", nargs="+", type=int, default=[], help="default: the task's")
     parser.add_argument("--rates", nargs="+", type=float, default=[], help="instead of the method's grid")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--base-quant", choices=["nf4", "fp4", "int8"], help="adapters train beside a quantised base")
     parser.add_argument("--tokens", type=int, help="to train on; default: the task's")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="of the test texts")
     parser.add_argument("--render", action="store_true", help="run nothing, print the table")

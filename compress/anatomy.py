@@ -38,6 +38,11 @@ class Anatomy:
         self._check_complete()
 
     @property
+    def keys(self) -> KeyMap:
+        """Which checkpoint keys hold which parameter."""
+        return self._keys
+
+    @property
     def num_blocks(self) -> int:
         """Number of decoder blocks."""
         return len(self._blocks)

@@ -85,6 +85,18 @@ class StreamedModel(Anatomy):
         """A fresh copy of block i with its weights, on the device, eval; freed with its last reference."""
         return self._parts.part(self.block_names[i], self.block_keys(i))
 
+    def assembled(self, blocks: Iterable[nn.Module]) -> Any:
+        """The whole model: everything outside the blocks with its weights, and these in the place of its blocks.
+
+        `blocks`: one per block, as `load_block` gives them or changed; asked for one after the other. Uses this object
+        up: nothing can be streamed afterwards.
+        """
+        made = list(blocks)
+        self._parts.load_outer()
+        for i, block in enumerate(made):
+            self._blocks[i] = block
+        return self._model
+
     def load_head(self) -> nn.Module:
         """A fresh copy of the output layer with its weights (the embedding's where the checkpoint ties them)."""
         name = self._head().name

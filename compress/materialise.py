@@ -52,7 +52,7 @@ class Materialiser:
         """Inside: everything but the blocks has its weights, tied as the model wants. May be nested."""
         if self._depth == 0:
             self._kept = _snapshot(self._model, skip=self._blocks)
-            self._load_outer()
+            self.load_outer()
         self._depth += 1
         try:
             yield
@@ -62,7 +62,8 @@ class Materialiser:
                 _restore(self._kept)
                 self._kept = []
 
-    def _load_outer(self) -> None:
+    def load_outer(self) -> None:
+        """Everything but the blocks gets its weights, for good."""
         groups = [group for name, group in self._keys.groups.items() if not name.startswith(self._inside)]
         missing = self._keys.load({key for group in groups for key in group.sources})
         self._model.tie_weights(missing_keys=missing, recompute_mapping=False)

@@ -133,8 +133,12 @@ def metrics_entry(metrics: Metrics, name: str = "") -> dict[str, Any]:
     }
 
 
+def micro_tokens(stage: TrainingPlan) -> int:
+    """Tokens that one process looks at in one forward pass."""
+    rows = -(-stage.stage.batch // stage.stage.accumulation // max(1, distributed.world()))
+    return rows * stage.text.train.length
+
+
 def training_needs(plan: Plan, stage: TrainingPlan, *, trained: float = 1.0, models: int = 1) -> Needs:
     """Memory and disk of a stage that trains; `trained` and `models` as in `needs.whole_needs`, the teacher apart."""
-    length = stage.text.train.length
-    rows = -(-stage.stage.batch // stage.stage.accumulation // max(1, distributed.world()))
-    return whole_needs(plan, stage, trained, rows * length, models + stage.stage.needs_teacher)
+    return whole_needs(plan, stage, trained, micro_tokens(stage), models + stage.stage.needs_teacher)

@@ -3,14 +3,14 @@
 model = open_whole(context)                       # the tensors as they stand, dense, with `model.gossamer_masks`
 masks = kept_of(model, jobs)                      # parameter name -> True where kept
 views = {job.name: view(model, job.prunable) for job in jobs}    # [out, in], writing to one writes to the model
-write_whole(context, model, masks, patterns, folder)
+write_whole(context, model, masks, patterns, folder)             # or write_matrices: some of it, one after the other
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from ..errors import ModelError
+from ..errors import CheckpointError, ModelError
 from . import distributed
-from .attached import ModelMasks, outgoing
+from .attached import ModelMasks, Outgoing, outgoing
 from .checkpoint import assemble, atomic_write_text
 from .convert import copy_companions
 from .format import PackedTensor, SourceMask, dense_config, pack, summarise
@@ -93,11 +93,39 @@ def write_whole(
     """
     explicit = ModelMasks({name: _source_mask(context, model, name, masks, patterns) for name in masks})
     state = remove_tied_weights_from_state_dict({n: t.detach() for n, t in model.state_dict().items()}, model)
+    _write(context, outgoing(model._gossamer, explicit, state), folder)
+
+
+def write_matrices(
+    context: Context, model: Any, matrices: Iterable[tuple[str, Tensor]], masks: Mapping[str, Tensor], folder: Path
+) -> None:
+    """The same of these parameters alone, which come one after the other; all others stay as they were.
+
+    `masks` are looked at when their parameter has come. CheckpointError where one lies in one tensor of the checkpoint
+    with a parameter that never comes.
+    """
+
+    def items() -> Iterator[Outgoing]:
+        waiting: dict[str, Tensor] = {}
+        for name, matrix in matrices:
+            waiting[name] = matrix
+            targets = model._gossamer.keys.groups[name].targets
+            if all(target in waiting for target in targets):
+                state = {target: waiting.pop(target) for target in targets}
+                own = {name: _source_mask(context, model, name, masks, {}) for name in state if name in masks}
+                yield from outgoing(model._gossamer, ModelMasks(own), state)
+        if waiting:
+            raise CheckpointError(f"{next(iter(waiting))} is only a part of a tensor of the checkpoint")
+
+    _write(context, items(), folder)
+
+
+def _write(context: Context, items: Iterable[Outgoing], folder: Path) -> None:
     known = set(context.plan.source.keys())
     dense: dict[str, Tensor] = {}
     packed: dict[str, PackedTensor] = {}
     part = size = 0
-    for item in outgoing(model._gossamer, explicit, state):
+    for item in items:
         dtype = context.plan.source.meta(item.key).dtype if item.key in known else context.plan.skeleton.dtype
         tensor = item.tensor.to("cpu", dtype)
         if item.mask is None:

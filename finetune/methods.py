@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,9 @@ class Attached:
         prepare: called with the training rows before training, on every start.
         save: writes the adapter that was trained into a folder and returns the names of its files; before `finish`.
         patterns: parameter name -> what its mask promises afterwards, where that is new.
+        merged: where matrices are quantised, instead of an ordinary model: (parameter name, the matrix of float32 that
+            takes its place, its mask if that has moved), both in the parameter's shape, one after the other. The model
+            is taken apart on the way; `kept` and `finish` are asked afterwards.
     """
 
     masks: Mapping[str, Tensor]
@@ -56,6 +59,7 @@ class Attached:
     prepare: Callable[[TokenRows], None] | None = None
     save: Callable[[Path], list[str]] | None = None
     patterns: Mapping[str, str] = field(default_factory=dict)
+    merged: Callable[[], Iterator[tuple[str, Tensor, Tensor | None]]] | None = None
 
 
 class Method(ABC):
@@ -66,11 +70,15 @@ class Method(ABC):
             another one is a mistake.
         learning_rate: the peak when the user gives none.
         needs_masks: whether a model without any mask is a mistake.
+        optimizers: those that it can train with; None: all.
+        beside: whether what it trains lies beside the weights, so that these may be quantised.
     """
 
     reads: frozenset[str] = frozenset()
     learning_rate = 1e-3
     needs_masks = False
+    optimizers: frozenset[str] | None = None
+    beside = False
 
     @abstractmethod
     def share(self, parameters: int, shapes: Sequence[tuple[int, int]], options: Mapping[str, Any]) -> float:
@@ -87,7 +95,7 @@ class Method(ABC):
         """Choose what is trained; modules may be replaced.
 
         Args:
-            model: dense in memory, in float32, pruned entries 0.
+            model: dense in memory, in float32, pruned entries 0; with linear layers of bitsandbytes if `beside`.
             masks: of the matrices that have one, in the shape of the parameter, on its device.
             targets: parameter names of all prunable matrices, masked or not.
             options: the fields of the stage.

@@ -7,12 +7,90 @@ garbage. Whoever trains or merges on the CPU keeps the weights as they are.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError
+
+SAMPLE = 4096  # entries of a weight that tell it from others
+OUTLIERS = 6.0  # int8 on GPUs: inputs beyond this are multiplied in 16 bits, as transformers has it too
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What `quantise` remembers of the layer that it replaced.
+
+    Attributes:
+        sample: `sample_of` its weight.
+        transposed: the weight was stored [in, out], as transformers' Conv1D does; the quantised one is [out, in].
+    """
+
+    sample: Tensor
+    transposed: bool
+
+
+@torch.no_grad()
+def quantise(model: nn.Module, names: Iterable[str], kind: str, dtype: torch.dtype) -> None:
+    """Replace these linear layers of `model` by frozen ones of bitsandbytes, one at a time, each on its own device.
+
+    Zeros stay zeros: 0.0 is a code of nf4, fp4 and int8.
+
+    Args:
+        names: of torch.nn.Linear or transformers' Conv1D modules, with float weights.
+        kind: "nf4" or "fp4" (blocks of 64 with scales in 8 bits: double quantisation), "int8" (a scale per output).
+        dtype: in which products are computed.
+    """
+    for name in names:
+        holder, _, own = name.rpartition(".")
+        parent = model.get_submodule(holder)
+        setattr(parent, own, _quantised(getattr(parent, own), kind, dtype))
+
+
+def _quantised(layer: Any, kind: str, dtype: torch.dtype) -> nn.Module:
+    import bitsandbytes as bnb
+
+    weight, transposed = layer.weight.data, isinstance(layer, Conv1D)
+    rows = (weight.t() if transposed else weight).contiguous()
+    sizes: dict[str, Any] = {"input_features": rows.shape[1], "output_features": rows.shape[0], "bias": False}
+    made: Any
+    if kind == "int8":
+        made = bnb.nn.Linear8bitLt(**sizes, has_fp16_weights=False, threshold=OUTLIERS, device="meta")
+        made.weight = bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False).to(rows.device)
+    else:
+        made = bnb.nn.Linear4bit(**sizes, compute_dtype=dtype, quant_type=kind, device="meta")
+        made.weight = bnb.nn.Params4bit(
+            rows, requires_grad=False, compress_statistics=True, quant_type=kind, module=made
+        ).to(rows.device)
+        made.support_avx512bf16_for_cpu = False
+    made.bias = layer.bias
+    made.origin = Origin(sample_of(weight), transposed)
+    return made.train(layer.training)
+
+
+def origin_of(layer: nn.Module) -> Origin | None:
+    """What `quantise` remembers; None for a layer that it did not make."""
+    return getattr(layer, "origin", None)
+
+
+def sample_of(weight: Tensor) -> Tensor:
+    """`SAMPLE` entries, evenly spread, as bfloat16 on the CPU: of a weight in float32 those of its bfloat16 copy."""
+    flat = weight.detach().reshape(-1)
+    # A copy also of what is bfloat16 already: a view would keep the whole weight in memory.
+    return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].to("cpu", torch.bfloat16, copy=True).contiguous()
+
+
+def plain(layer: Any) -> nn.Linear:
+    """An ordinary layer with the float32 matrix that a quantised one stands for, and its bias."""
+    weight = dequantised(layer)
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    made.bias = layer.bias
+    return made.train(layer.training)
 
 
 def keep_unpacked(model: nn.Module) -> int:

@@ -32,6 +32,9 @@ class FinetuneStage(TrainingStage):
     where: Literal["all", "kept", "seft"] | None = Field(
         None, description="kept: on surviving weights; seft: anywhere, then pruned again; default: kept under masks"
     )
+    base_quant: Literal["nf4", "fp4", "int8"] | None = Field(
+        None, description="bitsandbytes holds the weights below the adapter in 4 or 8 bits; lossy"
+    )
     interval: int = Field(20, description="updates between two choices of positions")
     window: int = Field(5, description="updates before a choice during which gradients are looked at")
     replace: float = Field(0.2, description="share of the entries that the choice at the beginning replaces")

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ...errors import RecipeError
 from ...finetune.methods import Attached, get_method
@@ -12,18 +18,20 @@ from ..jobs import MatrixJob, matrix_jobs
 from ..needs import Needs
 from ..plan import Plan, Planning
 from ..prunable import Prunable
+from ..quantisedbase import check_base, open_quantised, quantised_needs
 from ..stage_recipes.finetune import FinetuneStage
 from ..stage_recipes.training import TrainingStage
 from ..training import (
     TrainingPlan,
     heldout_loss,
     metrics_entry,
+    micro_tokens,
     retrainer,
     training_config,
     training_needs,
     training_plan,
 )
-from ..whole import kept_of, open_whole, write_whole
+from ..whole import kept_of, open_whole, write_matrices, write_whole
 from .base import Context, StageReport
 
 _COMMON = {*TrainingStage.model_fields, "stage", "method"}
@@ -37,6 +45,12 @@ class FinetunePlan(TrainingPlan):
     jobs: tuple[MatrixJob, ...] = ()
     targets: tuple[Prunable, ...] = field(default=(), kw_only=True)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which a quantised base computes: that of the forward pass."""
+        dtype: torch.dtype = getattr(torch, self.stage.precision)
+        return dtype
+
 
 class Finetune:
     """Training under the masks that there are."""
@@ -44,11 +58,22 @@ class Finetune:
     def plan(self, index: int, stage: FinetuneStage, planning: Planning) -> FinetunePlan:
         """The text and what a method may adapt. RecipeError for an option that the method does not know."""
         method = get_method(stage.method)
+        if stage.base_quant is not None and not method.beside:
+            raise RecipeError(
+                f"{stage.method} trains the weights themselves, and base_quant {stage.base_quant} freezes them in "
+                f"{'8' if stage.base_quant == 'int8' else '4'} bits",
+                hint="use a method that trains beside them: spiel-ag, spiel-ma, static or lora",
+            )
         strange = sorted(stage.model_fields_set - _COMMON - method.reads)
         if strange:
             raise RecipeError(
                 f"{', '.join(strange)} means nothing to fine-tuning method {stage.method}",
                 hint=f"it knows {', '.join(sorted(method.reads)) or 'no options of its own'}",
+            )
+        if method.optimizers is not None and stage.optimizer not in method.optimizers:
+            raise RecipeError(
+                f"{stage.method} has an optimizer of its own; {stage.optimizer} means nothing to it",
+                hint=f"optimizers that it knows: {', '.join(sorted(method.optimizers))}",
             )
         if method.needs_masks and not _masked_before(index, planning):
             raise RecipeError(
@@ -59,6 +84,8 @@ class Finetune:
             stage = stage.model_copy(update={"learning_rate": method.learning_rate})
         model = planning.skeleton
         targets = tuple(p for i in range(model.num_blocks) for p in model.prunables(i))
+        if stage.base_quant is not None:
+            check_base(stage.base_quant, planning, targets)
         pattern = method.prunes(stage.model_dump())
         pruned = [target for target in targets if target.kind != "expert"]
         jobs = () if pattern is None else matrix_jobs(pattern, pruned, model)
@@ -68,12 +95,16 @@ class Finetune:
         shapes = [target.shape for target in stage.targets]
         parameters = sum(rows * cols for rows, cols in shapes)
         share = get_method(stage.stage.method).share(parameters, shapes, stage.stage.model_dump())
+        if stage.stage.base_quant is not None:
+            return quantised_needs(
+                plan, stage, stage.targets, stage.stage.base_quant, stage.dtype, share, micro_tokens(stage)
+            )
         return training_needs(plan, stage, trained=share)
 
     def run(self, context: Context, stage: FinetunePlan) -> StageReport:
         started = time.monotonic()
         context.progress.working("open the model")
-        model = open_whole(context)
+        model = _opened(context, stage)
         masks = kept_of(model)
         before = heldout_loss(model, stage)
         retrain = retrainer(context, stage)
@@ -88,11 +119,17 @@ class Finetune:
             attached.prepare(stage.text.train)
         metrics = retrain(model, config, attached.masks)
         files = _save(context, stage, attached)
-        figures = attached.finish()
-        kept = masks if attached.kept is None else attached.kept()
-        after = heldout_loss(model, stage)
         folder = context.part_folder(stage)
-        distributed.on_main(lambda: write_whole(context, model, kept, attached.patterns, folder))
+        if attached.merged is None:
+            figures = attached.finish()
+            kept = masks if attached.kept is None else attached.kept()
+            after = heldout_loss(model, stage)
+            distributed.on_main(lambda: write_whole(context, model, kept, attached.patterns, folder))
+        else:
+            after = heldout_loss(model, stage)  # beside the quantised weights: the merged ones are never in memory
+            distributed.on_main(lambda: _write_merged(context, model, attached, masks, folder))
+            figures = attached.finish()
+            kept = masks if attached.kept is None else attached.kept()
         difference = after - before
         error = float(difference.std() / len(difference) ** 0.5) if len(difference) > 1 else None
         return StageReport(
@@ -101,6 +138,7 @@ class Finetune:
             time.monotonic() - started,
             {
                 "method": stage.stage.method,
+                **({} if stage.stage.base_quant is None else {"base_quant": stage.stage.base_quant}),
                 **figures,
                 "zeros": sum(int((~mask).sum()) for mask in kept.values()),
                 "heldout": {
@@ -113,6 +151,25 @@ class Finetune:
             },
             files=files,
         )
+
+
+def _opened(context: Context, stage: FinetunePlan) -> Any:
+    kind = stage.stage.base_quant
+    return open_whole(context) if kind is None else open_quantised(context, stage.targets, kind, stage.dtype)
+
+
+def _write_merged(context: Context, model: Any, attached: Attached, masks: Mapping[str, Tensor], folder: Path) -> None:
+    """Matrices that come one after the other, each under its mask as it is by then."""
+    assert attached.merged is not None
+    now, merged = dict(masks), attached.merged()
+
+    def matrices() -> Iterator[tuple[str, Tensor]]:
+        for name, matrix, mask in merged:
+            if mask is not None:
+                now[name] = mask
+            yield name, matrix
+
+    write_matrices(context, model, matrices(), now, folder)
 
 
 def _save(context: Context, stage: FinetunePlan, attached: Attached) -> list[str]:

@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ...errors import ModelError
 from ...kernels.modules.sparse_linear import SparseLinear
+from ..quantised import origin_of, sample_of
 
-SAMPLE = 4096  # entries of each weight that the fingerprint looks at
 UNCHECKED = "unchecked"
 
 
@@ -85,17 +85,17 @@ def writable_weight(layer: nn.Module, base: Base, name: str) -> Tensor:
 def fingerprint(layers: Iterable[tuple[str, nn.Module, Base]]) -> str:
     """Digest of names, shapes and a sample of the weights rounded to bfloat16; UNCHECKED where one is not readable.
 
-    The same in float32 and bfloat16, so an adapter of one loads on the other.
+    The same in float32 and bfloat16, so an adapter of one loads on the other; of layers that `quantise` replaced, that
+    of the weights before.
     """
     digest = hashlib.sha256()
     for name, layer, base in layers:
-        if base.quantization is not None or isinstance(layer, SparseLinear):
+        origin = origin_of(layer)
+        if origin is None and (base.quantization is not None or isinstance(layer, SparseLinear)):
             return UNCHECKED
-        weight: Tensor = layer.weight.detach()  # type: ignore[assignment,union-attr,operator]
-        if weight.device.type == "meta":
+        if origin is None and layer.weight.device.type == "meta":  # type: ignore[union-attr]
             return UNCHECKED
-        flat = weight.reshape(-1)
-        taken = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].to(torch.bfloat16).cpu()
+        taken = sample_of(layer.weight) if origin is None else origin.sample  # type: ignore[arg-type]
         digest.update(f"{name} {base.rows} {base.cols};".encode())
         digest.update(taken.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

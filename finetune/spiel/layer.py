@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError, RecipeError
 from ...pruning.mask import Mask
+from ..quantised import is_quantised, plain
 from .base import describe, has_hooks, writable_weight
 from .config import SpielConfig
 from .merge import MergeReport, Overwritten, add, check_zeros, prune_again, restore
@@ -182,6 +183,15 @@ class Linear(nn.Module, SpielLayer):
                 done.append(pruned)
             self._overwritten.append(done)
             self.merged_adapters.append(name)
+
+    def dequantise(self) -> None:
+        """Put an ordinary float32 layer in the place of a base of bitsandbytes: the one that deltas can merge into.
+
+        Other layers stay as they are.
+        """
+        if is_quantised(self.get_base_layer()):
+            self.base_layer = plain(self.get_base_layer())
+            self.base, self.quantization_backend = describe(self.base_layer), None
 
     def unmerge(self) -> None:
         """The base weight as it was before merging, bit for bit."""

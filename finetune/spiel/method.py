@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ...errors import RecipeError
 from ..budget import total
 from ..losses import LossConfig, loss_sum
 from ..methods import Attached, Method
+from ..quantised import is_quantised, origin_of, plain
 from ..tokens import TokenRows, order
 from .base import describe
 from .config import BY_DATA, SpielConfig
@@ -36,6 +37,8 @@ SCORED_ROWS = 64  # of the training text, for a selection by data
 class _Adapter(Method):
     """What methods of peft have in common here. `options` below are the fields of the finetune stage."""
 
+    beside = True
+
     @abstractmethod
     def tuner(self, model: Any, names: list[str], options: Mapping[str, Any], seed: int) -> BaseTuner:
         """The adapter, put into the model's layers of these names."""
@@ -48,17 +51,21 @@ class _Adapter(Method):
         self, model: Any, masks: Mapping[str, Tensor], targets: Sequence[str], options: Mapping[str, Any], seed: int
     ) -> Attached:
         names, skipped = _linear_layers(model, targets)
+        quantised = any(is_quantised(model.get_submodule(name)) for name in names)
         tuner = self.tuner(model, names, options, seed)
         for layer in model.modules():
             if isinstance(layer, Linear):
                 layer.stored = options.get("stored")
         inside = {f"{name}.weight" for name in names}
         now = {_inner(name) if name in inside else name: mask for name, mask in masks.items()}
+        if quantised:  # codes have another shape, and nothing changes them
+            now = {name: mask for name, mask in masks.items() if name not in inside}
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         log = ChurnLog(self.optimizer(options))
 
         def finish() -> dict[str, Any]:
-            tuner.merge_and_unload()
+            if not quantised:
+                tuner.merge_and_unload()
             return {"trained": trained, "adapted": len(names), **log.figures(), **_lost(model)}
 
         def kept() -> Mapping[str, Tensor]:
@@ -72,13 +79,26 @@ class _Adapter(Method):
             [f"{skipped} fused expert parameters have no adapter and stay as they are"] if skipped else [],
             prepare=lambda rows: _prepare(model, rows, options["batch"], seed),
             save=lambda folder: save_adapter(model, folder),
+            merged=(lambda: merged(model, names)) if quantised else None,
         )  # fmt: skip
 
 
 class _Spiel(_Adapter):
     reads = frozenset(
-        {*BUDGET, "allocation", "selection", "where", "interval", "window", "replace", "anneal", "adapter_dtype"}
+        {
+            *BUDGET,
+            "allocation",
+            "selection",
+            "where",
+            "interval",
+            "window",
+            "replace",
+            "anneal",
+            "adapter_dtype",
+            "base_quant",
+        }
     )
+    optimizers = frozenset({"adamw", "adamw-8bit"})
     policy = "ag"
     selection = "random"
 
@@ -101,8 +121,9 @@ class _Spiel(_Adapter):
     def optimizer(self, options: Mapping[str, Any]) -> Callable[[Any], Any]:
         def make(model: Any) -> SpielOptimizer:
             return SpielOptimizer(
-                model, options["learning_rate"], options["steps"], weight_decay=options["weight_decay"]
-            )
+                model, options["learning_rate"], options["steps"], weight_decay=options["weight_decay"],
+                eight_bit=options["optimizer"] == "adamw-8bit",
+            )  # fmt: skip
 
         return make
 
@@ -112,8 +133,9 @@ class SpielAG(_Spiel):
 
 
 class SpielMA(_Spiel):
-    """Positions move to where SM3's row and column moments are largest; half the memory of SpIEL-AG."""
+    """Positions move to where SM3's row and column moments are largest; half the memory of SpIEL-AG. Trained by SM3."""
 
+    optimizers = frozenset({"adamw"})
     policy = "ma"
     learning_rate = 2e-3
 
@@ -128,7 +150,7 @@ class Static(_Spiel):
 class Lora(_Adapter):
     """peft's LoRA, the rival. Merging makes a pruned model dense, so it is refused there."""
 
-    reads = frozenset({"rank", "alpha"})
+    reads = frozenset({"rank", "alpha", "base_quant"})
 
     def share(self, parameters: int, shapes: Sequence[tuple[int, int]], options: Mapping[str, Any]) -> float:
         return min(1.0, options["rank"] * sum(rows + cols for rows, cols in shapes) / parameters)
@@ -180,6 +202,35 @@ def save_adapter(model: Any, folder: Path) -> list[str]:
     config.inference_mode = True
     config.save_pretrained(str(folder))
     return ["adapter_model.safetensors", "adapter_config.json"]
+
+
+@torch.no_grad()
+def merged(model: Any, names: Sequence[str]) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """(parameter name, base plus delta in float32, new mask or None) of adapted layers, in the parameter's shape.
+
+    A quantised base counts as the matrix that it stands for. Each layer is emptied when the next one is asked for: two
+    float32 matrices exist at a time. What merging reports is left on the model, as by `SpielModel`.
+    """
+    model.spiel_reports, model.spiel_masks = {}, {}
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        base, mask = layer.get_base_layer(), None
+        origin = origin_of(base)
+        if isinstance(layer, Linear):
+            layer.dequantise()
+            layer.merge()
+            matrix = layer.get_base_layer().weight.data
+            model.spiel_reports[name] = dict(layer.reports)
+            if layer.merged_mask is not None:
+                model.spiel_masks[f"{name}.weight"] = layer.merged_mask
+                mask = _oriented(layer.merged_mask.to_bool(), matrix)
+        else:
+            matrix = plain(base).weight.data if is_quantised(base) else base.weight.data.float()
+            matrix = matrix + layer.get_delta_weight(ADAPTER).float()
+        if origin is not None and origin.transposed:
+            matrix, mask = matrix.t(), None if mask is None else mask.t()
+        yield f"{name}.weight", matrix, mask
+        layer.base_layer = nn.Identity()
 
 
 def _prepare(model: Any, rows: TokenRows, batch: int, seed: int) -> None:

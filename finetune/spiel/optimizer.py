@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import TrainingError
+from ...errors import RecipeError, TrainingError
 from ..reselection import Reselection
 from .config import SpielConfig
 from .layer import Linear, layers_of
-from .moments import start_adam, start_sm3, step_adam, step_sm3
+from .moments import read_adam, start_adam, start_sm3, step_adam, step_sm3, write_adam
 from .policy import Policy, Tracker, get_policy
 from .ranks import average, check_equal
 
@@ -54,16 +54,25 @@ class SpielOptimizer(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
+        eight_bit: bool = False,
     ) -> None:
-        """`total_updates`: of the whole training; the share of replaced entries falls to 0 there.
+        """`total_updates`: of the whole training; the share of replaced entries falls to 0 there. `eight_bit`: Adam's
+        moments of the entries in 8 bits, 18 bytes of state per entry instead of 24.
 
         Raises:
             TrainingError: the model has no trainable sparse adapter, or several.
+            RecipeError: `eight_bit` under policy "ma", which keeps no moments per entry.
         """
         self.adapter, self.config = _trained(model)
         self._slots = [Slot(layer, self.adapter) for layer in layers_of(model, self.adapter)]
         self._slots = [slot for slot in self._slots if len(slot.values)]
         self._policy: Policy = get_policy(self.config.policy)
+        self._eight_bit = eight_bit
+        if eight_bit and self._policy.moments != "adam":
+            raise RecipeError(
+                f"policy {self.config.policy} keeps no moments per entry that could be held in 8 bits",
+                hint="leave 8 bits out; it takes less memory already",
+            )
         first = 1.0 if self.config.selection == "random" else self.config.share
         self.schedule = Reselection(
             self.config.interval, self.config.window, self.config.share, self.config.anneal, total_updates, first
@@ -133,8 +142,8 @@ class SpielOptimizer(torch.optim.Optimizer):
         values, state = slot.values, self.state[slot.values]
         assert values.grad is not None
         if self._policy.moments == "adam":
-            if "m" not in state:
-                state.update(start_adam(values, done - 1))
+            if "birth" not in state:
+                state.update(start_adam(values, done - 1, eight_bit=self._eight_bit))
             step_adam(values, values.grad, state, done, group)
             return
         if "row" not in state:
@@ -160,13 +169,14 @@ class SpielOptimizer(torch.optim.Optimizer):
         stay = values.abs().argsort(stable=True)[len(grown.flat) :].sort().values
         flat = torch.cat([slot.layer.flat(slot.adapter)[stay], grown.flat])
         order = flat.argsort()
-        fresh = {"m": grown.m, "v": grown.v, "birth": (done - grown.age).to(torch.int32)}
-        for name in fresh.keys() & state.keys():
-            state[name] = torch.cat([state[name][stay], fresh[name].to(state[name].dtype)])[order]
+        if "birth" in state:
+            m, v = read_adam(state)
+            write_adam(state, torch.cat([m[stay], grown.m])[order], torch.cat([v[stay], grown.v])[order])
+            born = (done - grown.age).to(torch.int32)
+            state["birth"] = torch.cat([state["birth"][stay], born])[order]
+            state["fresh"] = (order >= len(stay)).clone()
         kept = torch.cat([values[stay], values.new_zeros(len(grown.flat))])[order]
         slot.layer.set_delta(slot.adapter, flat[order], kept)
-        if "m" in state:
-            state["fresh"] = (order >= len(stay)).clone()
         if values.grad is not None:
             values.grad.zero_()  # of other positions now
 
@@ -187,12 +197,13 @@ class SpielOptimizer(torch.optim.Optimizer):
             fresh = state["fresh"]
             age = (done - 1 - state["birth"][fresh]).clamp_(min=1).to(torch.float32)
             real += float(gradient[fresh].square().sum(dtype=torch.float64))
-            seeded += float((state["v"][fresh] / (1 - torch.pow(beta2, age))).sum(dtype=torch.float64))
+            seeded += float((read_adam(state)[1][fresh] / (1 - torch.pow(beta2, age))).sum(dtype=torch.float64))
         ratio = real / seeded if seeded > 0 else 1.0
         for state, _ in found:
-            fresh = state.pop("fresh")
-            state["m"][fresh] *= ratio**0.5
-            state["v"][fresh] *= ratio
+            fresh, (m, v) = state.pop("fresh"), read_adam(state)
+            m[fresh] *= ratio**0.5
+            v[fresh] *= ratio
+            write_adam(state, m, v)
 
     def _arm(self, renew: bool = False) -> None:
         """Trackers exist during windows only. `renew`: make them again from loaded state."""

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
 
 from gossamer.errors import ModelError
-from gossamer.finetune.quantised import dequantised, is_4bit, is_quantised, keep_unpacked
+from gossamer.finetune.quantised import (
+    SAMPLE,
+    dequantised,
+    is_4bit,
+    is_quantised,
+    keep_unpacked,
+    origin_of,
+    plain,
+    quantise,
+    sample_of,
+)
 
 
 def four_bit(kind: str = "nf4", rows: int = 64, cols: int = 128) -> tuple[bnb.nn.Linear4bit, torch.Tensor]:
@@ -72,3 +85,30 @@ def test_others_are_left_alone():
     assert keep_unpacked(nn.Sequential(plain)) == 0
     with pytest.raises(ModelError, match="not a layer that bitsandbytes"):
         dequantised(plain)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantise_keeps_zeros_and_nothing_of_the_old_weight(kind, dtype):
+    """Rows and blocks that are all zero too; what is remembered of the weight is no view of it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(200, 96, dtype=dtype))
+    keep = torch.rand(96, 200) > 0.5
+    keep[10:40] = False
+    net[0].weight.data.mul_(keep)
+    weight, alive = net[0].weight.detach().float().clone(), weakref.ref(net[0].weight.untyped_storage())
+    bias = net[0].bias
+    quantise(net, ["0"], kind, dtype)
+    gc.collect()
+    assert alive() is None
+    assert is_quantised(net[0])
+    assert net[0].bias is bias
+    found = plain(net[0])
+    assert not found.weight[~keep].any()
+    assert float((found.weight - weight).norm() / weight.norm()) < (0.01 if kind == "int8" else 0.15)
+    sample = origin_of(net[0]).sample
+    assert torch.equal(sample, sample_of(weight))
+    assert sample.untyped_storage().nbytes() == 2 * len(sample) <= 2 * SAMPLE
+    x = torch.randn(3, 200, dtype=dtype)
+    wanted = x.float() @ found.weight.t() + bias.float()
+    torch.testing.assert_close(net.train()(x).float(), wanted, rtol=0.02, atol=0.02)
