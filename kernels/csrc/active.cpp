@@ -160,4 +160,24 @@ std::int64_t active_gemv(const Tier& tier, int dtype, const void* x, int batch, 
     return found.count;
 }
 
+void dual_expand(const Tier& tier, const std::uint8_t* packed, std::uint16_t* weight_t, int threads) {
+    const dual::Header header = header_of(packed);
+    const auto* offsets = reinterpret_cast<const std::int32_t*>(packed + sizeof header);
+    const auto* stream = reinterpret_cast<const std::uint16_t*>(packed + header.stream);
+    const int parts = parts_for(2 * header.rows * header.cols, threads);
+    in_parts(parts, [&](int part) {
+        for (std::int64_t c = header.cols * part / parts; c < header.cols * (part + 1) / parts; ++c) {
+            const std::uint16_t* at = stream + offsets[c];
+            std::uint16_t* row = weight_t + c * header.rows;
+            for (std::int64_t o = 0; o < header.rows; o += dual::kBlock) {
+                std::uint8_t mask[tiles::kCols / 8] = {};  // of a longer row, whose rest is empty
+                std::uint16_t values[tiles::kCols];
+                std::memcpy(mask, at, 2 * dual::kMaskWords);
+                at = tier.expand_row(mask, at + dual::kMaskWords, values);
+                std::memcpy(row + o, values, static_cast<std::size_t>(2 * std::min(dual::kBlock, header.rows - o)));
+            }
+        }
+    });
+}
+
 }  // namespace gossamer
