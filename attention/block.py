@@ -93,7 +93,7 @@ def _layer(module: Any, hidden: Tensor, rotation: Any, mask: Any, past: Any) -> 
 
 
 @cache
-def _known(kind: type[nn.Module]) -> bool:
+def _known(kind: Any) -> bool:
     """Whether a class has the forward, and the rotation, of a block that `_forward` stands for."""
     if not any(_alike(kind.forward, theirs) for theirs in _blocks()):
         return False
