@@ -37,8 +37,7 @@ def fill(cache: RaggedCache, model, length: int, batch: int = 1) -> None:
         model(ids, past_key_values=cache, use_cache=True)
 
 
-@pytest.mark.parametrize("length", [1024, 1100, 3000])
-@pytest.mark.parametrize("decoded", [0, 100])
+@pytest.mark.parametrize(("length", "decoded"), [(1024, 0), (1024, 100), (1100, 100), (3000, 0)])
 def test_bytes_are_those_of_the_plan(length, decoded):
     model = tiny("Llama", max_position_embeddings=4096, head_dim=64)
     rules = [HeadRule(4, 200, 0.0), HeadRule(64, 0, 0.25), HeadRule(0, 900, 0.125), FULL]
