@@ -21,9 +21,10 @@ DATA := --calibration demo-model/calibration.txt --eval demo-model/heldout.txt
 demo: build/demo.txt
 	@cat build/demo.txt
 
+# Folder after folder, so that the last files are short ones and no worker waits long for the other.
 test: $(VENV)/installed-test
 	$(BIN)/python -c "import peft, bitsandbytes, datasets, pyarrow"
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(PYTEST_OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_OPTIONS)
 
 test-triton: $(VENV)/installed-triton
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels/test_triton.py $(PYTEST_OPTIONS)
@@ -74,19 +75,20 @@ demo-model/config.json: | $(VENV)/installed
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+# Every installation compiles: one that holds more stands for those that hold less.
 $(VENV)/installed: $(BUILD_FILES) | $(VENV)/bin/python
 	$(INSTALL) -e .
 	touch $@
 
-$(VENV)/installed-test: $(VENV)/installed
+$(VENV)/installed-test: $(BUILD_FILES) | $(VENV)/bin/python
 	$(INSTALL) -e '.[train,test]'
-	touch $@
+	touch $(VENV)/installed $@
 
 # Without its dependencies, which are torch's own: for a GPU, torch brings the Triton that fits.
 $(VENV)/installed-triton: $(VENV)/installed-test
 	$(BIN)/python -c "import triton" || $(BIN)/python -m pip install --quiet --no-deps "triton>=3.3,<4"
 	touch $@
 
-$(VENV)/installed-check: $(VENV)/installed-test
+$(VENV)/installed-check: $(BUILD_FILES) | $(VENV)/bin/python
 	$(INSTALL) -e '.[train,test,dev]'
-	touch $@
+	touch $(VENV)/installed $(VENV)/installed-test $@

@@ -126,21 +126,34 @@ class RaggedLayer(CacheLayerMixin):
         layout = self.shared.layout((0,) * like.shape[0], like.device)
         self.store = Store(self.index, plan.heads[self.index], plan.block, layout, like)
 
+    def take_one(self, query: Tensor, key: Tensor, value: Tensor, scale: float, reach: int) -> Tensor:
+        """`update` and `attend` for one token of every sequence, without padding, in a layer that has begun.
+
+        query [batch, query heads, D], key and value [batch, KV heads, D], contiguous; attention like the query.
+        """
+        assert self.store is not None
+        self.seen += 1
+        self.shared.windows[self.index] = reach
+        return self._step(self.store, query, key, value, scale)
+
     def _attend_one(self, store: Store, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        query, key, value = (tensor.squeeze(2).contiguous() for tensor in (query, key, value))
+        return self._step(store, query, key, value, scale).unsqueeze(2)
+
+    def _step(self, store: Store, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         after = tuple([count + 1 for count in store.counts])
         if not store.layout.holds(after):
             store.make_room(self.shared.layout(after, key.device))
-        step, width = self.shared.step(store.layout, store.counts), key.shape[3]
+        step, width = self.shared.step(store.layout, store.counts), key.shape[2]
         try:
             out = window_step(
-                query.squeeze(2).contiguous(), key.squeeze(2).contiguous(), value.squeeze(2).contiguous(),
-                store.keys.view(-1, width), store.values.view(-1, width),
+                query, key, value, store.keys.view(-1, width), store.values.view(-1, width),
                 step.slots[self.index], step.ranges[self.index], scale,
             )  # fmt: skip
         except KernelError as error:
             raise ModelError(f"layer {self.index} cannot run with a ragged cache: {error.message}") from error
         store.counts = after
-        return out.unsqueeze(2)
+        return out
 
     def _attend_many(
         self, store: Store, query: Tensor, key: Tensor, value: Tensor, mask: HeadMask, scale: float

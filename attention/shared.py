@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import chunk, flex
 from .layout import Layout, Rules, Step, grid
@@ -27,6 +28,7 @@ class Shared:
         self._rules: Rules | None = None
         self._layout: Layout | None = None
         self._step: tuple[Any, Step] | None = None
+        self._rotation: tuple[Any, tuple[Tensor, Tensor]] | None = None
 
     def layout(self, counts: tuple[int, ...], device: torch.device) -> Layout:
         """For sequences of `counts` tokens; the same object for all layers that ask for the same."""
@@ -43,5 +45,12 @@ class Shared:
             self._step = (id(layout), counts), Step.of(layout, counts, tuple(self.windows))
         return self._step[1]
 
+    def rotation(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, and sin with its first half negated (block.py); computed once for all layers that bring the same."""
+        if self._rotation is None or self._rotation[0][0] is not cos or self._rotation[0][1] is not sin:
+            half = sin.shape[-1] // 2
+            self._rotation = (cos, sin), (cos, torch.cat([-sin[..., :half], sin[..., half:]], -1))
+        return self._rotation[1]
+
     def forget(self) -> None:
-        self._layout = self._step = None
+        self._layout = self._step = self._rotation = None

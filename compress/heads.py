@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from transformers.generation.configuration_utils import GenerationMode
 
+from ..attention.block import restore, shorten
 from ..attention.function import NAME, HeadsOfLayer, register
 from ..attention.plan import HeadPlan
 from ..attention.ragged import RaggedCache
@@ -61,6 +62,8 @@ def apply(model: Any, plan: HeadPlan, *, cache: CacheKind = "ragged") -> Any:
         setattr(module, NAME, HeadsOfLayer(plan, module.layer_idx))
     model.gossamer_heads = Applied(plan, cache, before)
     if cache == "ragged":
+        for module in modules:
+            shorten(module)
         _cache_in_generate(model)
     return model
 
@@ -73,6 +76,7 @@ def remove(model: Any) -> Any:
     model.set_attn_implementation(applied.before)
     for module in model.modules():
         module.__dict__.pop(NAME, None)
+        restore(module)
     model.__dict__.pop("_prepare_cache_for_generation", None)
     return model
 

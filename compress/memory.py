@@ -95,8 +95,12 @@ def release() -> None:
 def frozen_heap() -> Iterator[None]:
     """Inside, garbage collections leave out everything that exists already.
 
-    `release` after every block would otherwise look at millions of objects that imports left.
+    `release` after every block would otherwise look at millions of objects that imports left. Whoever froze objects
+    before keeps them frozen.
     """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.collect()
     gc.freeze()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # helper modules besid
 
 if TYPE_CHECKING:
     from processes import Launcher
+
+
+def pytest_collection_finish() -> None:
+    """What the imports left is never garbage: every collection, and a run of `compress` makes many, leaves it out."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -48,13 +55,21 @@ def shared() -> Path:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A very small trained Llama with tokenizer, calibration.txt and heldout.txt: `make_demo` with few steps.
 
-    Session-wide and read-only: tests write elsewhere.
+    Read-only: tests write elsewhere. The workers of one run share it, and the first that wants it makes it.
     """
+    from filelock import FileLock
+
     from gossamer.compress.demo import make_demo
 
-    folder = tmp_path_factory.mktemp("demo") / "model"
-    make_demo(folder, seed=0, steps=DEMO_STEPS, size="tiny")
-    return folder
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+    folder = place / "demo-model"
+    with FileLock(place / "demo-model.lock"):
+        if not (folder / "made").exists():
+            make_demo(folder / "model", seed=0, steps=DEMO_STEPS, size="tiny")
+            (folder / "made").touch()
+    return folder / "model"
 
 
 DEMO_STEPS = 40

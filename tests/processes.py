@@ -23,8 +23,15 @@ _PARENT = """
 import gc, json, os, sys, traceback
 import torch, transformers, accelerate
 from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers.models.llama.modeling_llama
 import gossamer.compress.run, gossamer.compress.score, gossamer.compress.convert
+from gossamer.compress.stages import evaluate, finetune, prune_kind
 from gossamer.cli.main import main
+import rich.console, rich.progress, rich.table, rich.traceback, matplotlib.figure, matplotlib.backends.backend_agg
+sys.path.insert(0, os.environ.pop("LAUNCHER_HELPERS"))
+from pictures import leave_unrendered
+del sys.path[0]
+leave_unrendered()
 
 def child(job):
     os.chdir(job["cwd"])
@@ -116,18 +123,22 @@ class Running:
 
 
 class Launcher:
-    """Starts commands with one thread each; `environment` is added to that of this process."""
+    """Starts commands with one thread each; `environment` is added to that of this process.
+
+    Their pictures are not rendered (see pictures.py).
+    """
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        helpers = {"LAUNCHER_HELPERS": str(Path(__file__).resolve().parent)}
         self._folder = tempfile.TemporaryDirectory(prefix="launcher-")
         self._count = 0
         self.alive: set[int] = set()
         self._parent = subprocess.Popen(
             [sys.executable, "-c", _PARENT],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, **threads, **offline, **(environment or {})},
+            env={**os.environ, **threads, **offline, **helpers, **(environment or {})},
         )  # fmt: skip
         assert self._answer() == "ready"
 

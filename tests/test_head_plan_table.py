@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 head_plans = pytest.importorskip("head_plans")
+combined = pytest.importorskip("combined")
 retrieval_model = pytest.importorskip("retrieval_model")
 
 
@@ -38,3 +39,27 @@ def test_tables():
     assert "| method | 25 % of the KV bytes | 50 % of the KV bytes |" in page
     assert "| uniform | 24 | - |" in page
     assert "| gossamer | - | 21 |" in page
+
+
+def test_the_table_of_combined_stages():
+    """Rows in their order, the later of two lines counts, and what was not timed says so."""
+    quality = {"kind": "quality", "model": "m", "nsamples": 16, "windows": 8, "window": 64}
+    lines = [
+        quality | {"variant": "all three", "perplexity": 5.5, "cache_bytes": 4000, "file_bytes": 9000},
+        quality | {"variant": "dense", "perplexity": 9.0, "cache_bytes": 8000, "file_bytes": 18000},
+        quality | {"variant": "dense", "perplexity": 4.25, "cache_bytes": 8000, "file_bytes": 18000},
+        {"kind": "speed", "model": "m", "variant": "dense", "threads": 1, "prompt": 32, "ms": 2.0, "read_bytes": 7000},
+    ]
+    rows = [line for line in combined.tables(lines).splitlines() if line.startswith("| ")]
+    assert rows[1:] == ["| dense | 4.250 | 18 | 7 | 8 | 500 |", "| all three | 5.500 | 9 | - | 4 | - |"]
+    assert "8 windows of 64 tokens, 16 calibration sequences; tokens/s after 32 tokens" in combined.tables(lines)
+
+
+def test_every_row_of_combined_stages_is_one_recipe(tmp_path):
+    protocol = combined.PROTOCOLS["tiny-llama"]
+    stages = [
+        [stage.stage for stage in combined.recipe_of(variant, protocol, tmp_path, combined.Effort()).stages]
+        for variant, wanted in combined.VARIANTS.items()
+        if wanted
+    ]
+    assert stages == [["prune"], ["prune", "activation"], ["prune", "heads"], ["prune", "activation", "heads"]]

@@ -35,14 +35,7 @@ def active_gemv(
     number is a tensor int32 [1], which nobody has waited for. No operator of torch: inside torch.compile call the
     single ones. Raises KernelError as they do.
     """
-    outputs = [_outputs(x, weight) for weight in weights]
-    if not outputs or len(biases) != len(weights):
-        raise KernelError(f"{len(weights)} matrices with {len(biases)} biases; at least one, and as many")
-    for bias, count in zip(biases, outputs, strict=True):
-        check_bias(bias, count, x)
-    check_threshold(threshold, x.shape[-1], x.device)
-    if center is not None:
-        check_threshold(center, x.shape[-1], x.device, "center")
+    outputs = check(x, threshold, weights, biases, center)
     which = choose(x.device.type)
     tier = current() if which == "cpu" else None
     if tier is not None:
@@ -55,6 +48,25 @@ def active_gemv(
     rows = channel.active(x, threshold).reshape(x.shape[:-1].numel(), x.shape[-1])
     results = [_single(x, threshold, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     return results, int(rows.any(0).count_nonzero())
+
+
+def check(
+    x: Tensor,
+    threshold: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    center: Tensor | None,
+) -> list[int]:
+    """Outputs of each weight. Raises KernelError for what `active_gemv` does not take."""
+    outputs = [_outputs(x, weight) for weight in weights]
+    if not outputs or len(biases) != len(weights):
+        raise KernelError(f"{len(weights)} matrices with {len(biases)} biases; at least one, and as many")
+    for bias, count in zip(biases, outputs, strict=True):
+        check_bias(bias, count, x)
+    check_threshold(threshold, x.shape[-1], x.device)
+    if center is not None:
+        check_threshold(center, x.shape[-1], x.device, "center")
+    return outputs
 
 
 def _outputs(x: Tensor, weight: Tensor) -> int:

@@ -21,4 +21,7 @@ struct ActiveMatrix {
 std::int64_t active_gemv(const Tier& tier, int dtype, const void* x, int batch, std::int64_t channels,
                          const float* threshold, const float* center, const ActiveMatrix* matrices, int count, int threads);
 
+// The dense matrix transposed, [channels, outputs], of a packed tensor of dual.h without fault, zeros where nothing is kept.
+void dual_expand(const Tier& tier, const std::uint8_t* packed, std::uint16_t* weight_t, int threads);
+
 }  // namespace gossamer

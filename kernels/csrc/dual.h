@@ -18,6 +18,7 @@ struct DualCall {
     int batch;
     void* y;  // [batch, outputs], in the weight's dtype
     const void* bias = nullptr;  // as in ChannelCall
+    float* sums = nullptr;       // the same
 };
 
 namespace dual {

@@ -55,6 +55,18 @@ struct ChannelCall {
     int batch;
     void* y;  // [batch, outputs], in the weight's dtype
     const void* bias = nullptr;  // [outputs], in the weight's dtype: where the sums begin, zero without
+    float* sums = nullptr;       // [batch, sums_stride(outputs)]: what to write instead of y, for channel_finish
+};
+
+// Floats of one row of unfinished sums.
+static inline std::int64_t sums_stride(std::int64_t outputs) { return (outputs + 63) / 64 * 64; }
+
+// Sums of the parts of a matrix, each part some of the channels.
+struct FinishCall {
+    const float* sums;  // [parts, batch, sums_stride(outputs)], in the order that a run leaves them in
+    int parts, batch;
+    std::int64_t outputs;
+    void* y;  // [batch, outputs]: the parts added up in their order, rounded
 };
 
 struct DualCall;    // dual.h
@@ -89,6 +101,9 @@ struct Tier {
     // x [rows, count] - center [count], rounded to x's dtype: y.
     void (*subtract)(int dtype, const void* x, const float* center, int rows, std::int64_t count, void* y);
     void (*dual_run)(int dtype, const DualCall&, std::int64_t panel_begin, std::int64_t panel_end);
+    // Of unfinished sums of channel_run, and of dual_run.
+    void (*channel_finish)(int dtype, const FinishCall&);
+    void (*dual_finish)(int dtype, const FinishCall&);
     void (*neuron_run)(int dtype, const NeuronCall&, std::int64_t begin, std::int64_t end);
     WindowSizes (*window_sizes)(int dtype, int group, std::int64_t width);
     void (*window_prepare)(int dtype, const void* query, std::int64_t width, float* prepared);

@@ -24,7 +24,7 @@ namespace nb = nanobind;
 namespace {
 
 // Raised whenever a signature changes, so that a stale build is noticed (kernels/extension.py).
-constexpr int kInterface = 6;
+constexpr int kInterface = 7;
 
 using Address = std::uintptr_t;
 
@@ -143,6 +143,9 @@ void define_dual(nb::module_& m) {
                           std::int64_t dtype, Address packed) {
         return d::pack(at<const Bytes>(bits), at<const std::uint16_t>(values), nnz, rows, cols, dtype,
                        at<Bytes>(packed));
+    }, unlocked);
+    m.def("dual_expand", [](Address tier, Address packed, Address weight_t, int threads) {
+        gossamer::dual_expand(*at<const gossamer::Tier>(tier), at<const Bytes>(packed), at<std::uint16_t>(weight_t), threads);
     }, unlocked);
     m.def("dual_unpack", [](Address packed, Address bits, Address values) {
         d::unpack(at<const Bytes>(packed), at<Bytes>(bits), at<std::uint16_t>(values));

@@ -6,6 +6,10 @@
 // whose bit is set one after the other (and may write up to a vector more).
 #pragma once
 
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
 #include "float16.h"
 #include "gemv.h"
 
@@ -59,10 +63,10 @@ std::int64_t channel_compact(const typename C::W* x, int batch, std::int64_t cha
 // Channels read side by side. Rows of W^T are often a power of two apart, so their lines compete for the 8 to 12 places of
 // one cache set: 16 were at times faster, at times slower, 24 took twice as long.
 constexpr int kGroup = 12;
-// Lines at the begin of the next rows that are asked for; the rest is found by the processor's prefetchers, which take two
-// or three misses to see a stream. All lines, or 16, were slower than none; 2 lines of 12 rows took 0.9 of the
-// time over the matrices of one block, the best of 14 variants on one thread.
-constexpr int kBeginLines = 2;
+// Each line that is used asks for the line at the same place of the next group's row, into the second-level cache: requests
+// come as evenly as they are used, and the processor's prefetchers, which take two or three misses to see a stream, have
+// nothing left to find. Asking for whole rows at once was slower than not asking; for their first two lines only, 1.05
+// times as slow in rows of 11 KiB and 1.13 times in rows of 4 KiB.
 constexpr std::int64_t kBlockFloats = 4096;   // sums of a block of outputs, all rows of x: half of a first-level cache
 
 // Channels to add: rows[i] points at their weights of the first output, x [kCount][B] at their inputs.
@@ -70,14 +74,16 @@ template <class W>
 struct Group {
     const W* const* rows;
     const float* x;
+    const W* const* next;  // [kCount] rows to ask for, or nullptr
 };
 
 // Adds kCount channels to the sums [B][outputs] of kWide steps of outputs from o on.
-template <class C, int B, int kCount, int kWide>
+template <class C, int B, int kCount, int kWide, bool kAsk>
 inline void channel_step(const Group<typename C::W>& group, std::int64_t outputs, std::int64_t o, float* sums) {
     using S = typename C::S;
     using F = typename S::F;
     constexpr int kHold = B == 1 ? 1 : kCount < 4 ? kCount : 4;  // widened rows in registers while the rows of x go by
+    constexpr int kBytes = C::kStep * static_cast<int>(sizeof(typename C::W)), kLines = kBytes > 64 ? kBytes / 64 : 1;
     F sum[B == 1 ? 2 * kWide : 1];
     if constexpr (B == 1) {
         for (int n = 0; n < 2 * kWide; ++n) sum[n] = S::load(sums + o + n * S::kLanes);
@@ -85,6 +91,7 @@ inline void channel_step(const Group<typename C::W>& group, std::int64_t outputs
             const F value = S::set1(group.x[i]);
             for (int n = 0; n < kWide; ++n) {
                 F u, v;
+                if constexpr (kAsk) ask_for(group.next[i] + o + n * C::kStep, kLines);
                 C::widen(group.rows[i] + o + n * C::kStep, u, v);
                 sum[2 * n] = S::fma(value, u, sum[2 * n]);
                 sum[2 * n + 1] = S::fma(value, v, sum[2 * n + 1]);
@@ -95,7 +102,10 @@ inline void channel_step(const Group<typename C::W>& group, std::int64_t outputs
         for (int n = 0; n < kWide; ++n) {
             for (int first = 0; first < kCount; first += kHold) {
                 F u[kHold], v[kHold];
-                for (int i = 0; i < kHold; ++i) C::widen(group.rows[first + i] + o + n * C::kStep, u[i], v[i]);
+                for (int i = 0; i < kHold; ++i) {
+                    if constexpr (kAsk) ask_for(group.next[first + i] + o + n * C::kStep, kLines);
+                    C::widen(group.rows[first + i] + o + n * C::kStep, u[i], v[i]);
+                }
                 for (int r = 0; r < B; ++r) {
                     float* at = sums + r * outputs + o + n * C::kStep;
                     F a = S::load(at), b = S::load(at + S::kLanes);
@@ -113,14 +123,14 @@ inline void channel_step(const Group<typename C::W>& group, std::int64_t outputs
 }
 
 // A group over all outputs of a block.
-template <class C, int B, int kCount>
+template <class C, int B, int kCount, bool kAsk = false>
 inline void channel_group(const Group<typename C::W>& group, std::int64_t outputs, float* sums) {
     constexpr int kWide = 2;
     std::int64_t o = 0;
     for (; o + kWide * C::kStep <= outputs; o += kWide * C::kStep) {
-        channel_step<C, B, kCount, kWide>(group, outputs, o, sums);
+        channel_step<C, B, kCount, kWide, kAsk>(group, outputs, o, sums);
     }
-    for (; o < outputs; o += C::kStep) channel_step<C, B, kCount, 1>(group, outputs, o, sums);
+    for (; o < outputs; o += C::kStep) channel_step<C, B, kCount, 1, kAsk>(group, outputs, o, sums);
 }
 
 // Sums [B][outputs] as they begin: the bias, in the order that widen gives, or zero.
@@ -145,16 +155,33 @@ void channel_block(const ChannelCall& call, std::int64_t begin, std::int64_t end
     channel_begin<C, B>(call.bias == nullptr ? nullptr : static_cast<const W*>(call.bias) + begin, outputs, sums);
     std::int64_t i = 0;
     for (; i + kGroup <= call.count; i += kGroup) {
-        const W* rows[kGroup];
-        for (int n = 0; n < kGroup; ++n) rows[n] = weight + call.active[i + n] * call.outputs;
-        if (i + 2 * kGroup <= call.count) {
-            for (int n = 0; n < kGroup; ++n) ask_for(weight + call.active[i + kGroup + n] * call.outputs, kBeginLines);
+        const W *rows[kGroup], *next[kGroup];
+        for (int n = 0; n < kGroup; ++n) {
+            rows[n] = weight + call.active[i + n] * call.outputs;
+            next[n] = weight + call.active[std::min(i + kGroup + n, call.count - 1)] * call.outputs;
         }
-        channel_group<C, B, kGroup>({rows, call.x + i * B}, outputs, sums);
+        if (i + kGroup < call.count) {
+            channel_group<C, B, kGroup, true>({rows, call.x + i * B, next}, outputs, sums);
+        } else {
+            channel_group<C, B, kGroup>({rows, call.x + i * B, nullptr}, outputs, sums);
+        }
     }
-    for (; i < call.count; ++i) {
-        const W* row = weight + call.active[i] * call.outputs;
-        channel_group<C, B, 1>({&row, call.x + i * B}, outputs, sums);
+    const auto rest = [&](auto size) {
+        constexpr int kCount = decltype(size)::value;
+        for (; i + kCount <= call.count; i += kCount) {
+            const W* rows[kCount];
+            for (int n = 0; n < kCount; ++n) rows[n] = weight + call.active[i + n] * call.outputs;
+            channel_group<C, B, kCount>({rows, call.x + i * B, nullptr}, outputs, sums);
+        }
+    };
+    rest(std::integral_constant<int, 4>{});
+    rest(std::integral_constant<int, 1>{});
+    if (call.sums != nullptr) {
+        for (int r = 0; r < call.batch; ++r) {
+            float* to = call.sums + r * sums_stride(call.outputs) + begin;
+            std::memcpy(to, sums + r * outputs, static_cast<std::size_t>(outputs) * sizeof *to);
+        }
+        return;
     }
     for (int r = 0; r < call.batch; ++r) {
         W* y = static_cast<W*>(call.y) + r * call.outputs + begin;
@@ -181,10 +208,14 @@ void channel_rest(const ChannelCall& call, std::int64_t begin, std::int64_t end)
     channel_begin<C, B>(call.bias == nullptr ? nullptr : part, C::kStep, sums);
     for (std::int64_t i = 0; i < call.count; ++i) {
         copy(weight + call.active[i] * call.outputs);
-        channel_group<C, B, 1>({&row, call.x + i * B}, C::kStep, sums);
+        channel_group<C, B, 1>({&row, call.x + i * B, nullptr}, C::kStep, sums);
     }
     for (int r = 0; r < call.batch; ++r) {
         const float* sum = sums + r * C::kStep;
+        if (call.sums != nullptr) {
+            std::memcpy(call.sums + r * sums_stride(call.outputs) + begin, sum, C::kStep * sizeof *sum);
+            continue;
+        }
         C::narrow(S::load(sum), S::load(sum + S::kLanes), part);
         for (std::int64_t o = begin; o < end; ++o) {
             static_cast<W*>(call.y)[r * call.outputs + o] = part[o - begin];
@@ -194,12 +225,40 @@ void channel_rest(const ChannelCall& call, std::int64_t begin, std::int64_t end)
 
 template <class C, int B>
 void channel_outputs_of(const ChannelCall& call, std::int64_t begin, std::int64_t end) {
-    constexpr std::int64_t kBlock = kBlockFloats / B;
+    constexpr std::int64_t kMost = kBlockFloats / B;
     const std::int64_t whole = begin + (end - begin) / C::kStep * C::kStep;
-    for (std::int64_t o = begin; o < whole; o += kBlock) {
-        channel_block<C, B>(call, o, o + kBlock < whole ? o + kBlock : whole);
+    // Blocks of about one length: a short one at the end would be read in short pieces.
+    const std::int64_t blocks = (whole - begin + kMost - 1) / kMost;
+    const std::int64_t size = blocks == 0 ? 0 : ((whole - begin) / C::kStep + blocks - 1) / blocks * C::kStep;
+    for (std::int64_t o = begin; o < whole; o += size) {
+        channel_block<C, B>(call, o, std::min(o + size, whole));
     }
     if (whole < end) channel_rest<C, B>(call, whole, end);
+}
+
+// y of the sums of several parts.
+template <class C>
+void channel_finish(const FinishCall& call) {
+    using W = typename C::W;
+    using S = typename C::S;
+    const std::int64_t stride = sums_stride(call.outputs), part = call.batch * stride;
+    for (int r = 0; r < call.batch; ++r) {
+        W* y = static_cast<W*>(call.y) + r * call.outputs;
+        for (std::int64_t o = 0; o < call.outputs; o += C::kStep) {
+            const float* from = call.sums + r * stride + o;
+            typename S::F a = S::load(from), b = S::load(from + S::kLanes);
+            for (int p = 1; p < call.parts; ++p) {
+                a = S::add(a, S::load(from + p * part)), b = S::add(b, S::load(from + p * part + S::kLanes));
+            }
+            if (o + C::kStep <= call.outputs) {
+                C::narrow(a, b, y + o);
+                continue;
+            }
+            W last[C::kStep];
+            C::narrow(a, b, last);
+            std::memcpy(y + o, last, static_cast<std::size_t>(call.outputs - o) * sizeof *y);
+        }
+    }
 }
 
 template <class C>

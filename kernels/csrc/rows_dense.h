@@ -27,16 +27,23 @@ void dense_prepare_row(const void* x, std::int64_t cols, std::uint8_t* out) {
     D::prepare_step(last, out + k * D::kXBytes);
 }
 
+// Weights between one that is read and the one that is asked for.
+template <class W>
+inline std::int64_t scattered_ahead(std::int64_t cols) {
+    constexpr std::int64_t kAhead = 8192 / sizeof(W);
+    return cols < kAhead ? cols : kAhead;
+}
+
 // One row times B rows of x. Four chains of sums per row of x, always summed in the same order. Rows that follow each other
 // are left to the processor's own prefetchers: asking for memory ahead made them slower, 1.4 times in large pages. Other
-// rows are not: with kScattered, `next` is the row that will be read after this one, and memory is asked for 8 KiB ahead,
-// into the second-level cache.
+// rows are not: with kScattered, memory is asked for 8 KiB ahead, or a row if that is less, into the second-level cache,
+// at the end of this row in `next`.
 template <class D, int B, bool kScattered>
 void dense_row(const typename D::W* w, std::int64_t cols, const std::uint8_t* x, std::int64_t stride, float* out,
                const typename D::W* next) {
     using F = typename D::S::F;
     constexpr int kStep = D::kStep, kBytes = D::kStep * D::kXBytes, kChains = 4;
-    constexpr std::int64_t kAhead = 8192 / sizeof(typename D::W);
+    const std::int64_t far = scattered_ahead<typename D::W>(cols);
     constexpr int kLines = kStep * sizeof(typename D::W) > 64 ? kStep * sizeof(typename D::W) / 64 : 1;
     F acc[B][kChains];
     for (int b = 0; b < B; ++b) {
@@ -44,7 +51,7 @@ void dense_row(const typename D::W* w, std::int64_t cols, const std::uint8_t* x,
     }
     std::int64_t k = 0;
     for (; k + kChains * kStep <= cols; k += kChains * kStep, x += kChains * kBytes) {
-        const auto* ahead = !kScattered ? nullptr : k + kAhead < cols ? w + k + kAhead : next + (k + kAhead - cols);
+        const auto* ahead = !kScattered ? nullptr : k + far < cols ? w + k + far : next + (k + far - cols);
         for (int i = 0; i < kChains; ++i) {
             const auto v = D::load(w + k + i * kStep);
             if (kScattered && i * sizeof(typename D::W) * kStep % 64 == 0) ask_for(ahead + i * kStep, kLines);

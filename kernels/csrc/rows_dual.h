@@ -159,6 +159,13 @@ void dual_panels(const DualCall& call, std::int64_t begin, std::int64_t end) {
             dual_block<U, B, 1>(groups[0], call.x + n * B, 0, stride, sums + o);
         }
     }
+    if (call.sums != nullptr) {
+        for (int r = 0; r < call.batch; ++r) {
+            float* to = call.sums + r * sums_stride(call.outputs) + first;
+            std::memcpy(to, sums + r * stride, static_cast<std::size_t>(stride) * sizeof *to);
+        }
+        return;
+    }
     for (int r = 0; r < call.batch; ++r) {
         auto* y = static_cast<typename U::W*>(call.y) + r * call.outputs + first;
         for (std::int64_t o = 0; o < stride; o += dual::kBlock) {
@@ -170,6 +177,32 @@ void dual_panels(const DualCall& call, std::int64_t begin, std::int64_t end) {
             typename U::W part[dual::kBlock];
             U::finish(sums + r * stride + o, part);
             std::memcpy(y + o, part, static_cast<std::size_t>(left) * sizeof *y);
+        }
+    }
+}
+
+// y of the sums of several parts.
+template <class U>
+void dual_finish(const FinishCall& call) {
+    using S = typename U::S;
+    const std::int64_t stride = sums_stride(call.outputs), part = call.batch * stride;
+    for (int r = 0; r < call.batch; ++r) {
+        auto* y = static_cast<typename U::W*>(call.y) + r * call.outputs;
+        for (std::int64_t o = 0; o < call.outputs; o += dual::kBlock) {
+            alignas(64) float sums[dual::kBlock];
+            for (std::int64_t i = 0; i < dual::kBlock; i += S::kLanes) {
+                const float* from = call.sums + r * stride + o + i;
+                typename S::F sum = S::load(from);
+                for (int p = 1; p < call.parts; ++p) sum = S::add(sum, S::load(from + p * part));
+                S::store(sums + i, sum);
+            }
+            if (o + dual::kBlock <= call.outputs) {
+                U::finish(sums, y + o);
+                continue;
+            }
+            typename U::W last[dual::kBlock];
+            U::finish(sums, last);
+            std::memcpy(y + o, last, static_cast<std::size_t>(call.outputs - o) * sizeof *y);
         }
     }
 }

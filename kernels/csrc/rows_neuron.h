@@ -14,11 +14,16 @@ void neuron_rows_of(const NeuronCall& call, int first, std::int64_t n, std::int6
     };
     const W* gate = row(call.gate, n);
     const W* up = row(call.up, n);
-    const W* next = n + 1 < end ? row(call.gate, n + 1) : gate;
+    const W* next_gate = n + 1 < end ? row(call.gate, n + 1) : gate;
+    const W* next_up = n + 1 < end ? row(call.up, n + 1) : up;
+    // Of short rows, the one after next: the next row alone is too near.
+    const bool near = scattered_ahead<W>(call.cols) == call.cols;
     const int padded = padded_batch(call.batch);
     const std::uint8_t* x = call.x + first * call.stride;
-    dense_row<D, B, true>(gate, call.cols, x, call.stride, call.gates + n * padded + first, up);
-    dense_row<D, B, true>(up, call.cols, x, call.stride, call.ups + n * padded + first, next);
+    dense_row<D, B, true>(gate, call.cols, x, call.stride, call.gates + n * padded + first,
+                          near ? next_gate : up);
+    dense_row<D, B, true>(up, call.cols, x, call.stride, call.ups + n * padded + first,
+                          near ? next_up : next_gate);
 }
 
 template <class D>

@@ -125,6 +125,14 @@ void dual_run_(int dtype, const DualCall& call, std::int64_t begin, std::int64_t
     by_dtype16(dtype, [&](auto t) { dual_outputs<Dual<typename decltype(t)::W>>(call, begin, end); });
 }
 
+void channel_finish_(int dtype, const FinishCall& call) {
+    by_dtype(dtype, [&](auto t) { channel_finish<Channel<typename decltype(t)::W>>(call); });
+}
+
+void dual_finish_(int dtype, const FinishCall& call) {
+    by_dtype16(dtype, [&](auto t) { dual_finish<Dual<typename decltype(t)::W>>(call); });
+}
+
 void neuron_run_(int dtype, const NeuronCall& call, std::int64_t begin, std::int64_t end) {
     by_dtype(dtype, [&](auto t) { neuron_rows<Dense<typename decltype(t)::W>>(call, begin, end); });
 }
@@ -157,7 +165,8 @@ void window_finish_(int dtype, const float* sums, float total, std::int64_t widt
 constexpr Tier make_tier(const char* name) {
     return Tier{name,         dense_row_, bitmask_row_, dense_prepare_, bitmask_prepare_, dense_run_,   bitmask_run_,
                 int8_bytes_,  int8_prepare_, int8_run_,  channel_run_,   narrow_,          expand_row_, compact_,
-                subtract_,    dual_run_,     neuron_run_,  window_sizes_, window_prepare_,  window_run_,      window_finish_};
+                subtract_,    dual_run_,     channel_finish_, dual_finish_,  neuron_run_,   window_sizes_,
+                window_prepare_, window_run_, window_finish_};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Packing in C++. `dispatch` has checked the arguments."""
+"""Packing and expanding in C++. `dispatch` has checked the arguments."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ..memory import empty_weight
+from ..tier import Tier
 from .layout import CODES
 
 
@@ -28,3 +29,10 @@ def unpack(
     values = torch.empty(nnz, dtype=dtype)
     module.dual_unpack(packed.data_ptr(), bits.data_ptr(), values.data_ptr())
     return bits, values
+
+
+def dense_t(tier: Tier, packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """The dense matrix transposed, [cols, rows]."""
+    weight_t = torch.empty(cols, rows, dtype=dtype)
+    tier.module.dual_expand(tier.address, packed.data_ptr(), weight_t.data_ptr(), torch.get_num_threads())
+    return weight_t

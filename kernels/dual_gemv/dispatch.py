@@ -55,9 +55,13 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def dense(packed: Tensor) -> Tensor:
-    """The matrix [out, in] with +0.0 where nothing is kept, on the packed tensor's device."""
+    """The matrix [out, in] with +0.0 where nothing is kept, on the packed tensor's device: a view of its transpose."""
+    host = packed.detach().cpu()
+    record, tier = record_of(host), current()
+    if tier is not None:
+        return cpu.dense_t(tier, host, record.rows, record.cols, record.dtype).to(packed.device).t()
     bits, values, cols = unpack(packed)
-    return bitmask.expand(values, bits, cols).to(packed.device)
+    return bitmask.expand(values, bits, cols).t().contiguous().to(packed.device).t()
 
 
 def describe(packed: Tensor) -> Record:
@@ -98,7 +102,7 @@ def _run_dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tens
 
 
 def _fake_dense(packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-    return packed.new_empty((rows, cols), dtype=dtype)
+    return packed.new_empty((cols, rows), dtype=dtype).t()
 
 
 _dense_operator = operator(

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from ...errors import KernelError
 from ..active.dispatch import active_gemv
+from ..active.prepared import Prepared
 from ..arguments import MAX_ROWS
 from ..channel_gemv.reference import active
 from .counting import counts
@@ -44,6 +45,7 @@ class ThresholdLinear(SparseLinear):
         """To be called once, by the constructor."""
         self.alone = True
         self._start: tuple[Any, Tensor | None] | None = None
+        self._prepared: Prepared | None = None
         for name in _VECTORS:
             self.register_buffer(name, None, persistent=False)
         self._put("threshold", threshold, (self.in_features,))
@@ -90,6 +92,11 @@ class ThresholdLinear(SparseLinear):
         return True
 
     def forward(self, x: Tensor) -> Tensor:
+        group = self.siblings
+        if group is not None and not torch.compiler.is_compiling():
+            found = group.take(self, x)  # only ever of the same x that a sibling has checked
+            if found is not None:
+                return found
         x = checked(x, self.in_features, self.dtype)
         if self.skips(x):
             return self.sparse(x.contiguous())
@@ -107,12 +114,11 @@ class ThresholdLinear(SparseLinear):
         group = self.siblings
         if group is None or x.is_inference():
             return _together(x, [self])[0]
-        found = group.take(self, x)
-        return group.compute(self, x, _together) if found is None else found
+        return group.compute(self, x, _together)
 
     def start(self) -> Tensor | None:
         """Where the kernel's sums begin: shift and bias, in the layer's dtype; None without shift."""
-        if self.shift is None:
+        if self._buffers["shift"] is None:
             return None
         if torch.compiler.is_compiling():
             return self._sum_of_biases()
@@ -121,12 +127,27 @@ class ThresholdLinear(SparseLinear):
             self._start = version, self._sum_of_biases()
         return self._start[1]
 
+    def _product_of(self, x: Tensor, layers: list[ThresholdLinear]) -> tuple[list[Tensor], int | Tensor]:
+        """`active_gemv` of `layers`, whose first one this is, checked only where their tensors are not those of before."""
+        starts = [layer.start() for layer in layers]
+        own = self._buffers
+        tensors = [own["threshold"], own["center"], *[layer._buffers["packed"] for layer in layers], *starts]
+        done = None if self._prepared is None else self._prepared.run(x, tensors)
+        if done is not None:
+            return done
+        weights = [layer.packed for layer in layers]
+        self._prepared = Prepared.of(x, self.threshold, weights, starts, self.center)
+        return active_gemv(x, self.threshold, weights, starts, self.center)
+
     def _sum_of_biases(self) -> Tensor:
         assert self.shift is not None
         return (self.shift if self.bias is None else self.bias.detach().float() + self.shift).to(self.dtype)
 
     def finished(self, y: Tensor, x: Tensor) -> Tensor:
         """y of the kernel with what the kernel does not know; x as it came."""
+        vectors = self._buffers
+        if vectors["left"] is None and self._parameters["bias"] is None:
+            return y
         if self.left is not None and self.right is not None:
             inputs = self.centered(x)
             dropped = torch.where(active(inputs, self.threshold), inputs.new_zeros(()), inputs).float()
@@ -171,8 +192,7 @@ class ThresholdLinear(SparseLinear):
 
 def _together(x: Tensor, layers: list[ThresholdLinear]) -> list[Tensor]:
     first = layers[0]
-    weights, starts = [layer.packed for layer in layers], [layer.start() for layer in layers]
-    results, read = active_gemv(x, first.threshold, weights, starts, first.center)
+    results, read = first._product_of(x, layers)
     counted = counts()
     if counted is not None:
         for layer in layers:

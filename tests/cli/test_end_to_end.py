@@ -25,7 +25,7 @@ def texts(demo: Path) -> list[str | Path]:
 
 @pytest.fixture(scope="module")
 def sparse(demo, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The demo model at 50 %, by wanda, and what the command said."""
+    """The demo model at 50 %, by wanda, and what the command said; through the interpreter's own start and end."""
     folder = tmp_path_factory.mktemp("sparse")
     done = gossamer("compress", demo, "-o", "out", "--method", "wanda", *texts(demo), *WINDOWS, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -35,6 +35,7 @@ def sparse(demo, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[st
 def test_compress_prints_the_table_and_the_progress(sparse):
     out, done = sparse
     report = json.loads((out / "report.json").read_text())
+    assert (out / "gossamer" / "layers.png").stat().st_size > 10_000  # drawn
     before, after = (report["evaluation"][key]["perplexity"] for key in ("before", "after"))
     assert f"{before:.4f}" in done.stdout
     assert f"{after:.4f}" in done.stdout
@@ -49,9 +50,9 @@ def test_compress_prints_the_table_and_the_progress(sparse):
     assert "Traceback" not in done.stderr
 
 
-def test_json_is_one_document_and_quiet_is_quiet(demo, tmp_path):
+def test_json_is_one_document_and_quiet_is_quiet(launcher, demo, tmp_path):
     words = ["--method", "magnitude", "--no-eval", "--json", "-q"]
-    done = gossamer("compress", demo, "-o", tmp_path / "out", *words)
+    done = launcher.run("compress", demo, "-o", tmp_path / "out", *words)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["evaluation"] is None
     assert done.stderr == ""
@@ -85,10 +86,9 @@ def test_convert_there_and_back(launcher, sparse, tmp_path):
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
-def test_dry_run_writes_nothing(demo, tmp_path):
-    done = gossamer(
-        "compress", demo, "-o", "out", "--pattern", "2:4", *texts(demo), *WINDOWS, "--dry-run", cwd=tmp_path
-    )
+def test_dry_run_writes_nothing(launcher, demo, tmp_path):
+    words = ["compress", demo, "-o", "out", "--pattern", "2:4", *texts(demo), *WINDOWS, "--dry-run"]
+    done = launcher.run(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "self_attn.q_proj" in done.stdout
     assert "(50.00 %)" in done.stdout

@@ -71,16 +71,13 @@ def test_plain_transformers_sees_a_dense_model(tmp_path):
     folder = family_with("llama", tmp_path / "m", linear_policy("llama", 0.5))
     gossamer.load(folder).save_pretrained(tmp_path / "again")
     code = (
-        "import sys, torch; from transformers import AutoModelForCausalLM as A; "
-        "m = A.from_pretrained(sys.argv[1]).eval(); assert 'gossamer' not in sys.modules; "
-        "print(sum(p.double().sum().item() for p in m.parameters()), type(m.model.layers[0].mlp.up_proj).__name__)"
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM as A\nfor folder in sys.argv[1:]:\n"
+        " m = A.from_pretrained(folder).eval()\n assert 'gossamer' not in sys.modules\n"
+        " print(sum(p.double().sum().item() for p in m.parameters()), type(m.model.layers[0].mlp.up_proj).__name__)"
     )
-    said = [
-        subprocess.run(
-            [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
-        ).stdout.split()
-        for path in (save_family("llama", tmp_path / "plain"), tmp_path / "again")
-    ]
+    folders = [str(save_family("llama", tmp_path / "plain")), str(tmp_path / "again")]
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, check=True)
+    said = [line.split() for line in done.stdout.splitlines()]
     assert said[0] == said[1]
     assert said[0][1] == "Linear"
     given = ids(1, 9)

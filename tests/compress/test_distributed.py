@@ -272,7 +272,7 @@ def test_killed_after_the_rename(group, tmp_path):
 
 @pytest.mark.parametrize("interrupted", [(0, 1), (0,), (1,)], ids=["both", "first", "second"])
 def test_interrupt_ends_every_process(group, tmp_path, interrupted):
-    running = group.begin(2, group.words(tmp_path / "out", "--nsamples", "150"))
+    running = group.begin(2, group.words(tmp_path / "out", "--method", "wanda", "--nsamples", "150"))
     while "prune 1/3" not in running[0].said():
         time.sleep(0.01)
     for rank in interrupted:

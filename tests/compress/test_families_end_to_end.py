@@ -6,7 +6,6 @@ counts of zeros, and the axis along which N of every M stay.
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 from dataclasses import dataclass
@@ -114,15 +113,6 @@ def recipe(stage: PruneStage, folder: Path | None = None, form: str = "dense") -
 def run(name: str, model: Path, out: Path, what: Recipe) -> Job:
     report = compress(model, out, what)
     return Job(name, model, out, read(model), read(out), json.loads((out / "report.json").read_text()) | report.data)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _short_collections():
-    """A run collects garbage after every block; what the test session has imported need not be looked at each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

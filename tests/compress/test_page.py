@@ -5,11 +5,22 @@ from __future__ import annotations
 import base64
 import re
 
+import pytest
+from matplotlib.figure import Figure
+from pictures import RENDER
+
 from gossamer.compress.page import PICTURE, page_text, write_picture
 from gossamer.compress.pictures import layer_series, layers_png
 from gossamer.compress.report import Report
+from gossamer.compress.trainingfigures import training_png
 
 PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(autouse=True)
+def _rendered(monkeypatch):
+    """Here, pictures are drawn to the last pixel."""
+    monkeypatch.setattr(Figure, "savefig", RENDER)
 
 
 def row(name: str, error: float | None = 0.25, sparsity: float = 0.5, stage: int = 0) -> dict:
@@ -62,6 +73,17 @@ def test_pictures_of_anything():
         picture = layers_png(rows)
         assert picture is not None
         assert picture.startswith(PNG)
+        assert len(picture) > 10_000
+
+
+def test_a_picture_of_training():
+    history = [{"step": step, "loss": 3.0 - step, "sparsity": 0.25 * step} for step in range(3)]
+    runs = [{"stage": 0, "name": name, "history": history} for name in ("phase-1", "phase-2-candidate-1")]
+    picture = training_png(runs)
+    assert picture is not None
+    assert picture.startswith(PNG)
+    assert len(picture) > 10_000
+    assert training_png([runs[0] | {"history": []}]) is None
 
 
 def test_the_page_is_whole_and_escapes_what_it_is_given():

@@ -109,11 +109,17 @@ def test_any_one_shot_score_gives_the_masks(tiny, tmp_path, score):
     assert {row["method"] for row in said["layers"]} == {f"imp ({score})"}
 
 
+@pytest.fixture(scope="module")
+def pruned(tiny, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """Tensors after 30 % by magnitude."""
+    return run(tiny, tmp_path_factory.mktemp("pruned") / "out", PruneStage(method="magnitude", sparsity=0.3))[0]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_before_and_after_prune_masks_only_shrink(tiny, tmp_path, kind):
+def test_before_and_after_prune_masks_only_shrink(tiny, pruned, tmp_path, kind):
     own, prune = stage(kind, tiny, sparsity=0.6, scope="matrix"), PruneStage(method="magnitude", sparsity=0.3)
     more = PruneStage(method="magnitude", sparsity=0.8, scope="matrix")
-    early, _ = run(tiny, tmp_path / "early", prune)
+    early = pruned
     late, _ = run(tiny, tmp_path / "late", prune, own)
     last, said = run(tiny, tmp_path / "last", own, more)
     for key, tensor in matrices(late).items():

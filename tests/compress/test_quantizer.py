@@ -360,10 +360,10 @@ REGISTERED = "assert q['gossamer'].__name__ == 'GossamerHfQuantizer' and c['goss
         f"assert waiting() == ['peft', 'transformers.quantizers.auto']; {TABLES}{REGISTERED}; "
         "gossamer._hook.install(); gossamer._hook.register(); import peft; assert not waiting()",
         f"{TABLES}import gossamer; {REGISTERED}",
-        f"import transformers, gossamer; transformers.LlamaForCausalLM; {TABLES}{REGISTERED}",
+        f"import transformers; from gossamer import load; transformers.LlamaForCausalLM; {TABLES}{REGISTERED}; "
+        "import gossamer; assert load is gossamer.load and callable(load)",
         "import gossamer, sys; from gossamer.errors import GossamerError; "
         "assert not {'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules); assert 'load' in dir(gossamer)",
-        "from gossamer import load; import gossamer; assert load is gossamer.load and callable(load)",
     ],
 )
 def test_registration_in_every_order(code):

@@ -17,7 +17,7 @@ METHODS = ["magnitude", "wanda", "ria", "sparsegpt", "gossamer"]
 
 
 def prune(tiny: Path, **options) -> PruneStage:
-    return PruneStage(**{"calibration": str(tiny / "calibration.txt"), "nsamples": 6, "seqlen": 32} | options)
+    return PruneStage(**{"calibration": str(tiny / "calibration.txt"), "nsamples": 4, "seqlen": 32} | options)
 
 
 def score(tiny: Path) -> EvaluateStage:
@@ -34,11 +34,25 @@ def matrices(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: tensor for key, tensor in found.items() if "_proj" in key}
 
 
+@pytest.fixture(scope="module")
+def pruned_once(tiny, tmp_path_factory):
+    """The dense tensors after a prune stage with these options alone; every run is made once."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+
+    def once(**options) -> dict[str, torch.Tensor]:
+        key = repr(options)
+        if key not in found:
+            found[key], _ = run(tiny, tmp_path_factory.mktemp("once") / "out", prune(tiny, **options))
+        return found[key]
+
+    return once
+
+
 @pytest.mark.parametrize("second", METHODS)
 @pytest.mark.parametrize("first", [pytest.param("wanda", marks=pytest.mark.slow), "gossamer"])
-def test_a_second_prune_never_revives_a_weight(tiny, tmp_path, first, second):
+def test_a_second_prune_never_revives_a_weight(tiny, pruned_once, tmp_path, first, second):
     one = prune(tiny, method=first, sparsity=0.3)
-    early, _ = run(tiny, tmp_path / "one", one)
+    early = pruned_once(method=first, sparsity=0.3)
     late, report = run(tiny, tmp_path / "two", one, prune(tiny, method=second, sparsity=0.6))
     assert len(matrices(early)) == 21
     for key, before in matrices(early).items():
@@ -55,9 +69,9 @@ def test_a_second_prune_never_revives_a_weight(tiny, tmp_path, first, second):
 @pytest.mark.parametrize(
     "method", [m if m in ("wanda", "gossamer") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 )
-def test_a_weaker_second_prune_changes_no_mask(tiny, tmp_path, method):
+def test_a_weaker_second_prune_changes_no_mask(tiny, pruned_once, tmp_path, method):
     """30 % after 60 %: all that was pruned stays pruned, and nothing more goes."""
-    early, _ = run(tiny, tmp_path / "one", prune(tiny, method="wanda", sparsity=0.6))
+    early = pruned_once(method="wanda", sparsity=0.6)
     stages = [prune(tiny, method="wanda", sparsity=0.6), prune(tiny, method=method, sparsity=0.3)]
     late, _ = run(tiny, tmp_path / "two", *stages)
     for key, before in matrices(early).items():
@@ -66,9 +80,9 @@ def test_a_weaker_second_prune_changes_no_mask(tiny, tmp_path, method):
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "gossamer"])
-def test_n_of_m_after_unstructured(tiny, tmp_path, method):
+def test_n_of_m_after_unstructured(tiny, pruned_once, tmp_path, method):
     stages = [prune(tiny, method="wanda", sparsity=0.4), prune(tiny, method=method, pattern="2:4")]
-    early, _ = run(tiny, tmp_path / "one", stages[0])
+    early = pruned_once(method="wanda", sparsity=0.4)
     late, _ = run(tiny, tmp_path / "two", *stages)
     for key, after in matrices(late).items():
         assert int((after.view(-1, 4) != 0).sum(1).max()) <= 2, key

@@ -31,13 +31,13 @@ RECIPES = {
 
 
 class Watch(TrainerCallback):
-    """Zeros of every 20th step, and the optimizer's state at the end."""
+    """Zeros of every tenth part of the steps, and the optimizer's state at the end."""
 
     def __init__(self, masks):
         self.masks, self.zeros, self.state = masks, [], {}
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **more):
-        if state.global_step % 20 == 0:
+        if state.global_step % (args.max_steps // 10) == 0:
             self.zeros.append(zeros_of(model, self.masks))
         if state.global_step == args.max_steps:
             for name, mask in self.masks.items():
@@ -56,11 +56,13 @@ class Watch(TrainerCallback):
         for n, o in RECIPES.items()
     ],
 )
-def test_zeros_stay_through_200_steps(tmp_path, options):
+def test_zeros_stay_through_all_steps(tmp_path, options):
+    """Through 200 where the optimizer has momentum and decay of its own, elsewhere as far as a slip would show."""
+    steps = 200 if options.get("weight_decay") else 60
     model = llama()
     masks = masks_of(model)
     watch = Watch(masks)
-    config = TrainingConfig(folder=tmp_path, steps=200, batch=4, learning_rate=1e-2, log_every=50, callbacks=(watch,))
+    config = TrainingConfig(folder=tmp_path, steps=steps, batch=4, learning_rate=1e-2, log_every=10, callbacks=(watch,))
     metrics = train(model, replace(config, **options), masks, data=rows())
     expected = sum(int((~mask).sum()) for mask in masks.values())
     assert watch.zeros == [expected] * 10

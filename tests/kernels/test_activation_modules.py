@@ -10,6 +10,7 @@ from gemv_cases import FLOATS, HALVES, exact, integers
 from torch import Tensor, nn
 
 from gossamer.errors import KernelError
+from gossamer.kernels.active.prepared import Prepared
 from gossamer.kernels.bitmask import dispatch as bitmask
 from gossamer.kernels.dual_gemv.dispatch import unpack
 from gossamer.kernels.modules import thresholds
@@ -293,8 +294,9 @@ def test_layers_that_share_are_computed_together_and_counted(kind, monkeypatch):
     made = [layers(kind) for _ in range(3)]
     sparse = [one for one, _ in made]
     assert ThresholdLinear.share(sparse)
-    calls, real = [], thresholds.active_gemv
+    calls, real, run = [], thresholds.active_gemv, Prepared.run
     monkeypatch.setattr(thresholds, "active_gemv", lambda *a: calls.append(len(a[2])) or real(*a))
+    monkeypatch.setattr(Prepared, "run", lambda *a: calls.append(len(a[0]._matrices)) or run(*a))
     x = x_of(1, IN)
     wanted = [exact(skipped(x), plain.weight) + plain.bias for _, plain in made]
     with counting() as counted, torch.no_grad():
@@ -306,6 +308,34 @@ def test_layers_that_share_are_computed_together_and_counted(kind, monkeypatch):
     assert all(counted.of(one).skipped == pytest.approx(share) for one in sparse)
     sparse[1].hold(center=torch.ones(IN))
     assert not ThresholdLinear.share(sparse)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prepared_calls_see_other_memory_and_other_numbers(kind):
+    sparse, plain = layers(kind)
+    x = x_of(1, IN)
+    wanted = exact(skipped(x), plain.weight) + plain.bias
+    with torch.no_grad():
+        for change in (
+            lambda: None,
+            lambda: setattr(sparse, "packed", sparse.packed.clone()),
+            lambda: setattr(sparse.packed, "data", sparse.packed.clone()),
+            lambda: sparse.threshold.fill_(float("inf")),
+            lambda: sparse.threshold.copy_(THRESHOLD),
+            lambda: sparse.packed.copy_(sparse.packed.clone()),
+        ):
+            change()
+            y = plain.bias.expand(1, OUT) if sparse.threshold[0] == float("inf") else wanted
+            assert torch.equal(sparse(x.clone()), y)
+            assert torch.equal(sparse(x.clone()), y)
+        twin = copy.deepcopy(sparse)
+        sparse.packed.zero_()  # of a packed matrix nothing is left
+        assert torch.equal(twin(x), wanted)
+        if kind == "channel":
+            assert torch.equal(sparse(x), plain.bias.expand(1, OUT))
+        else:
+            with pytest.raises(KernelError, match="malformed"):
+                sparse(x)
 
 
 # ---- the gated MLP ----

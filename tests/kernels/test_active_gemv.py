@@ -14,17 +14,18 @@ from gossamer.kernels.channel_gemv.dispatch import channel_gemv
 from gossamer.kernels.dual_gemv.dispatch import describe, dual_gemv, pack
 
 IN, OUTS = 150, (1, 63, 64, 300, 4200)
+MANY = 700  # inputs from which narrow matrices are cut into parts of them
 
 
-def matrices(dtype, make):
+def matrices(dtype, make, inputs=IN):
     """(weights for the call, dense [out, in]): every second one packed where the dtype allows it."""
     weights, dense = [], []
     for i, out in enumerate(OUTS):
-        weight = make(out, IN, dtype=dtype, seed=i)
+        weight = make(out, inputs, dtype=dtype, seed=i)
         if i % 2 and dtype is not torch.float32:
-            mask = torch.rand(out, IN, generator=torch.Generator().manual_seed(i)) >= 0.5
+            mask = torch.rand(out, inputs, generator=torch.Generator().manual_seed(i)) >= 0.5
             bits = bitmask.pack_bits(mask)
-            weights.append(pack(bits, bitmask.compress(weight, bits), IN))
+            weights.append(pack(bits, bitmask.compress(weight, bits), inputs))
             weight = weight * mask
         else:
             weights.append(weight.t().contiguous())
@@ -42,21 +43,23 @@ def biases(dtype, make=integers):
     return [None if i == 2 else make(1, out, dtype=dtype, seed=20 + i)[0] for i, out in enumerate(OUTS)]
 
 
-THRESHOLD = torch.rand(IN, generator=torch.Generator().manual_seed(1)) * 8
+def limits(inputs=IN):
+    return torch.rand(inputs, generator=torch.Generator().manual_seed(1)) * 8
 
 
+@pytest.mark.parametrize("inputs", [IN, MANY])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", BACKENDS)
-def test_whole_numbers_are_exact_with_bias_and_center(name, dtype, monkeypatch):
-    center = integers(1, IN, dtype=torch.float32, seed=9)[0]
+def test_whole_numbers_are_exact_with_bias_and_center(name, dtype, inputs, monkeypatch):
+    center, threshold = integers(1, inputs, dtype=torch.float32, seed=9)[0], limits(inputs)
     with backend(name), poisoned(monkeypatch):
-        weights, dense = matrices(dtype, integers)
+        weights, dense = matrices(dtype, integers, inputs)
         for rows in (1, 2, 3, 5, 8):
-            x = integers(rows, IN, dtype=dtype, seed=rows, zeros=0.2)
+            x = integers(rows, inputs, dtype=dtype, seed=rows, zeros=0.2)
             for middle in (None, center):
                 moved = x if middle is None else (x.float() - middle).to(dtype)
-                mask = moved.float().abs() > THRESHOLD
-                results, read = active_gemv(x, THRESHOLD, weights, biases(dtype), middle)
+                mask = moved.float().abs() > threshold
+                results, read = active_gemv(x, threshold, weights, biases(dtype), middle)
                 assert read == int(mask.any(0).sum())
                 for y, weight, bias in zip(results, dense, biases(dtype), strict=True):
                     add = 0 if bias is None else bias.float()
@@ -64,11 +67,12 @@ def test_whole_numbers_are_exact_with_bias_and_center(name, dtype, monkeypatch):
                     assert torch.equal(y, wanted), (rows, weight.shape)
 
 
+@pytest.mark.parametrize("inputs", [IN, MANY])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", BACKENDS[1:])
-def test_the_bits_of_single_calls_for_any_threads(name, dtype):
-    weights, dense = matrices(dtype, normal)
-    x, own, limit = normal(3, IN, dtype=dtype, seed=4), biases(dtype, normal), THRESHOLD / 10
+def test_the_bits_of_single_calls_for_any_threads(name, dtype, inputs):
+    weights, dense = matrices(dtype, normal, inputs)
+    x, own, limit = normal(3, inputs, dtype=dtype, seed=4), biases(dtype, normal), limits(inputs) / 10
     with backend(name):
         single = [one_by_one(x, *pair, limit) for pair in zip(weights, own, strict=True)]
         assert_close(single[2], torch.where(x.float().abs() > limit, x, 0 * x), dense[2])

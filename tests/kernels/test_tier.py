@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -85,13 +84,12 @@ print(len({os.path.realpath(path) for path in runtimes}))
 
 @needs_module
 @pytest.mark.parametrize("name", tier.NAMES)
-def test_the_environment_variable_in_a_process_of_its_own(name):
+def test_the_environment_variable_in_a_process_of_its_own(launcher, name):
     if name not in tier.available():
         pytest.skip(f"no tier {name} here")
     code = (
         "import torch\nfrom gossamer.kernels import tier\nfrom gossamer.kernels.dense_gemv.dispatch import dense_gemv\n"
     )
     code += "print(tier.current().name, dense_gemv(torch.ones(1, 3), torch.ones(2, 3)).tolist())"
-    environment = {**os.environ, tier.VARIABLE: name}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert done.stdout.strip() == f"{name} [[3.0, 3.0]]", done.stderr
+    done = launcher.run("--version", env={tier.VARIABLE: name}, before=code)
+    assert done.stdout.splitlines()[0] == f"{name} [[3.0, 3.0]]", done.stderr

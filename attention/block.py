@@ -1,0 +1,142 @@
+"""One token through an attention block of the Llama kind: what its `forward` computes, in half as many operations.
+
+For one token the Python of a block, its rotation and its views cost more than attention over some hundred keys. Blocks
+whose forward is known to the letter get one that computes the same, bit for bit, for one token with a ragged cache on
+the CPU; everything else goes to their own. Query and key are rotated in one piece: with halves swapped and the signs of
+rotate_half in the sine,
+
+    x cos + rotate_half(x) sin = x cos + swap(x) (-sin_1, sin_2)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from types import CodeType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+
+from .mask import HeadMask
+from .ragged import RaggedCache, RaggedLayer
+
+ROTATE = "apply_rotary_pos_emb"
+
+
+def shorten(module: nn.Module) -> None:
+    """Gives a block the short way where its forward is known; others, and those with a forward of their own, stay."""
+    if "forward" not in module.__dict__ and _known(type(module)):
+        object.__setattr__(module, "forward", MethodType(_forward, module))
+
+
+def restore(module: nn.Module) -> None:
+    """Takes the short way away."""
+    if getattr(module.__dict__.get("forward"), "__func__", None) is _forward:
+        del module.__dict__["forward"]
+
+
+def _forward(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: Any = None,
+    attention_mask: Any = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    layer = _layer(self, hidden_states, position_embeddings, attention_mask, past_key_values)
+    if layer is None:
+        return type(self).forward(
+            self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
+        )
+    query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+    value = self.v_proj(hidden_states)
+    batch, width = query.shape[0], self.head_dim
+    cos, sin = layer.shared.rotation(*position_embeddings)
+    both = torch.cat([query, key], 2).view(batch, -1, width)
+    turned = both * cos + both.view(batch, -1, 2, width // 2).flip(2).view(both.shape) * sin
+    heads = query.shape[2] // width
+    out = layer.take_one(
+        turned[:, :heads].contiguous(), turned[:, heads:].contiguous(), value.view(batch, -1, width), self.scaling,
+        attention_mask.reach,
+    )  # fmt: skip
+    return self.o_proj(out.view(batch, 1, -1)), None
+
+
+def _layer(module: Any, hidden: Tensor, rotation: Any, mask: Any, past: Any) -> RaggedLayer | None:
+    """The layer that takes this token; None where the block's own forward has to see to it."""
+    if (
+        hidden.shape[1] != 1
+        or not isinstance(past, RaggedCache)
+        or not isinstance(mask, HeadMask)
+        or mask.other is not None
+        or mask.new_tokens is not None
+        or not hidden.is_cpu
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    layer = past.layers[module.layer_idx]
+    fits = (
+        layer.store is not None
+        and layer.pending is None
+        and layer.store.keys.dtype is hidden.dtype
+        and rotation[0].dtype is hidden.dtype
+        and rotation[0].shape[-1] == module.head_dim
+    )
+    return layer if fits else None
+
+
+@cache
+def _known(kind: type[nn.Module]) -> bool:
+    """Whether a class has the forward, and the rotation, of a block that `_forward` stands for."""
+    if not any(_alike(kind.forward, theirs) for theirs in _blocks()):
+        return False
+    rotate = inspect.unwrap(kind.forward).__globals__.get(ROTATE)
+    return rotate is not None and _alike(rotate, modeling_llama.apply_rotary_pos_emb) and _rotates(rotate)
+
+
+def _blocks() -> list[Callable[..., Any]]:
+    kinds = (modeling_llama.LlamaAttention, modeling_mistral.MistralAttention, modeling_qwen2.Qwen2Attention)
+    return [kind.forward for kind in kinds if _ours(kind.forward)]
+
+
+def _ours(forward: Callable[..., Any]) -> bool:
+    """Whether transformers' own block is still the one that `_forward` was written for, by the names it uses."""
+    names = {"q_proj", "k_proj", "v_proj", "o_proj", "update", "scaling", ROTATE, "get_interface"}
+    wanted = names | {
+        "shape", "head_dim", "view", "transpose", "layer_idx", "config", "_attn_implementation", "reshape",
+        "contiguous", "training", "attention_dropout", "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward",
+    }  # fmt: skip
+    found = set(inspect.unwrap(forward).__code__.co_names)
+    return names <= found <= wanted | {"sliding_window", "getattr"}
+
+
+def _rotates(rotate: Callable[..., Any]) -> bool:
+    """Whether the rotation is the one written above, tried out."""
+    generator = torch.Generator().manual_seed(0)
+    x, cos, sin = (torch.randn(1, 1, 1, 8, generator=generator) for _ in range(3))
+    swapped = x.view(1, 1, 1, 2, 4).flip(3).view(x.shape)
+    wanted = x * cos + swapped * torch.cat([-sin[..., :4], sin[..., 4:]], -1)
+    return torch.equal(rotate(x, x, cos[0], sin[0])[0], wanted)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two functions are the same code, wherever it stands."""
+    first, second = (getattr(inspect.unwrap(function), "__code__", None) for function in (one, other))
+    return first is not None and second is not None and _same_code(first, second)
+
+
+def _same_code(one: CodeType, other: CodeType) -> bool:
+    plain = [[c for c in code.co_consts if not isinstance(c, (CodeType, str))] for code in (one, other)]
+    return (
+        one.co_code == other.co_code
+        and one.co_names == other.co_names
+        and one.co_varnames == other.co_varnames
+        and plain[0] == plain[1]
+    )
