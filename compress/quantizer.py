@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .format import Scales, SourceMask
     from .keymap import KeyMap
     from .placement import Placement
-    from .source import FolderSource
+    from .source import FolderSource, StoredSource
 
 METHOD = "gossamer"
 FORMAT_VERSION = 2
@@ -163,7 +163,7 @@ class GossamerHfQuantizer(HfQuantizer):
         return True
 
 
-def source_masks(source: FolderSource) -> dict[str, SourceMask]:
+def source_masks(source: StoredSource) -> dict[str, SourceMask]:
     """Every mask of a checkpoint by key, checked against its record (bits, count, sha256)."""
     found = {key: mask for key in source.records() if (mask := source.mask(key)) is not None}
     return {key: replace(mask, record=mask.record.with_floats()) for key, mask in found.items()}

@@ -52,18 +52,19 @@ def quantise(model: nn.Module, names: Iterable[str], kind: str, dtype: torch.dty
 
 
 def _quantised(layer: Any, kind: str, dtype: torch.dtype) -> nn.Module:
-    import bitsandbytes as bnb
+    import bitsandbytes
 
+    bnb: Any = bitsandbytes.nn
     weight, transposed = layer.weight.data, isinstance(layer, Conv1D)
     rows = (weight.t() if transposed else weight).contiguous()
     sizes: dict[str, Any] = {"input_features": rows.shape[1], "output_features": rows.shape[0], "bias": False}
     made: Any
     if kind == "int8":
-        made = bnb.nn.Linear8bitLt(**sizes, has_fp16_weights=False, threshold=OUTLIERS, device="meta")
-        made.weight = bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False).to(rows.device)
+        made = bnb.Linear8bitLt(**sizes, has_fp16_weights=False, threshold=OUTLIERS, device="meta")
+        made.weight = bnb.Int8Params(rows, requires_grad=False, has_fp16_weights=False).to(rows.device)
     else:
-        made = bnb.nn.Linear4bit(**sizes, compute_dtype=dtype, quant_type=kind, device="meta")
-        made.weight = bnb.nn.Params4bit(
+        made = bnb.Linear4bit(**sizes, compute_dtype=dtype, quant_type=kind, device="meta")
+        made.weight = bnb.Params4bit(
             rows, requires_grad=False, compress_statistics=True, quant_type=kind, module=made
         ).to(rows.device)
         made.support_avx512bf16_for_cpu = False

@@ -22,7 +22,7 @@ from ..losses import LossConfig, loss_sum
 from ..methods import Attached, Method
 from ..quantised import is_quantised, origin_of, plain
 from ..tokens import TokenRows, order
-from .base import describe
+from .base import describe, writable_weight
 from .config import BY_DATA, SpielConfig
 from .layer import Linear
 from .model import PREFIX, SpielModel
@@ -215,11 +215,12 @@ def merged(model: Any, names: Sequence[str]) -> Iterator[tuple[str, Tensor, Tens
     for name in names:
         layer: Any = model.get_submodule(name)
         base, mask = layer.get_base_layer(), None
+        matrix: Tensor
         origin = origin_of(base)
         if isinstance(layer, Linear):
             layer.dequantise()
             layer.merge()
-            matrix = layer.get_base_layer().weight.data
+            matrix = writable_weight(layer.get_base_layer(), layer.base, name)
             model.spiel_reports[name] = dict(layer.reports)
             if layer.merged_mask is not None:
                 model.spiel_masks[f"{name}.weight"] = layer.merged_mask
