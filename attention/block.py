@@ -30,7 +30,8 @@ ROTATE = "apply_rotary_pos_emb"
 
 def shorten(module: nn.Module) -> None:
     """Gives a block the short way where its forward is known; others, and those with a forward of their own, stay."""
-    if "forward" not in module.__dict__ and _known(type(module)):
+    kind: Any = type(module)
+    if "forward" not in module.__dict__ and _known(kind):
         object.__setattr__(module, "forward", MethodType(_forward, module))
 
 
