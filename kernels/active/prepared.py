@@ -67,7 +67,13 @@ class Prepared:
 
         tensors: threshold, center, weights and biases, as they are now.
         """
-        if len(tensors) != len(self._tensors) or x.dtype is not self.dtype or not x.is_cpu or not x.is_contiguous() or current() is not self.tier:
+        if (
+            len(tensors) != len(self._tensors)
+            or x.dtype is not self.dtype
+            or not x.is_cpu
+            or not x.is_contiguous()
+            or current() is not self.tier
+        ):
             return None
         *lead, channels = x.shape
         batch = 1

@@ -128,7 +128,7 @@ class ThresholdLinear(SparseLinear):
         return self._start[1]
 
     def _product_of(self, x: Tensor, layers: list[ThresholdLinear]) -> tuple[list[Tensor], int | Tensor]:
-        """`active_gemv` of `layers`, whose first one this is, checked only where their tensors are not those of before."""
+        """`active_gemv` of `layers`, whose first one this is, checked where the tensors are not those of before."""
         starts = [layer.start() for layer in layers]
         own = self._buffers
         tensors = [own["threshold"], own["center"], *[layer._buffers["packed"] for layer in layers], *starts]
