@@ -19,17 +19,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from ..kernels.modules.counting import counting
-from ..kernels.modules.sparse_linear import dense_products
 from .activation.report import realised
+from .benchcheck import TOLERANCE, relative_error
 from .environment import processor_name
 from .generate import Timing, generate
-from .heads import new_cache
 from .load import load
 from .progress import Progress
 from .report import human_bytes
 
 COUNTED_TOKENS = 17
-TOLERANCE = 0.04  # relative error of logits in 16-bit arithmetic, both against the product with dense weights
 
 
 @dataclass
@@ -162,20 +160,7 @@ def _no_onednn() -> Iterator[None]:
 
 
 def _error(contender: Contender, ids: Tensor) -> float:
-    """Relative error of the last logits against torch's products with dense weights; 0 for torch's own."""
-    with torch.no_grad():
-        with contender.setting():
-            found = _last_logits(contender.model, ids)
-        with dense_products():
-            wanted = _last_logits(contender.model, ids)
-    error = ((found - wanted).norm() / wanted.norm()).item()
-    return error if error == error else float("inf")
-
-
-def _last_logits(model: Any, ids: Tensor) -> Tensor:
-    """After a pass over all but the last token and one over that: both kinds of product take part."""
-    out = model(input_ids=ids[:, :-1], past_key_values=new_cache(model, ids.shape[1]), use_cache=True)
-    return model(input_ids=ids[:, -1:], past_key_values=out.past_key_values, use_cache=True).logits[:, -1].float()
+    return relative_error(contender.model, contender.setting, ids)
 
 
 def _rows(contenders: list[Contender]) -> list[dict[str, Any]]:
