@@ -18,9 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama import modeling_llama
-from transformers.models.mistral import modeling_mistral
-from transformers.models.qwen2 import modeling_qwen2
 
 from .mask import HeadMask
 from .ragged import RaggedCache, RaggedLayer
@@ -98,11 +95,17 @@ def _known(kind: Any) -> bool:
     """Whether a class has the forward, and the rotation, of a block that `_forward` stands for."""
     if not any(_alike(kind.forward, theirs) for theirs in _blocks()):
         return False
+    from transformers.models.llama import modeling_llama
+
     rotate = inspect.unwrap(kind.forward).__globals__.get(ROTATE)
     return rotate is not None and _alike(rotate, modeling_llama.apply_rotary_pos_emb) and _rotates(rotate)
 
 
 def _blocks() -> list[Callable[..., Any]]:
+    from transformers.models.llama import modeling_llama
+    from transformers.models.mistral import modeling_mistral
+    from transformers.models.qwen2 import modeling_qwen2
+
     kinds = (modeling_llama.LlamaAttention, modeling_mistral.MistralAttention, modeling_qwen2.Qwen2Attention)
     return [kind.forward for kind in kinds if _ours(kind.forward)]
 

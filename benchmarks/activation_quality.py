@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pages import put
 from quality import append_result, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,8 +123,15 @@ def _pruned(model: Path, pattern: str, calibration: str, folder: Path) -> Path:
 
 
 def key(cell: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes two lines the same cell."""
-    return tuple(cell[name] for name in ("model", "weights", "method", "target", "seed"))
+    """What makes two lines the same cell. A target out of reach is so on any number of windows."""
+    size = ("windows", "nsamples") if "unreachable" not in cell else ()
+    return tuple(cell.get(name) for name in ("model", "weights", "method", "target", "seed", *size))
+
+
+def _both(named: dict[str, Any], size: dict[str, int], pair: tuple[str, float]) -> list[dict[str, Any]]:
+    """A cell as it stands in the results when measured, and when it was out of reach."""
+    cell = {**named, "method": pair[0], "target": pair[1]}
+    return [cell | size, cell | {"unreachable": ""}]
 
 
 def wanted(options: argparse.Namespace, model: str) -> list[tuple[str, float]]:
@@ -144,7 +152,8 @@ def run(options: argparse.Namespace) -> None:
     for model, weights in itertools.product(options.models, options.weights):
         done = {key(cell) for cell in read_results(options.results)}
         named = {"model": model, "weights": weights, "seed": options.seed}
-        todo = [p for p in wanted(options, model) if key({**named, "method": p[0], "target": p[1]}) not in done]
+        size = {"windows": options.windows, "nsamples": options.nsamples}
+        todo = [p for p in wanted(options, model) if {key(c) for c in _both(named, size, p)}.isdisjoint(done)]
         if not todo:
             continue
         with tempfile.TemporaryDirectory(prefix="gossamer-activation-") as folder:
@@ -173,7 +182,8 @@ def tables(cells: list[dict[str, Any]]) -> str:
             continue
         targets = sorted({c["target"] for c in own if c["method"] != "coreinfer"})
         parts.append(
-            f"**{model}**, dense {own[0]['before']:.3f}; perplexity (realised sparsity in percent)\n\n"
+            f"**{model}**, dense {own[0]['before']:.3f}; perplexity (realised sparsity in percent); "
+            f"{own[0]['windows']} evaluation and {own[0]['nsamples']} calibration windows, seed {own[0]['seed']}\n\n"
             f"| method | {' | '.join(f'{t:.0%}' for t in targets)} |\n|---|{'---|' * len(targets)}\n"
         )
         for method in [name for name in makers(0) if name != "coreinfer"]:
@@ -217,10 +227,7 @@ def _text(cell: dict[str, Any] | None) -> str:
 
 def render(options: argparse.Namespace) -> None:
     """Write the tables between their marks."""
-    page = options.page.read_text(encoding="utf-8")
-    start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
-    made = tables(read_results(options.results))
-    options.page.write_text(f"{page[:start]}\n\n{made}\n{page[end:]}", encoding="utf-8")
+    put(options.page, BEGIN, END, tables(read_results(options.results)))
 
 
 def main() -> None:

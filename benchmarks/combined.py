@@ -21,8 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import put
 from quality import append_result, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,13 +235,7 @@ def kilo(count: int | None) -> str:
 
 def render(results: Path, page: Path) -> None:
     """Write the tables between the marks of the page."""
-    text = page.read_text(encoding="utf-8")
-    inside = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.S)
-    if not inside.search(text):
-        sys.exit(f"{page} has no {BEGIN} ... {END}")
-    made = f"{BEGIN}\n\n{tables(read_results(results))}\n{END}"
-    page.write_text(inside.sub(lambda _: made, text), encoding="utf-8")
-    print(f"wrote {page}")
+    put(page, BEGIN, END, tables(read_results(results)))
 
 
 def main() -> None:

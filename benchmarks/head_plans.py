@@ -17,8 +17,6 @@ import argparse
 import json
 import math
 import random
-import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +27,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from pages import put
 from quality import append_result, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -302,13 +301,7 @@ def _comparison(known: dict[Any, dict[str, Any]], suite: str, model: str, figure
 
 def render(results: Path, page: Path) -> None:
     """Write the tables between the marks of the page."""
-    text = page.read_text(encoding="utf-8")
-    inside = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.S)
-    if not inside.search(text):
-        sys.exit(f"{page} has no {BEGIN} ... {END}")
-    made = f"{BEGIN}\n\n{tables(read_results(results))}\n{END}"
-    page.write_text(inside.sub(lambda _: made, text), encoding="utf-8")
-    print(f"wrote {page}")
+    put(page, BEGIN, END, tables(read_results(results)))
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from ..kernels.bitmask.dispatch import compress as packed_rows
 from ..pruning.soup import NOISE_MARGIN, Mean, Soup, check_count, greedy, uniform_weights
 from . import memory
 from .attachments import entries
-from .checkpoint import MAX_SHARD_SIZE, assemble, atomic_write_text, publish, verify
+from .checkpoint import MAX_SHARD_SIZE, assemble, atomic_write_text, partial_folder, publish, verify
 from .convert import copy_companions
 from .data import evaluation_windows, load_text, token_ids
 from .format import METADATA_KEY, dense_config, sparse_config, summarise
@@ -144,14 +144,7 @@ def _place(models: Sequence[str | Path], out: Path, overwrite: bool) -> Path:
     for model in models:
         if Path(model).exists() and Path(model).resolve() == out.resolve():
             raise RecipeError(f"{out} is one of the models", hint="write to another folder")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise RecipeError(f"{out} exists and is not empty", hint="choose another folder, or add --overwrite")
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        if not (partial / _MARKER).is_file():
-            raise RecipeError(f"{partial} holds an unfinished run", hint="finish or remove it first")
-        shutil.rmtree(partial)
-    return partial
+    return partial_folder(out, _MARKER, overwrite=overwrite)
 
 
 # ---- may they be averaged --------------------------------------------------------------------------------------------

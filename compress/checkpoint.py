@@ -59,6 +59,22 @@ def assemble(source: StoredSource, out: Path, kind: str, max_shard_size: int = M
     return files
 
 
+def partial_folder(out: Path, marker: str, *, overwrite: bool) -> Path:
+    """Where `out` is made; what a run that put `marker` there left unfinished is removed, all else is not touched.
+
+    Raises:
+        RecipeError: `out` has content and `overwrite` is not given, or the place is taken by another unfinished run.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise RecipeError(f"{out} exists and is not empty", hint="choose another folder, or add --overwrite")
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():
+        if not (partial / marker).is_file():
+            raise RecipeError(f"{partial} holds an unfinished run", hint="finish or remove it first")
+        shutil.rmtree(partial)
+    return partial
+
+
 def publish(partial: Path, out: Path, *, overwrite: bool = False) -> None:
     """Flush every file of the verified folder `partial` and rename it to `out`.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import ModelError, RecipeError
 from .activation.file import copy_policy
-from .checkpoint import KINDS, MAX_SHARD_SIZE, assemble, atomic_write_text, publish, verify
+from .checkpoint import KINDS, MAX_SHARD_SIZE, assemble, atomic_write_text, partial_folder, publish, verify
 from .converted import refresh_report
 from .format import METADATA_KEY, dense_config, sparse_config
 from .modelfolder import MASKS
@@ -77,14 +77,7 @@ def _check_place(source: FolderSource, out: Path, overwrite: bool) -> Path:
     """The partial folder for `out`; an unfinished conversion there is removed, anything else is not touched."""
     if source.folder.resolve() == out.resolve():
         raise RecipeError(f"{out} is the checkpoint itself", hint="write to another folder")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise RecipeError(f"{out} exists and is not empty", hint="choose another folder, or add --overwrite")
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        if not (partial / _MARKER).is_file():
-            raise RecipeError(f"{partial} holds an unfinished run", hint="finish or remove it first")
-        shutil.rmtree(partial)
-    return partial
+    return partial_folder(out, _MARKER, overwrite=overwrite)
 
 
 def _check_quantization(source: FolderSource) -> None:

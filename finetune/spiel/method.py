@@ -85,18 +85,8 @@ class _Adapter(Method):
 
 class _Spiel(_Adapter):
     reads = frozenset(
-        {
-            *BUDGET,
-            "allocation",
-            "selection",
-            "where",
-            "interval",
-            "window",
-            "replace",
-            "anneal",
-            "adapter_dtype",
-            "base_quant",
-        }
+        (*BUDGET, "allocation", "selection", "where", "interval", "window", "replace", "anneal")
+        + ("adapter_dtype", "base_quant")
     )
     optimizers = frozenset({"adamw", "adamw-8bit"})
     policy = "ag"
