@@ -8,6 +8,7 @@ rank. So the result does not depend on the number of processes, to the last bit.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,12 +30,19 @@ def start(device: str) -> None:
         from accelerate import PartialState
 
         PartialState(cpu=device == "cpu")
-        atexit.register(_leave)
+        atexit.register(leave)
 
 
-def _leave() -> None:
-    """A process that ends inside a group is aborted by its own network threads, and its exit code is lost."""
+def leave() -> None:
+    """Leave the process group, if there is one. No wrapped model (DDP) may be in use any more.
+
+    A process that ends inside a group is aborted by its own network threads, and its exit code is lost. And one whose
+    wrapped model outlives the group waits for ever: as the group's last holder, DDP joins those threads while it holds
+    the interpreter's lock, which they need to free their last tensors (PyTorch issue 56297). So models that nothing
+    but a cycle still holds go first.
+    """
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 

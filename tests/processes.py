@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PARENT = """
-import gc, json, os, sys, traceback
+import atexit, faulthandler, gc, json, os, sys, traceback
 import torch, transformers, accelerate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import transformers.models.llama.modeling_llama
@@ -38,6 +38,8 @@ def child(job):
     os.environ.update(job["env"])
     for number, path in ((1, job["stdout"]), (2, job["stderr"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if "RANK" in job["env"]:  # a rank that waits for ever says where
+        faulthandler.dump_traceback_later(200, exit=True, file=2)
     sys.argv = ["gossamer", *job["words"]]
     code = 0
     try:
@@ -48,6 +50,7 @@ def child(job):
     except BaseException:
         traceback.print_exc()
         code = 1
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

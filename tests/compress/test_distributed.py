@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -388,6 +389,22 @@ def as_rank(monkeypatch):
         monkeypatch.setattr(distributed, "rank", lambda: rank)
 
     return pretend
+
+
+def test_wrapped_models_end_before_their_group(monkeypatch):
+    """The other way round, a process waits for its own network threads for ever."""
+
+    class Wrapped:
+        def __init__(self) -> None:
+            self.trainer = self  # only a cycle holds it
+
+    gone = weakref.ref(Wrapped())
+    assert gone() is not None
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: alive.append(gone()))
+    alive: list[object] = []
+    distributed.leave()
+    assert alive == [None]
 
 
 @pytest.mark.parametrize(("count", "world"), [(5, 1), (5, 2), (7, 3), (2, 4), (6, 3)])

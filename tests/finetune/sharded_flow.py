@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import mse_loss
 
+from gossamer.compress.distributed import leave
 from gossamer.finetune.sharded import remember, restore
 from gossamer.pruning.flow import Flow, FlowMatrix, FlowOptions
 from gossamer.pruning.pattern import NM
@@ -73,7 +74,7 @@ def child(folder: str, kind: str, tail: float, whole_again: bool) -> Any:
     dist.init_process_group("gloo")
     digests, whole = train(kind, tail, whole_again)
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
     torch.save(whole, Path(folder) / f"{rank}.pt")
     digests["weights"] = hashlib.sha256(b"".join(w.numpy().tobytes() for w in whole.values())).hexdigest()
     (Path(folder) / f"{rank}.json").write_text(json.dumps(digests))
