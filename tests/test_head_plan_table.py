@@ -14,17 +14,20 @@ combined = pytest.importorskip("combined")
 retrieval_model = pytest.importorskip("retrieval_model")
 
 
-def test_every_asked_value_was_said_before():
-    ids, counted = retrieval_model.sequences(3, 64, torch.Generator().manual_seed(0), 0.5)
-    assert ids.shape == counted.shape == (3, 64)
-    for row, asked in zip(ids.tolist(), counted, strict=True):
-        pairs = list(zip(row[1:-1:2], row[2::2], strict=False))
-        first = [p for p, place in zip(pairs, range(2, 64, 2), strict=False) if not asked[place]]
-        later = [p for p, place in zip(pairs, range(2, 64, 2), strict=False) if asked[place]]
-        assert len(dict(first)) == len(first)  # every key once
-        assert len(later) == 15
-        assert all(pair in first for pair in later)
-        assert row[0] == retrieval_model.START
+def test_every_question_has_one_answer_in_the_context():
+    of = retrieval_model
+    for length, asked in ((32, 7), (64, 15), (1024, 128)):  # of a quarter questions; no more than there are entries
+        ids, counted = of.sequences(3, length, torch.Generator().manual_seed(0), 0.25)
+        assert ids.shape == counted.shape == (3, length)
+        for row, answers in zip(ids.tolist(), counted.tolist(), strict=True):
+            entries = [divmod(token, of.VALUES) for token in row if token < of.QUESTION]
+            places = [place for place, answer in enumerate(answers) if answer]
+            questions = [(row[p - 1] - of.QUESTION, row[p] - of.ANSWER) for p in places]
+            assert len(dict(entries)) == len(entries) == min((length - 1) // 4, of.KEYS)  # every key at most once
+            assert len(dict(questions)) == len(questions) == asked
+            assert set(questions) <= set(entries)
+            assert places == list(range(length - 2 * asked + 1, length, 2))
+            assert row[0] == of.START and row.count(of.START) == 1
 
 
 def test_tables():
