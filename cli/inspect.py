@@ -51,7 +51,8 @@ def inspect(
 ) -> None:
     """Show layers, sparsity, patterns, masks and bytes of MODEL. No weight is changed."""
     if activation:
-        _show_activation(model, data, seqlen, windows, json, trust_remote_code)
+        origin = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+        _show_activation(model, data, seqlen, windows, json, origin)
         return
     if data or seqlen or windows:
         raise RecipeError("--data, --seqlen and --windows belong to --activation", hint="add --activation")
@@ -68,15 +69,13 @@ def inspect(
 
 
 def _show_activation(
-    model: str, data: str | None, seqlen: int | None, windows: int | None, as_json: bool, trust_remote_code: bool
+    model: str, data: str | None, seqlen: int | None, windows: int | None, as_json: bool, origin: dict[str, Any]
 ) -> None:
     from ..compress.activation.inspect import inspect_activation
     from ..compress.stage_recipes.evaluate import DEFAULT_EVALUATION
     from .console import show_json, show_lines, show_table
 
-    found = inspect_activation(
-        model, data or DEFAULT_EVALUATION, seqlen=seqlen, windows=windows or 16, trust_remote_code=trust_remote_code
-    )
+    found = inspect_activation(model, data or DEFAULT_EVALUATION, seqlen=seqlen, windows=windows or 16, **origin)
     if as_json:
         show_json(found)
         return

@@ -27,7 +27,8 @@ def test_every_question_has_one_answer_in_the_context():
             assert len(dict(questions)) == len(questions) == asked
             assert set(questions) <= set(entries)
             assert places == list(range(length - 2 * asked + 1, length, 2))
-            assert row[0] == of.START and row.count(of.START) == 1
+            assert row[0] == of.START
+            assert row.count(of.START) == 1
 
 
 def test_tables():

@@ -46,11 +46,13 @@ def inspect_activation(
     windows: int | None = 16,
     machine: Machine | None = None,
     progress: Progress | None = None,
+    revision: str | None = None,
+    token: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """CETT curves per layer, PPL-1% and PPL-5%, and the realised sparsity of the policy that the checkpoint carries."""
     machine, progress = machine or Machine(), progress or Progress()
-    source = open_source(str(model))
+    source = open_source(str(model), revision, token)
     dtype = evaluation_dtype(machine)
     streamed = StreamedModel.open(source, source.folder, dtype=dtype, trust_remote_code=trust_remote_code)
     length = sequence_length(seqlen, streamed.max_positions, "--seqlen")
