@@ -196,6 +196,22 @@ void multiply(Random& random, const Exact& matrix, const Header& header, const E
     }
 }
 
+// The dense matrix transposed, bit for bit, on every tier and any number of threads.
+void expand_whole(Random& random, const Exact& matrix, const Header& header, const Exact& weight) {
+    for (int i = 0; i < kTiers; ++i) {
+        const Tier* tier = tier_at(i);
+        if (tier == nullptr) continue;
+        const Exact weight_t(2 * header.rows * header.cols, 0xFF);
+        dual_expand(*tier, matrix.as(), weight_t.as<std::uint16_t>(), static_cast<int>(random.between(1, 4)));
+        for (std::int64_t o = 0; o < header.rows; ++o) {
+            for (std::int64_t c = 0; c < header.cols; ++c) {
+                expect(weight_t.as<std::uint16_t>()[c * header.rows + o] == weight.as<std::uint16_t>()[o * header.cols + c],
+                       std::string(tier->name) + ": the dense matrix has another value");
+            }
+        }
+    }
+}
+
 Outcome run(Random& random, const Bytes& bytes) {
     const Exact matrix(bytes);
     if (dual::find_fault(matrix.as(), matrix.size()) != nullptr) return Outcome::kRefused;
@@ -216,6 +232,7 @@ Outcome run(Random& random, const Bytes& bytes) {
     expect(bitmask::expand(values.as(), bits.as(), header.rows, header.cols, 2, weight.as(), header.nnz) == header.nnz,
            "expand found another number of values");
     multiply(random, matrix, header, weight);
+    expand_whole(random, matrix, header, weight);
     return Outcome::kRan;
 }
 
