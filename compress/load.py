@@ -15,7 +15,7 @@ from .attachments import apply_attachments, attaching
 from .keymap import KeyMap
 from .memory import release
 from .modelfolder import SPARSE, SPARSE_INDEX, find_weights, read_config, resolve_folder
-from .placement import Placed, RuntimeOptions, adopt_dense, check_backend, runtime
+from .placement import Placed, RuntimeOptions, adopt, check_backend, runtime
 from .quantizer import METHOD, GossamerConfig, source_masks
 from .saving import attach
 from .source import FolderSource
@@ -70,7 +70,7 @@ def load(
     if not hasattr(model, "gossamer_runtime"):
         model.gossamer_runtime = Placed(how)
         if packed:
-            adopt_dense(model)
+            adopt(model)
     if attachments:
         apply_attachments(model, folder)
     check_backend(model, backend)

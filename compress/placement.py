@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..attention.decode import adopt_attention
 from ..errors import CheckpointError, KernelError, RecipeError
 from ..kernels.backend import NAMES as BACKENDS
 from ..kernels.backend import choose as choose_backend
@@ -189,7 +190,7 @@ class Placement:
         if self._packed:
             _leave_file(model)
         if self.options.packed:
-            adopt_dense(model)
+            adopt(model)
         model.gossamer_runtime = self.placed
         self._packed = {}
 
@@ -246,8 +247,9 @@ def check_backend(model: Any, backend: str) -> None:
         )
 
 
-def adopt_dense(model: Any) -> None:
-    """Plain linear layers on the CPU take our product for few tokens; only their class changes."""
+def adopt(model: Any) -> None:
+    """On the CPU, attention and plain linear layers take our kernels for few tokens; only the layers' class changes."""
+    adopt_attention(model)
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.is_cpu:
             DenseLinear.adopt(module)
