@@ -93,12 +93,12 @@ def _layer(module: Any, hidden: Tensor, rotation: Any, mask: Any, past: Any) -> 
 @cache
 def _known(kind: Any) -> bool:
     """Whether a class has the forward, and the rotation, of a block that `_forward` stands for."""
-    if not any(_alike(kind.forward, theirs) for theirs in _blocks()):
+    if not any(alike(kind.forward, theirs) for theirs in _blocks()):
         return False
     from transformers.models.llama import modeling_llama
 
     rotate = inspect.unwrap(kind.forward).__globals__.get(ROTATE)
-    return rotate is not None and _alike(rotate, modeling_llama.apply_rotary_pos_emb) and _rotates(rotate)
+    return rotate is not None and alike(rotate, modeling_llama.apply_rotary_pos_emb) and _rotates(rotate)
 
 
 def _blocks() -> list[Callable[..., Any]]:
@@ -130,7 +130,7 @@ def _rotates(rotate: Callable[..., Any]) -> bool:
     return torch.equal(rotate(x, x, cos[0], sin[0])[0], wanted)
 
 
-def _alike(one: Any, other: Any) -> bool:
+def alike(one: Any, other: Any) -> bool:
     """Whether two functions are the same code, wherever it stands."""
     first, second = (getattr(inspect.unwrap(function), "__code__", None) for function in (one, other))
     return first is not None and second is not None and _same_code(first, second)

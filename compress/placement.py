@@ -37,6 +37,7 @@ from ..kernels.modules.sparse_linear import PREFILL, SparseLinear
 from .experts import EXPERTS
 from .format import MatrixRecord, Scales, SourceMask
 from .keymap import Group, KeyMap
+from .norms import adopt_norms
 from .parametermasks import converted_masks
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
@@ -248,8 +249,9 @@ def check_backend(model: Any, backend: str) -> None:
 
 
 def adopt(model: Any) -> None:
-    """On the CPU, attention and plain linear layers take our kernels for few tokens; only the layers' class changes."""
+    """On the CPU, attention, norms and plain linear layers take our kernels for few tokens; nothing of it is saved."""
     adopt_attention(model)
+    adopt_norms(model)
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.is_cpu:
             DenseLinear.adopt(module)

@@ -14,6 +14,7 @@
 #include "gemv.h"
 #include "memory.h"
 #include "neuron.h"
+#include "norm.h"
 #include "parallel.h"
 #include "tiers.h"
 #include "tiles.h"
@@ -24,7 +25,7 @@ namespace nb = nanobind;
 namespace {
 
 // Raised whenever a signature changes, so that a stale build is noticed (kernels/extension.py).
-constexpr int kInterface = 7;
+constexpr int kInterface = 8;
 
 using Address = std::uintptr_t;
 
@@ -179,6 +180,12 @@ void define_window(nb::module_& m) {
     }, nb::call_guard<nb::gil_scoped_release>());
 }
 
+void define_norm(nb::module_& m) {
+    m.def("rms_norm", [](int dtype, Address x, Address weight, std::int64_t rows, std::int64_t cols, float epsilon, Address y) {
+        gossamer::rms_norm(dtype, at<const void>(x), at<const void>(weight), rows, cols, epsilon, at<void>(y));
+    });  // a few microseconds: not worth giving the interpreter's lock away
+}
+
 }  // namespace
 
 NB_MODULE(_C, m) {
@@ -190,4 +197,5 @@ NB_MODULE(_C, m) {
     define_dual(m);
     define_neuron(m);
     define_window(m);
+    define_norm(m);
 }

@@ -1,0 +1,1 @@
+"""Root mean square norm of a few rows. `dispatch` has the public name."""
