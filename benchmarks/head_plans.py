@@ -233,7 +233,7 @@ def influence_cell(case: Case, items: int, rules_per_head: int) -> dict[str, Any
 
 def cells(options: argparse.Namespace, done: set[Any]) -> Iterator[dict[str, Any]]:
     """Everything asked for that is not done."""
-    size = {"nsamples": 2, "held": 2, "windows": 4} if options.smoke else {"nsamples": 32, "held": 8, "windows": 100}
+    size = {"nsamples": 2, "held": 2, "windows": 4} if options.smoke else {"nsamples": 32, "held": 32, "windows": 100}
     densities = options.densities[:1] if options.smoke else options.densities
     for name in options.models[:1] if options.smoke else options.models:
         wanted = [

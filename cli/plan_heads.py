@@ -171,7 +171,7 @@ def plan_heads(
     validation_samples: Annotated[
         Optional[int],
         typer.Option(
-            metavar="N", help="Held-out sequences. \\[default: 8]", rich_help_panel=o.DATA, show_default=False
+            metavar="N", help="Held-out sequences. \\[default: 16]", rich_help_panel=o.DATA, show_default=False
         ),
     ] = None,
     probe: Annotated[

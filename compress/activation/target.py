@@ -1,8 +1,9 @@
 """The highest sparsity within a limit of the perplexity: PPL-p% of the Sparsing Law (Luo et al. 2024), for any policy.
 
 The increase of the perplexity over the dense model is measured on validation windows that calibration does not see,
-paired per window. Its logarithm is nearly a straight line in the logit of the sparsity; the search follows it, keeps a
-bracket, and stops within SLACK of the limit.
+paired per window. What must stay within the limit is that increase plus its standard error, so that other text of the
+kind is likely to stay within it too. Its logarithm is nearly a straight line in the logit of the sparsity; the search
+follows it, keeps a bracket, and stops within SLACK of the limit.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from ...activation_sparsity.base import Policy
 from ...errors import RecipeError
 
-SLACK = 0.1  # of the limit: an increase of (1 - SLACK) to 1 times it is good enough
+SLACK = 0.1  # of the limit: (1 - SLACK) to 1 times it is good enough
 MOST = 8  # policies that are made
 LOWEST, FIRST = 0.02, 0.3
 
@@ -28,6 +29,11 @@ class Found:
     increase: float
     error: float
 
+    @property
+    def bound(self) -> float:
+        """What the increase on other text of the kind exceeds one time in six."""
+        return self.increase + self.error
+
 
 def highest_sparsity(
     make: Callable[[float], Policy],
@@ -36,7 +42,7 @@ def highest_sparsity(
     highest: float,
     log: Callable[[str], None] = lambda _: None,
 ) -> Found:
-    """The policy of the highest sparsity found with an increase of at most `limit`.
+    """The policy of the highest sparsity found whose increase, with its standard error, is at most `limit`.
 
     RecipeError, with what is reachable, when even LOWEST costs more.
     """
@@ -49,14 +55,14 @@ def highest_sparsity(
         policy = make(sparsity)
         found = Found(sparsity, policy, *measure(policy))
         log(f"sparsity {sparsity:.1%}: perplexity {found.increase:+.2%} ± {found.error:.2%} on validation text")
-        points.append((sparsity, found.increase))
-        if least is None or found.increase <= least.increase:
+        points.append((sparsity, found.bound))
+        if least is None or found.bound <= least.bound:
             least = found
-        if found.increase <= limit:
+        if found.bound <= limit:
             low = sparsity
             if best is None or sparsity > best.sparsity:
                 best = found
-            if found.increase >= (1 - SLACK) * limit or high - low < 0.002 or sparsity >= high:
+            if found.bound >= (1 - SLACK) * limit or high - low < 0.002 or sparsity >= high:
                 break
         else:
             high = sparsity
@@ -67,8 +73,8 @@ def highest_sparsity(
         assert least is not None
         raise RecipeError(
             f"no sparsity keeps the increase of the perplexity within {limit:.2%}: {least.sparsity:.1%} already costs "
-            f"{least.increase:.2%}",
-            hint=f"ask for at least {math.ceil(least.increase * 1000) / 10:g}%, or use a larger --nsamples",
+            f"{least.increase:.2%} ± {least.error:.2%}",
+            hint=f"ask for at least {math.ceil(least.bound * 1000) / 10:g}%, or use a larger --nsamples",
         )
     return best
 

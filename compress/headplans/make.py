@@ -22,7 +22,7 @@ from .settings import Settings
 from .texts import HeadTexts
 from .validate import Verdict, judge
 
-REFINED_ON = 4  # calibration sequences of the longest length
+REFINED_ON = 8  # calibration sequences of the longest length
 GENERATED = 1024  # tokens of the decode whose cost is predicted, at most an eighth of the prompt
 
 

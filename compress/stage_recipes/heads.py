@@ -26,7 +26,7 @@ class HeadsStage(BaseStage):
     calibration: str | None = None
     nsamples: int = Field(32, ge=1)
     validation: str | None = None
-    validation_samples: int = Field(8, ge=1)
+    validation_samples: int = Field(16, ge=1)
     answers: Literal["given", "own"] = Field("given", description="own: the model's own answers to the prompts")
     loss: HeadLoss = Field("all", description="predicted loss to minimise; all: group, and a plan of each other one")
     sinks: tuple[int, ...] | None = None

@@ -27,7 +27,7 @@ from ..recipe import DEFAULT_CALIBRATION
 from ..stage_recipes.activation import ActivationStage
 from .base import Context, StageReport
 
-VALIDATION = 0.25  # of as many windows as calibration has, beyond them: where a perplexity target is measured
+VALIDATION = 1  # times as many windows as calibration has, beyond them: where a perplexity target is measured
 RESIDENT = 0.5  # of the memory limit: blocks of a model that takes less stay in memory
 HIDDEN_COPIES = 4  # of the hidden states: embedded, walking, dense inputs of the survey, gradients
 

@@ -296,6 +296,11 @@ def test_the_highest_sparsity_within_a_limit_is_bracketed() -> None:
     with pytest.raises(RecipeError, match=r"2\.0% already costs 5\.00%") as caught:
         highest_sparsity(make, lambda p: (0.05, 0.0), 0.01, 0.9)
     assert "5%" in str(caught.value)
+    noisy = highest_sparsity(make, lambda p: (0.3 * p.facts["s"] ** 3, 0.004), 0.01, 0.9)
+    assert 0.9 * 0.01 <= noisy.increase + 0.004 <= 0.01  # what is not certain does not count as within the limit
+    with pytest.raises(RecipeError, match=r"already costs 0\.10% ± 1\.00%") as caught:
+        highest_sparsity(make, lambda p: (0.001, 0.01), 0.01, 0.9)
+    assert "1.1%" in str(caught.value)
     all_ = highest_sparsity(make, lambda p: (0.0001, 0.0), 0.01, 0.9)
     assert all_.sparsity == pytest.approx(0.9, abs=0.01)
 
