@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.modules.neuron_subset import NeuronSubsetMLP
 from ..kernels.modules.sparse_linear import dense_products
 from ..kernels.modules.thresholds import ThresholdLinear
 from .heads import new_cache
@@ -24,7 +25,7 @@ def relative_error(model: Any, setting: Callable[[], AbstractContextManager[obje
     by block further (0.44 at the end of 22 random ones), so the logits prove nothing.
     """
     with torch.no_grad():
-        layers = [module for module in model.modules() if isinstance(module, ThresholdLinear)]
+        layers = _skipping(model)
         if layers:
             with setting():
                 return _largest(model, layers, ids)
@@ -32,6 +33,12 @@ def relative_error(model: Any, setting: Callable[[], AbstractContextManager[obje
             found = _last_logits(model, ids)
         with dense_products():
             return _between(found, _last_logits(model, ids))
+
+
+def _skipping(model: Any) -> list[ThresholdLinear]:
+    """The layers that skip inputs by themselves; that of an MLP of core neurons is told which, by the MLP."""
+    told = {module.down for module in model.modules() if isinstance(module, NeuronSubsetMLP)}
+    return [module for module in model.modules() if isinstance(module, ThresholdLinear) and module not in told]
 
 
 def _largest(model: Any, layers: list[ThresholdLinear], ids: Tensor) -> float:

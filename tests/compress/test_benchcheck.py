@@ -5,11 +5,12 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import pytest
-from activation_cases import family_with, ids, linear_policy
+from activation_cases import core_policy, family_with, ids, linear_policy
 
 import gossamer
 from gossamer.compress.benchcheck import TOLERANCE, relative_error
 from gossamer.kernels.modules import thresholds
+from gossamer.kernels.modules.neuron_subset import NeuronSubsetMLP
 
 
 @pytest.fixture
@@ -38,3 +39,15 @@ def test_one_wrong_product_is_seen(model, monkeypatch, wrong):
 
     monkeypatch.setattr(thresholds, "active_gemv", broken)
     assert error(model, ids(1, 9)) > TOLERANCE
+
+
+@pytest.mark.parametrize("weights", [1.0, float("nan")])
+def test_core_neurons_are_proved_by_the_logits(tmp_path, weights):
+    """Their layer skips what its MLP says, and nothing by itself: it must not be asked."""
+    model = gossamer.load(family_with("llama", tmp_path / "m", core_policy("llama")))
+    found = error(model, ids(1, 9))
+    assert found < TOLERANCE
+    for module in model.modules():
+        if isinstance(module, NeuronSubsetMLP):
+            module.register_forward_hook(lambda _, __, y: y * weights)
+    assert (error(model, ids(1, 9)) > TOLERANCE) == (weights != 1.0)
