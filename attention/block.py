@@ -1,9 +1,9 @@
 """One token through an attention block of the Llama kind: what its `forward` computes, in half as many operations.
 
 For one token the Python of a block, its rotation and its views cost more than attention over some hundred keys. Blocks
-whose forward is known to the letter get one that computes the same, bit for bit, for one token with a ragged cache on
-the CPU; everything else goes to their own. Query and key are rotated in one piece: with halves swapped and the signs of
-rotate_half in the sine,
+whose forward is known to the letter get one that computes the same, bit for bit, for one token on the CPU with a ragged
+cache, or with another and our attention function (decode.py); everything else goes to their own. Query and key are
+rotated in one piece: with halves swapped and the signs of rotate_half in the sine,
 
     x cos + rotate_half(x) sin = x cos + swap(x) (-sin_1, sin_2)
 """
@@ -12,29 +12,33 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache
-from types import CodeType, MethodType
+from functools import cache, partial
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
+from .decode import NAME, decode_attention
 from .mask import HeadMask
 from .ragged import RaggedCache, RaggedLayer
+from .shared import Rotation
 
 ROTATE = "apply_rotary_pos_emb"
+_last = Rotation()  # of the step that a model is at
 
 
 def shorten(module: nn.Module) -> None:
     """Gives a block the short way where its forward is known; others, and those with a forward of their own, stay."""
     kind: Any = type(module)
     if "forward" not in module.__dict__ and _known(kind):
-        object.__setattr__(module, "forward", MethodType(_forward, module))
+        object.__setattr__(module, "forward", partial(_forward, module))  # unlike a bound method it can be pickled
 
 
 def restore(module: nn.Module) -> None:
     """Takes the short way away."""
-    if getattr(module.__dict__.get("forward"), "__func__", None) is _forward:
+    if getattr(module.__dict__.get("forward"), "func", None) is _forward:
         del module.__dict__["forward"]
 
 
@@ -47,17 +51,23 @@ def _forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     layer = _layer(self, hidden_states, position_embeddings, attention_mask, past_key_values)
-    if layer is None:
+    if layer is None and not _ordinary(self, hidden_states, position_embeddings, attention_mask, past_key_values):
         return type(self).forward(
             self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
         )
     query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
     value = self.v_proj(hidden_states)
     batch, width = query.shape[0], self.head_dim
-    cos, sin = layer.shared.rotation(*position_embeddings)
+    rotation = _last if layer is None else layer.shared.rotation
+    cos, sin = rotation(*position_embeddings)
     both = torch.cat([query, key], 2).view(batch, -1, width)
     turned = both * cos + both.view(batch, -1, 2, width // 2).flip(2).view(both.shape) * sin
     heads = query.shape[2] // width
+    if layer is None:
+        new = (turned[:, heads:, None], value.view(batch, -1, 1, width))
+        keys, values = past_key_values.update(*new, self.layer_idx)
+        out, _ = decode_attention(self, turned[:, :heads, None], keys, values, None, scaling=self.scaling, **kwargs)
+        return self.o_proj(out.view(batch, 1, -1)), None
     out = layer.take_one(
         turned[:, :heads].contiguous(), turned[:, heads:].contiguous(), value.view(batch, -1, width), self.scaling,
         attention_mask.reach,
@@ -68,26 +78,40 @@ def _forward(
 def _layer(module: Any, hidden: Tensor, rotation: Any, mask: Any, past: Any) -> RaggedLayer | None:
     """The layer that takes this token; None where the block's own forward has to see to it."""
     if (
-        hidden.shape[1] != 1
-        or not isinstance(past, RaggedCache)
+        not isinstance(past, RaggedCache)
         or not isinstance(mask, HeadMask)
         or mask.other is not None
         or mask.new_tokens is not None
-        or not hidden.is_cpu
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
+        or not _one_token(module, hidden, rotation)
     ):
         return None
     layer = past.layers[module.layer_idx]
-    fits = (
-        layer.store is not None
-        and layer.pending is None
-        and layer.store.keys.dtype is hidden.dtype
+    fits = layer.store is not None and layer.pending is None and layer.store.keys.dtype is hidden.dtype
+    return layer if fits else None
+
+
+def _ordinary(module: Any, hidden: Tensor, rotation: Any, mask: Any, past: Any) -> bool:
+    """Whether a cache of transformers takes this token, and our attention function follows."""
+    return (
+        mask is None
+        and isinstance(past, Cache)
+        and not isinstance(past, RaggedCache)
+        and module.config._attn_implementation == NAME
+        and not module.training
+        and _one_token(module, hidden, rotation)
+    )
+
+
+def _one_token(module: Any, hidden: Tensor, rotation: Any) -> bool:
+    return (
+        hidden.shape[1] == 1
+        and hidden.is_cpu
         and rotation[0].dtype is hidden.dtype
         and rotation[0].shape[-1] == module.head_dim
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
     )
-    return layer if fits else None
 
 
 @cache

@@ -57,7 +57,7 @@ def decode_attention(
     scale = width**-0.5 if scaling is None else scaling
     rows = key.shape[0] * key.shape[1] * key.shape[2]
     out = window_attention(
-        query.reshape(batch, heads, width),
+        query.reshape(batch, heads, width).contiguous(),
         key.view(rows, width),
         value.view(rows, width),
         _every_key(batch, key.shape[1], key.shape[2]),

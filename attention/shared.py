@@ -15,6 +15,20 @@ from .plan import HeadPlan
 PREFILL = {"blocks": chunk.attend, "flex": flex.attend}  # how several tokens at once attend
 
 
+class Rotation:
+    """cos, and sin with its first half negated (block.py); computed once for all layers that bring the same."""
+
+    def __init__(self) -> None:
+        self._known: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __call__(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        known = self._known
+        if known is None or known[0] is not cos or known[1] is not sin:
+            half = sin.shape[-1] // 2
+            known = self._known = cos, sin, torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        return cos, known[2]
+
+
 class Shared:
     """Rules, layouts, and the token that all layers are about to take.
 
@@ -28,7 +42,7 @@ class Shared:
         self._rules: Rules | None = None
         self._layout: Layout | None = None
         self._step: tuple[Any, Step] | None = None
-        self._rotation: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        self.rotation = Rotation()
 
     def layout(self, counts: tuple[int, ...], device: torch.device) -> Layout:
         """For sequences of `counts` tokens; the same object for all layers that ask for the same."""
@@ -45,12 +59,6 @@ class Shared:
             self._step = (id(layout), counts), Step.of(layout, counts, tuple(self.windows))
         return self._step[1]
 
-    def rotation(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, and sin with its first half negated (block.py); computed once for all layers that bring the same."""
-        if self._rotation is None or self._rotation[0][0] is not cos or self._rotation[0][1] is not sin:
-            half = sin.shape[-1] // 2
-            self._rotation = (cos, sin), (cos, torch.cat([-sin[..., :half], sin[..., half:]], -1))
-        return self._rotation[1]
-
     def forget(self) -> None:
-        self._layout = self._step = self._rotation = None
+        self._layout = self._step = None
+        self.rotation = Rotation()

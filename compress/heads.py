@@ -12,6 +12,7 @@ from typing import Any, Literal
 from transformers.generation.configuration_utils import GenerationMode
 
 from ..attention.block import restore, shorten
+from ..attention.decode import NAME as DECODE
 from ..attention.function import NAME, HeadsOfLayer, register
 from ..attention.plan import HeadPlan
 from ..attention.ragged import RaggedCache
@@ -76,7 +77,8 @@ def remove(model: Any) -> Any:
     model.set_attn_implementation(applied.before)
     for module in model.modules():
         module.__dict__.pop(NAME, None)
-        restore(module)
+        if applied.before != DECODE:  # with that one, the short way was there before
+            restore(module)
     model.__dict__.pop("_prepare_cache_for_generation", None)
     return model
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..attention.block import shorten
 from ..attention.decode import adopt_attention
 from ..errors import CheckpointError, KernelError, RecipeError
 from ..kernels.backend import NAMES as BACKENDS
@@ -253,6 +254,7 @@ def adopt(model: Any) -> None:
     adopt_attention(model)
     adopt_norms(model)
     for module in model.modules():
+        shorten(module)
         if type(module) is nn.Linear and module.weight.is_cpu:
             DenseLinear.adopt(module)
 
