@@ -13,13 +13,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache, partial
-from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from .alike import alike
 from .decode import NAME, decode_attention
 from .mask import HeadMask
 from .ragged import RaggedCache, RaggedLayer
@@ -152,19 +152,3 @@ def _rotates(rotate: Callable[..., Any]) -> bool:
     swapped = x.view(1, 1, 1, 2, 4).flip(3).view(x.shape)
     wanted = x * cos + swapped * torch.cat([-sin[..., :4], sin[..., 4:]], -1)
     return torch.equal(rotate(x, x, cos[0], sin[0])[0], wanted)
-
-
-def alike(one: Any, other: Any) -> bool:
-    """Whether two functions are the same code, wherever it stands."""
-    first, second = (getattr(inspect.unwrap(function), "__code__", None) for function in (one, other))
-    return first is not None and second is not None and _same_code(first, second)
-
-
-def _same_code(one: CodeType, other: CodeType) -> bool:
-    plain = [[c for c in code.co_consts if not isinstance(c, (CodeType, str))] for code in (one, other)]
-    return (
-        one.co_code == other.co_code
-        and one.co_names == other.co_names
-        and one.co_varnames == other.co_varnames
-        and plain[0] == plain[1]
-    )

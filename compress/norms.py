@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.block import alike
+from ..attention.alike import alike
 from ..kernels.arguments import CODES
 from ..kernels.backend import choose
 from ..kernels.rms_norm.dispatch import rms_norm
