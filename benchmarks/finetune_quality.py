@@ -7,9 +7,10 @@
 
 A cell is one task, method, rank, learning rate, seed, number of tokens and kind of base (float32, or quantised):
 `gossamer finetune`, then perplexity of the result on the task's test text and on the text that the model was trained
-on before (forgetting). Every learning rate of the grid is run with the first seed; the one with the lowest loss on
-held-out training rows is run with the other seeds. The test text takes no part in any choice. Each finished cell is one
-JSON line; a rerun skips the cells it finds there.
+on before (forgetting). Every learning rate of the grid is run with the first seed, and further ones, about three times
+larger or smaller, as long as the best is the last on its side; the one with the lowest loss on held-out training rows
+is run with the other seeds. The test text takes no part in any choice. Each finished cell is one JSON line; a rerun
+skips the cells it finds there.
 """
 
 from __future__ import annotations
@@ -115,6 +116,8 @@ def jobs(options: argparse.Namespace, cells: list[dict[str, Any]]) -> Iterator[J
                 yield from missing(first, cells)
                 if method == "base":
                     continue
+                while beyond := None if options.rates else next_rate(cells, first[0]):
+                    yield replace(first[0], learning_rate=beyond)
                 best = best_rate(cells, first[0])
                 yield from missing([replace(first[0], learning_rate=best, seed=s) for s in options.seeds[1:]], cells)
 
@@ -127,9 +130,23 @@ def missing(wanted: list[Job], cells: list[dict[str, Any]]) -> Iterator[Job]:
 
 def best_rate(cells: list[dict[str, Any]], like: Job) -> float:
     """The learning rate with the lowest held-out loss, all else as in `like`."""
+    return min(_tried(cells, like), key=lambda cell: cell["heldout"])["learning_rate"]
+
+
+def next_rate(cells: list[dict[str, Any]], like: Job) -> float | None:
+    """A learning rate beyond the best one, where that is the smallest or largest tried; None when it lies inside."""
+    best = best_rate(cells, like)
+    rates = sorted({cell["learning_rate"] for cell in _tried(cells, like)})
+    ladder = [float(f"{digit}e{power}") for power in range(-6, 0) for digit in (1, 3)]
+    place = ladder.index(best)
+    if best == rates[-1] and place + 1 < len(ladder):
+        return ladder[place + 1]
+    return ladder[place - 1] if best == rates[0] and place else None
+
+
+def _tried(cells: list[dict[str, Any]], like: Job) -> list[dict[str, Any]]:
     wanted = {name: value for name, value in asdict(like).items() if name != "learning_rate"}
-    found = [cell for cell in cells if _same(cell, wanted)]
-    return min(found, key=lambda cell: cell["heldout"])["learning_rate"]
+    return [cell for cell in cells if _same(cell, wanted)]
 
 
 def _same(cell: dict[str, Any], wanted: dict[str, Any]) -> bool:

@@ -20,6 +20,7 @@ from .format import METADATA_KEY
 from .jobs import MatrixJob
 from .journal import begun
 from .recipe import STAGES, Machine, Recipe
+from .shrinking import check_targets
 from .source import FolderSource
 from .stage_recipes.base import BaseStage
 from .stage_recipes.evaluate import EvaluateStage
@@ -61,6 +62,9 @@ class StagePlan:
     def said(self) -> str | None:
         """What the plan says of the stage besides its matrices, in one line."""
         return None
+
+    def check_before(self, pruned: float) -> None:
+        """RecipeError when this share of the weights of its matrices must not be zero before it."""
 
     @property
     def untie(self) -> bool:
@@ -161,7 +165,12 @@ def make_plan(
         except GossamerError as error:
             problems.append(error)
     overlap = None
-    for check in (lambda: _check_attachments(recipe, source), texts.check_overlap):
+    ordered = tuple(in_order(stages))
+    for check in (
+        lambda: _check_attachments(recipe, source),
+        lambda: check_targets(ordered, source),
+        texts.check_overlap,
+    ):
         if problems:
             break
         try:
@@ -170,7 +179,6 @@ def make_plan(
             problems.append(error)
     if problems:
         raise _all_of(problems)
-    ordered = tuple(in_order(stages))
     return Plan(model, source, skeleton, recipe, machine, device, trust_remote_code, ordered, overlap)
 
 

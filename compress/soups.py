@@ -1,12 +1,14 @@
 """Candidates of a soup on disk and in several processes: their mean, and their losses on held-out text.
 
-Every process holds the candidates that it trained. A mean is added up in each process one candidate at a time and then
+Every process trains candidates of its own, in turns; under FSDP a candidate lies in pieces on all processes, which
+train one after the other together. A mean is added up one candidate at a time in the processes that own them, and then
 over the processes by all_reduce, so no process ever holds more than two models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -21,9 +23,39 @@ from . import distributed
 Load = Callable[[], Mapping[str, Tensor]]
 
 
+def teams() -> int:
+    """How many candidates are trained at the same time: one per process, or one by all of them (FSDP)."""
+    return 1 if distributed.sharded() else distributed.world()
+
+
 def owner_of(candidate: int) -> int:
-    """The process that trains candidate number `candidate`, from 0."""
-    return candidate % distributed.world()
+    """The process that holds candidate number `candidate`, from 0, and trains it unless all of them do."""
+    return candidate % teams()
+
+
+def trains(candidate: int) -> bool:
+    """Whether this process takes part in training it."""
+    return distributed.sharded() or owner_of(candidate) == distributed.rank()
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Around the training of candidates: a failure of one process becomes that of all, where they train apart."""
+    if distributed.sharded():
+        yield
+        return
+    with distributed.agreed():
+        yield
+
+
+@contextmanager
+def own_run() -> Iterator[None]:
+    """Around the training of one candidate: one process, or one team of all."""
+    if distributed.sharded():
+        yield
+        return
+    with distributed.alone():
+        yield
 
 
 def mixed(load: Sequence[Load], weights: Sequence[float], device: torch.device) -> dict[str, Tensor]:

@@ -67,9 +67,9 @@ def view(model: nn.Module, prunable: Prunable) -> Tensor:
     return matrix_view(model, "", prunable)
 
 
-def mask_view(masks: Mapping[str, Tensor], model: nn.Module, prunable: Prunable) -> Tensor:
-    """The [out, in] view of its mask among `masks` (parameter name -> bool, in the parameter's shape)."""
-    return matrix_of(masks[prunable.parameter], prunable, owner_of(model, "", prunable))
+def matrix_in(tensors: Mapping[str, Tensor], model: nn.Module, prunable: Prunable) -> Tensor:
+    """The [out, in] view of a matrix among `tensors` (parameter name -> weights or mask, in the parameter's shape)."""
+    return matrix_of(tensors[prunable.parameter], prunable, owner_of(model, "", prunable))
 
 
 def kept_of(model: Any, jobs: Iterable[MatrixJob] = ()) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ _STATE, _MASK, _MORE = "state:", "mask:", "more:"
 
 def whole_tensors(model: Any) -> dict[str, Tensor]:
     """Everything that training may change, by name; sharded parameters are gathered, so every rank has to call it."""
-    return {name: _full(tensor) for name, tensor in changing(model).items()}
+    return {name: gathered(tensor) for name, tensor in changing(model).items()}
 
 
 def is_sharded(model: Any) -> bool:
@@ -32,7 +32,8 @@ def is_sharded(model: Any) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
-def _full(tensor: Tensor) -> Tensor:
+def gathered(tensor: Any) -> Tensor:
+    """All of a sharded tensor, on every rank; another one as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ...errors import RecipeError
 from ...finetune.tightening import Tightening
 from ...pruning.gradual import Cubic
 from ...pruning.imp import tighten
@@ -27,11 +26,6 @@ class Gradual:
 
     def plan(self, index: int, stage: GradualStage, planning: Planning) -> TargetPlan:
         """Jobs, text and curve."""
-        if distributed.sharded():
-            raise RecipeError(
-                "gradual pruning compares whole matrices while it trains, and FSDP cuts them into pieces",
-                hint="start the same command without --use_fsdp, or use stage imp",
-            )
         found = target_plan(index, stage, planning)
         curve(found, 0.0)
         return found
@@ -48,7 +42,7 @@ class Gradual:
         steps = curve(stage, masked.sparsity)
 
         def narrower(sparsity: float) -> Mapping[str, Tensor]:
-            masked.set_masks(tighten(masked.weights(), masked.matrix_masks(), _at(stage.pattern, sparsity)))
+            masked.take_masks(tighten(masked.weights(), masked.matrix_masks(), _at(stage.pattern, sparsity)))
             return masked.masks
 
         def restore(found: dict[str, Tensor]) -> None:
@@ -78,9 +72,7 @@ def curve(plan: TargetPlan, initial: float) -> Cubic:
     stage = plan.stage
     assert isinstance(stage, GradualStage)
     begin, end = round(stage.begin * plan.steps), max(1, round(stage.end * plan.steps))
-    if isinstance(plan.pattern, Block):
-        initial = min(initial, plan.pattern.sparsity)
-    return Cubic(plan.pattern.sparsity, min(begin, end), end, stage.every, initial)
+    return Cubic(plan.pattern.sparsity, min(begin, end), end, stage.every, plan.initial(initial))
 
 
 def _at(pattern: Pattern, sparsity: float) -> Pattern:

@@ -32,7 +32,7 @@ from ..training import (
     training_needs,
     training_plan,
 )
-from ..whole import kept_of, mask_view, open_whole, write_whole
+from ..whole import kept_of, matrix_in, open_whole, write_whole
 from .base import Context, StageReport
 
 
@@ -92,7 +92,7 @@ class NmFlow:
         folder = context.part_folder(stage)
         patterns = {name: mask.pattern for name, mask in masks.items()}
         distributed.on_main(lambda: write_whole(context, model, kept, patterns, folder))
-        rows = [_row(job, mask_view(kept, model, job.prunable), stage.stage.flow) for job in stage.jobs]
+        rows = [_row(job, matrix_in(kept, model, job.prunable), stage.stage.flow) for job in stage.jobs]
         sparsity = sum(row["zeros"] for row in rows) / sum(job.size for job in stage.jobs)
         result = {
             "flow": stage.stage.flow,

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import RecipeError
 from ...finetune.schedules import Rates
 from ...finetune.tokens import TokenRows
-from ...pruning.imp import MIXED, Phase, phase_patterns, run_phases, tighten
+from ...pruning.imp import MIXED, Phase, phase_patterns, phase_rate, run_phases, tighten
 from ...pruning.mask import Mask
 from ...pruning.pattern import Pattern, Unstructured, parse_pattern
 from .. import distributed
@@ -30,10 +30,12 @@ from ..stage_recipes.imp import ImpStage
 from ..stage_recipes.prune import PruneStage
 from ..stage_recipes.target import TargetStage
 from ..training import TrainingPlan, training_plan
-from ..whole import kept_of, mask_view, open_whole, view, write_whole
-from ..wholestate import StateFile, is_sharded, load_tensors, whole_tensors, write_state
+from ..whole import kept_of, matrix_in, open_whole, view, write_whole
+from ..wholestate import StateFile, gathered, is_sharded, load_tensors, whole_tensors, write_state
 from .base import Context, StageReport
 from .prune import PruneRun
+
+ROUNDING = 0.005  # a whole number of zeros per row may exceed the sparsity that was asked for by this much
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,18 @@ class TargetPlan(TrainingPlan):
 
     stage: TargetStage
     pattern: Pattern = field(kw_only=True)
+
+    def check_before(self, pruned: float) -> None:
+        phase_rate(self.pattern.sparsity, 1, self.initial(pruned))
+
+    def initial(self, pruned: float) -> float:
+        """The sparsity to begin with when `pruned` of the weights are: more than the target only if that is a mistake.
+
+        Groups and blocks may be fuller than their pattern, and rows are rounded.
+        """
+        target = self.pattern.sparsity
+        more = pruned - target
+        return target if more > 0 and (more < ROUNDING or not isinstance(self.pattern, Unstructured)) else pruned
 
 
 @dataclass(frozen=True)
@@ -95,11 +109,14 @@ class Masked:
         self.patterns: dict[str, set[str]] = {}
 
     def weights(self) -> dict[str, Tensor]:
-        return {job.name: view(self.model, job.prunable) for job in self.plan.jobs}
+        """[out, in] of every matrix, to read. While parameters are sharded, every rank has to call it."""
+        names = dict.fromkeys(job.prunable.parameter for job in self.plan.jobs)
+        whole = {name: gathered(self.model.get_parameter(name).data) for name in names}
+        return {job.name: matrix_in(whole, self.model, job.prunable) for job in self.plan.jobs}
 
     def matrix_masks(self) -> dict[str, Mask]:
         return {
-            job.name: Mask.from_bool(mask_view(self.masks, self.model, job.prunable).contiguous(), "")
+            job.name: Mask.from_bool(matrix_in(self.masks, self.model, job.prunable).contiguous(), "")
             for job in self.plan.jobs
         }
 
@@ -117,19 +134,26 @@ class Masked:
             `damage`: ||W - W_pruned|| / ||W|| over all parameters; `pruned`: share of the remaining weights that went.
         """
         before = sum(float(p.double().square().sum()) for p in self.model.parameters())
-        gone = remaining = went = 0.0
+        share = self.take_masks(found)
+        gone = 0.0
+        for job in self.plan.jobs:
+            keep, weight = matrix_in(self.masks, self.model, job.prunable), view(self.model, job.prunable)
+            gone += float(weight[~keep].double().square().sum())
+            weight.masked_fill_(~keep, 0.0)
+        return {"damage": (gone / before) ** 0.5 if before else 0.0, "pruned": share}
+
+    def take_masks(self, found: dict[str, Mask]) -> float:
+        """Take over masks of the matrices, weights untouched; the share of the remaining weights that they prune."""
+        remaining = went = 0
         self.patterns = {}
         for job in self.plan.jobs:
-            keep = found[job.name].to_bool()
-            mask, weight = mask_view(self.masks, self.model, job.prunable), view(self.model, job.prunable)
-            keep = keep.to(mask.device)
+            mask = matrix_in(self.masks, self.model, job.prunable)
+            keep = found[job.name].to_bool().to(mask.device)
             remaining += int(mask.sum())
             went += int((mask & ~keep).sum())
-            gone += float(weight[~keep].double().square().sum())
             mask.copy_(keep)
-            weight.masked_fill_(~keep, 0.0)
             self.patterns.setdefault(job.prunable.parameter, set()).add(found[job.name].pattern)
-        return {"damage": (gone / before) ** 0.5 if before else 0.0, "pruned": went / remaining if remaining else 0.0}
+        return went / remaining if remaining else 0.0
 
     def reopen(self, path: Path) -> None:
         """A fresh model with the state of `path`: after sharded training, or when a run goes on."""
@@ -194,10 +218,7 @@ class PhasedRun:
         started = time.monotonic()
         self.context.progress.working("open the model")
         masked = Masked(self.context, self.plan)
-        before = masked.sparsity
-        if not isinstance(self.plan.pattern, Unstructured):  # groups and blocks may be fuller than that already
-            before = min(before, self.plan.pattern.sparsity)
-        patterns = phase_patterns(self.plan.pattern, self.stage.phases, before)
+        patterns = phase_patterns(self.plan.pattern, self.stage.phases, self.plan.initial(masked.sparsity))
         entries = self._finished()
         if entries:
             masked.restore(self._state(len(entries)))
@@ -249,7 +270,7 @@ class PhasedRun:
         model = open_whole(inner)
         kept = kept_of(model, self.plan.jobs)
         found = {
-            job.name: Mask.from_bool(mask_view(kept, model, job.prunable).contiguous(), str(phase.pattern))
+            job.name: Mask.from_bool(matrix_in(kept, model, job.prunable).contiguous(), str(phase.pattern))
             for job in self.plan.jobs
         }
         damage = masked.set_masks(found)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import RecipeError
 from ...finetune.schedules import Rates
 from ...finetune.tokens import TokenRows
 from ...finetune.training import TrainingConfig
@@ -32,7 +31,18 @@ from .. import distributed
 from ..checkpoint import atomic_write_text
 from ..needs import Needs
 from ..plan import Plan, Planning
-from ..soups import ensemble_per_row, log_probabilities, mixed, owner_of, per_row, slopes
+from ..soups import (
+    apart,
+    ensemble_per_row,
+    log_probabilities,
+    mixed,
+    own_run,
+    owner_of,
+    per_row,
+    slopes,
+    teams,
+    trains,
+)
 from ..stage_recipes.imp import SoupStage
 from ..training import heldout_rows, metrics_entry, retrainer, training_config, training_needs
 from ..wholestate import StateFile, load_tensors, packed_masks, whole_tensors, write_state
@@ -46,12 +56,7 @@ class SoupKind:
 
     def plan(self, index: int, stage: SoupStage, planning: Planning) -> SoupPlan:
         """As `Imp.plan`, and the text on which everything is compared at the end."""
-        check_count(stage.candidates, distributed.world())
-        if distributed.sharded():
-            raise RecipeError(
-                "candidates of a soup are trained one per process, and FSDP was asked for",
-                hint="start the same command without --use_fsdp",
-            )
+        check_count(stage.candidates, teams())
         found = Imp().plan(index, stage, planning)
         rows = None
         if stage.measure is not None:
@@ -94,9 +99,9 @@ class SoupPhase:
         digest = self._agreed_digest(masked)
         paths = [folder / f"candidate-{i + 1}.safetensors" for i in range(self.stage.candidates)]
         last = phase.number == phase.of
-        with distributed.agreed():
+        with apart():
             for index, path in enumerate(paths):
-                if owner_of(index) == distributed.rank() and not path.exists():
+                if trains(index) and not path.exists():
                     self._train(masked, phase, index, rates, folder, last)
         entries = self._collect(paths, masked, digest)
         chosen = self._choose(masked, paths, entries, last)
@@ -136,10 +141,10 @@ class SoupPhase:
         ]
 
     def _train(self, masked: Masked, phase: Phase, index: int, rates: Rates, folder: Path, last: bool) -> None:
-        """One candidate, by this process alone; its state appears when it is complete."""
+        """One candidate, by this process or by all; its state appears when it is complete."""
         value, config = self._configs(phase, rates)[index]
         load_tensors(masked.model, StateFile(folder / "parent.safetensors").tensors())
-        with distributed.alone():
+        with own_run():
             metrics = self.retrain(masked.model, config, masked.masks)
         if has_statistics(masked.model):
             self._recalibrate(masked.model)
@@ -148,8 +153,13 @@ class SoupPhase:
             more["measured_p"] = log_probabilities(masked.model, self.plan.measured, self.stage.batch)
         name = f"phase-{phase.number}-candidate-{index + 1}"
         entry = {"candidate": index + 1, "value": value, "training": metrics_entry(metrics, name)}
-        atomic_write_text(folder / f"candidate-{index + 1}.json", json.dumps(entry))
-        write_state(folder / f"candidate-{index + 1}.safetensors", whole_tensors(masked.model), masked.masks, more)
+        tensors = whole_tensors(masked.model)
+
+        def write() -> None:
+            atomic_write_text(folder / f"candidate-{index + 1}.json", json.dumps(entry))
+            write_state(folder / f"candidate-{index + 1}.safetensors", tensors, masked.masks, more)
+
+        distributed.on_main(write) if distributed.sharded() else write()
 
     def _collect(self, paths: list[Path], masked: Masked, digest: str) -> list[dict[str, Any]]:
         """Entries of all candidates, from the processes that trained them. CheckpointError for another mask."""

@@ -344,9 +344,19 @@ def test_empty_and_short_texts(tiny, tmp_path):
             compress(tiny, tmp_path / "out", Recipe(stages=[stage("imp", tiny, data=str(tmp_path / "short.txt"))]))
 
 
-def test_a_target_below_what_is_pruned(tiny, tmp_path):
+@pytest.mark.parametrize("kind", ["imp", "soup", "gradual"])
+def test_a_target_below_what_is_pruned(tiny, tmp_path, kind):
+    """In the recipe or in the source: known before anything is done."""
+    out, own = tmp_path / "out", stage(kind, tiny, sparsity=0.4)
     with pytest.raises(RecipeError, match=r"0\.4 is below the 0\.59"):
-        run(tiny, tmp_path / "out", PruneStage(method="magnitude", sparsity=0.6), stage("imp", tiny, sparsity=0.4))
+        run(tiny, out, PruneStage(method="magnitude", sparsity=0.6), own)
+    assert not (tmp_path / "out.partial").exists()
+    if kind == "imp":
+        run(tiny, tmp_path / "pruned", PruneStage(method="magnitude", sparsity=0.6))
+        with pytest.raises(RecipeError, match=r"0\.4 is below the 0\.59"):
+            run(tmp_path / "pruned", out, own)
+        assert not (tmp_path / "out.partial").exists()
+        run(tiny, out, PruneStage(method="magnitude", sparsity=0.4), stage("gradual", tiny, sparsity=0.4))
 
 
 @pytest.mark.parametrize("kind", ["imp", "soup"])

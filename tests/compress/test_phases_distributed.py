@@ -83,15 +83,32 @@ def test_more_processes_than_candidates(launcher, tiny, tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_imp_under_fsdp2_equals_one_process(launcher, tiny, tmp_path):
-    sharded = {
-        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    }  # fmt: skip
-    stage = STAGES["imp"]
-    for done in run(launcher, tiny, tmp_path / "one", stage, 1):
-        assert done.returncode == 0, done.stderr
-    for done in run(launcher, tiny, tmp_path / "two", stage, 2, sharded):
-        assert done.returncode == 0, done.stderr
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}  # fmt: skip
+UNDER_FSDP2 = STAGES | {
+    "gradual": {"stage": "gradual", "begin": 0.0, "end": 0.7, "every": 1},
+    "gradual of all": {"stage": "gradual", "begin": 0.2, "end": 0.7, "every": 2, "scope": "model"},
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["imp", "soup", "gradual", *(pytest.param(n, marks=pytest.mark.slow) for n in ("greedy", "gradual of all"))]
+)
+def test_under_fsdp2_two_processes_equal_one(launcher, tiny, tmp_path, name):
+    """Both hold a part of every model; all of them train each candidate of a soup."""
+    stage = UNDER_FSDP2[name]
+    for count, folder, env in ((1, "one", {}), (2, "two", FSDP2)):
+        for done in run(launcher, tiny, tmp_path / folder, stage, count, env):
+            assert done.returncode == 0, done.stderr
     same(tmp_path / "one", tmp_path / "two")
-    assert masks_of(tmp_path / "two", 0) == masks_of(tmp_path / "two", 1)
+    if "gradual" not in name:  # which has no phases; its masks are compared by `same`
+        ranks = [masks_of(tmp_path / "two", rank) for rank in (0, 1)]
+        assert ranks[0] == ranks[1] == masks_of(tmp_path / "one", 0)
+
+
+def test_a_soup_under_fsdp2_may_have_fewer_candidates_than_processes(launcher, tiny, tmp_path):
+    stage = {"stage": "soup", "phases": 1, "candidates": 2, "soup": "uniform", "batch": 6}
+    for done in run(launcher, tiny, tmp_path / "out", stage, 3, FSDP2):
+        assert done.returncode == 0, done.stderr
