@@ -16,8 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ..kernels.arguments import CODES
-from ..kernels.backend import choose
-from ..kernels.tier import current
+from ..kernels.ready import cpu_ready
 from ..kernels.window_attention.dispatch import MAX_GROUP, window_attention
 
 NAME = "gossamer_decode"
@@ -70,7 +69,6 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, rest: dict[str, Any]) -> bo
     return (
         query.shape[2] == 1
         and query.is_cpu
-        and not torch.is_grad_enabled()
         and query.dtype in CODES
         and query.dtype is key.dtype is value.dtype
         and key.is_contiguous()
@@ -81,10 +79,7 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, rest: dict[str, Any]) -> bo
         and query.shape[1] % key.shape[1] == 0
         and query.shape[1] <= MAX_GROUP * key.shape[1]
         and not any(rest.get(name) is not None for name in OTHER)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and choose("cpu") == "cpu"
-        and current() is not None
+        and cpu_ready()
     )
 
 

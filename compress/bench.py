@@ -16,7 +16,7 @@ from ..kernels import extension
 from ..kernels import tier as tiers
 from ..kernels.bench import table
 from ..kernels.bench.cases import DTYPES
-from ..kernels.bench.measure import machine, measure_shape
+from ..kernels.bench.measure import machine, measure_shape, measure_token
 from ..kernels.bench.shapes import Shape, parse
 from .environment import memory_bytes, usable_cores
 from .progress import Progress
@@ -26,7 +26,10 @@ BYTES_PER_WEIGHT = 40  # of all contenders together, with what making and checki
 
 @dataclass(frozen=True)
 class KernelBench:
-    """`report`: plain data, the machine and one entry per shape. `text`: the same as Markdown. `wrong`: bad results."""
+    """`text`: the report as Markdown. `wrong`: bad results.
+
+    `report`: plain data, the machine, one entry per shape and one per operation on a token.
+    """
 
     report: dict[str, Any]
     text: str
@@ -56,7 +59,9 @@ def bench_kernels(
     progress = progress or Progress()
     with tiers.forced(_tier(tier)), _threads(threads):
         results = [_measured(shape, DTYPES[dtype], rounds, progress) for shape in found]
-        report = {"machine": machine(rounds, DTYPES[dtype]), "shapes": results}
+        progress.working("norms and attention of one token")
+        token = measure_token(DTYPES[dtype], rounds)
+        report = {"machine": machine(rounds, DTYPES[dtype]), "shapes": results, "token": token}
     text = table.markdown(report)
     if json is not None:
         table.write_json(json, report)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..attention.alike import alike
 from ..kernels.arguments import CODES
-from ..kernels.backend import choose
+from ..kernels.ready import cpu_ready
 from ..kernels.rms_norm.dispatch import rms_norm
-from ..kernels.tier import current
 
 LARGEST = 1 << 16  # elements; more are shared among threads by torch
 
@@ -37,10 +35,7 @@ def _forward(self: Any, hidden_states: Tensor) -> Tensor:
         and hidden_states.dtype in CODES
         and hidden_states.is_contiguous()
         and weight.is_cpu
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and choose("cpu") == "cpu"
-        and current() is not None
+        and cpu_ready()
     )
     if not fits or not hidden_states.numel():
         return type(self).forward(self, hidden_states)

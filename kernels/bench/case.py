@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import abstractmethod
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,25 +14,37 @@ _CHECKED_ROWS = 1024  # in float64 at a time
 
 
 @dataclass
-class Case(Contender):
-    """`call()` computes y [1, rows] of x [1, cols] and weight [rows, cols], reading `bytes` from memory.
+class Checked(Contender):
+    """`call()` reads `bytes` from memory; its result is checked before it is timed.
 
-    `dense`: one of the products that speedups refer to. `must`: the speedup over the fastest other dense product that
-    it has to reach, or over as many of those as `products` says; `must_share`: the share of the machine's read
-    bandwidth. `moved`, of the shape of x: by how much the operation may change each number of x before it multiplies.
+    `dense`: one of those that speedups refer to. `must`: the speedup over the fastest other one of them that it has to
+    reach, or over as many of those as `products` says; `must_share`: the share of the machine's read bandwidth.
     """
 
     bytes: int
+    dense: bool = field(default=False, kw_only=True)
+    must: float | None = field(default=None, kw_only=True)
+    must_share: float | None = field(default=None, kw_only=True)
+    products: int = field(default=1, kw_only=True)
+
+    @abstractmethod
+    def fault(self) -> str:
+        """What is wrong with the result, or an empty text."""
+
+
+@dataclass
+class Case(Checked):
+    """`call()` computes y [1, rows] of x [1, cols] and weight [rows, cols].
+
+    `moved`, of the shape of x: by how much the operation may change each number of x before it multiplies.
+    """
+
     x: Tensor
     weight: Tensor
-    dense: bool = False
-    must: float | None = None
-    must_share: float | None = None
-    moved: Tensor | None = None
-    products: int = 1
+    moved: Tensor | None = field(default=None, kw_only=True)
 
     def fault(self) -> str:
-        """What is wrong with the result, or an empty text. Sums of `cols` products in float32, one rounding."""
+        """Right are sums of `cols` products in float32, rounded once."""
         with self.setting():
             y = self.call()
         if y.shape != (1, len(self.weight)):

@@ -14,8 +14,9 @@ from ..arguments import name
 from ..machine import processor_name
 from ..memory import empty_weight
 from ..tier import current
-from .case import Case
+from .case import Checked
 from .cases import cases
+from .cases_token import token_cases
 from .rounds import Contender, Timing, run_rounds, summary
 
 READ_BYTES = 64 << 20
@@ -29,19 +30,26 @@ def measure_shape(
     """All contenders of a weight [rows, cols] on torch's threads. each(rounds done) is called after every round."""
     with torch.inference_mode():
         small = {case.name: case.call for shape in _SMALL for case in cases(*shape, dtype)}
-        return {"rows": rows, "cols": cols, **compare(cases(rows, cols, dtype), small, rounds, each)}
+        title = f"{rows} x {cols}"
+        return {"title": title, "rows": rows, "cols": cols, **compare(cases(rows, cols, dtype), small, rounds, each)}
+
+
+def measure_token(dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+    """What a token needs besides products with weights: one entry per operation, in the form of a shape's."""
+    with torch.inference_mode():
+        return [{"title": title, **compare(found, {}, rounds)} for title, found in token_cases(dtype).items()]
 
 
 def compare(
-    found: Sequence[Case],
+    found: Sequence[Checked],
     warm: Mapping[str, Callable[[], Tensor]],
     rounds: int,
     each: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Plain data: one entry per case. A case whose result is wrong has no time, only an error.
 
-    Speedups refer to the fastest dense product of the same list, those of dense products to the fastest of the others,
-    those of an MLP to three times the time of the fastest.
+    Speedups refer to the fastest dense product (or way of torch) of the same list, those of dense products to the
+    fastest of the others, those of an MLP to three times the time of the fastest.
     """
     wrong = {case.name: case.fault() for case in found}
     far = empty_weight(READ_BYTES // 4, dtype=torch.float32).fill_(1.0)
@@ -73,7 +81,7 @@ def machine(rounds: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _entry(case: Case, timing: Timing | None, error: str, dense: Mapping[str, float], bandwidth: float) -> dict:
+def _entry(case: Checked, timing: Timing | None, error: str, dense: Mapping[str, float], bandwidth: float) -> dict:
     entry: dict[str, Any] = {"name": case.name, "dense": case.dense, "bytes": case.bytes, "error": error}
     entry |= {"must": case.must, "must_share": case.must_share}
     if timing is None:

@@ -17,10 +17,11 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"{told['processor']}, tier {told['tier']}, {told['threads']} threads, weights {told['dtype']}, torch "
         f"{told['torch']}, {told['date']}; best decile (and median) of {told['rounds']} rounds. Speedup: over the "
-        "fastest dense product, for dense products over the fastest other one, for MLPs over three of the fastest.",
+        "fastest dense product, for dense products over the fastest other one, for MLPs over three of the fastest; "
+        "for what is no product over the fastest way of torch.",
     ]
-    for result in report["shapes"]:
-        head = f"{result['rows']} x {result['cols']}, read bandwidth {result['read_gb_s']} GB/s"
+    for result in report["shapes"] + report["token"]:
+        head = f"{result['title']}, read bandwidth {result['read_gb_s']} GB/s"
         lines += ["", f"| {head} | us | GB/s | of bandwidth | speedup | must |", "|---|---|---|---|---|---|"]
         lines += [_line(entry) for entry in result["cases"]]
     return "\n".join(lines) + "\n"
@@ -34,8 +35,8 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
 def failures(report: dict[str, Any]) -> list[str]:
     """One line per wrong result."""
     return [
-        f"{entry['name']} on {result['rows']} x {result['cols']}: {entry['error']}"
-        for result in report["shapes"]
+        f"{entry['name']} on {result['title']}: {entry['error']}"
+        for result in report["shapes"] + report["token"]
         for entry in result["cases"]
         if entry["error"]
     ]

@@ -92,7 +92,7 @@ def test_everything_else_is_transformers_own(monkeypatch):
     with pytest.raises(ValueError, match="softcap"):
         decode.decode_attention(Block(2), query, key, value, None, softcap=30.0)
     with monkeypatch.context() as patch:
-        patch.setattr(decode, "current", lambda: None)
+        patch.setattr(decode, "cpu_ready", lambda: False)
         decode.decode_attention(Block(2), query, key, value, None)
     assert not calls
     decode.decode_attention(Block(2), query, key, value, None)

@@ -13,9 +13,10 @@ from gossamer.cli.main import app
 from gossamer.compress import bench as driver
 from gossamer.errors import RecipeError
 from gossamer.kernels import extension, tier
-from gossamer.kernels.bench import measure, rounds, table
+from gossamer.kernels.bench import cases_token, measure, rounds, table
 from gossamer.kernels.bench.case import Case
 from gossamer.kernels.bench.cases import cases
+from gossamer.kernels.bench.cases_token import token_cases
 from gossamer.kernels.bench.shapes import SETS, parse
 
 needs_module = pytest.mark.skipif(extension.compiled() is None, reason="no compiled kernels to measure")
@@ -30,6 +31,7 @@ NAMES = [
 def _little_memory(monkeypatch):
     monkeypatch.setattr(rounds, "unrelated_bytes", lambda: 1 << 16)
     monkeypatch.setattr(measure, "READ_BYTES", 1 << 16)
+    monkeypatch.setattr(cases_token, "LENGTHS", (5, 70))
 
 
 def run(*words: str):
@@ -54,6 +56,12 @@ def test_tables_json_and_markdown(tmp_path):
     for case in first["cases"] + second["cases"] + third["cases"]:
         assert not case["error"]
         assert case["us"]["best"] <= case["us"]["decile"] <= case["us"]["median"]
+    assert [entry["title"] for entry in report["token"]][:2] == [
+        "norm of 4096", "one query of 32 heads, 5 keys of 8 heads of 128"
+    ]  # fmt: skip
+    for entry in report["token"]:
+        assert not any(case["error"] for case in entry["cases"]), entry
+        assert sum(case["dense"] for case in entry["cases"]) == len(entry["cases"]) - 1 == 2
     lines = (tmp_path / "k.md").read_text().splitlines()
     assert (lines[0], lines[-1]) == (table.BEGIN, table.END)
     assert result.stdout.splitlines() == lines[1:-1]
@@ -99,6 +107,7 @@ def test_a_wrong_result_has_no_speed(tmp_path, monkeypatch):
 )
 def test_faults_are_found(spoil):
     found = [*cases(20, 64, torch.bfloat16), *cases(80, 20, torch.bfloat16), *cases(80, 20, torch.float16)]
+    found += [case for dtype in (torch.bfloat16, torch.float16) for few in token_cases(dtype).values() for case in few]
     assert sum(case.products == 3 for case in found) == 2
     for case in found:
         assert case.fault() == "", case.name
