@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import _composable_state
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,15 @@ def restore(remembered: list[_Remembered]) -> None:
         one.module.__class__ = one.kind
         vars(one.module).clear()
         vars(one.module).update(one.attributes)
+        _forget(one.module)
         one.module._parameters = parameters
         one.module._buffers = buffers
+
+
+def _forget(module: nn.Module) -> None:
+    """torch remembers outside of the module that it was sharded, and refuses to shard it again."""
+    known: Any = getattr(_composable_state, "_module_state_mapping", {})
+    known.pop(module, None)
 
 
 def _whole(parameter: Any) -> Tensor:

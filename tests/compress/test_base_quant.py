@@ -167,6 +167,41 @@ def test_after_a_kill_it_goes_on_to_the_same_bits(wide, launcher, tmp_path):
     assert digests(tmp_path / "out") == digests(tmp_path / "plain")
 
 
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        ("static", "nf4"),
+        *(pytest.param(m, k, marks=pytest.mark.slow) for m, k in (("lora", "int8"), ("spiel-ag", "fp4"))),
+    ],
+)
+def test_two_processes_train_the_adapter_of_one(wide, launcher, tmp_path, method, kind):
+    """Data parallel: each holds the whole quantised base; gradients are summed in another order.
+
+    Candidates of spiel-ag are looked for in each process's own gradients: positions are equal on all ranks, which the
+    run proves itself, and not those of one process.
+    """
+    words = [
+        "finetune", wide, "--method", method, "--base-quant", kind, "--data", wide / "calibration.txt", "--seqlen", 16,
+        "--steps", 6, "--no-eval", "--set", "batch=4", "--set", "save_every=0", "--learning-rate", 0.01,
+        *(["--set", "rank=2"] if method == "lora" else ["--density", 0.05, "--set", "adapter_dtype=float32"]),
+        *(["--set", "interval=2", "--set", "window=1"] if method == "spiel-ag" else []),
+    ]  # fmt: skip
+    found = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        for done in [process.wait() for process in launcher.start_group(count, *words, "-o", out)]:
+            assert done.returncode == 0, done.stderr
+        found.append(tensors(out / ADAPTER, "adapter*.safetensors"))
+    one, two = found
+    assert one.keys() == two.keys()
+    assert len(one) >= 14
+    for name, tensor in one.items():
+        if method == "spiel-ag":
+            assert tensor.shape == two[name].shape
+            continue
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-5)
+
+
 # ---- mistakes --------------------------------------------------------------------------------------------------------
 
 

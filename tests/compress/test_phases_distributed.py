@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from processes import Done
+from sharding import FSDP, ON_CPU, SHARDED
 from tiny import tensors
 
 TOLERANCE = 2e-5  # of weights around 0.15: gradients are summed in another order
@@ -27,14 +28,15 @@ phases.Masked.save = saved
 """
 
 
-def run(launcher, tiny: Path, out: Path, stage: dict, count: int, env: dict | None = None) -> list[Done]:
+def run(launcher, tiny: Path, out: Path, stage: dict, count: int, *, sharded: bool = False) -> list[Done]:
     common = {"data": str(tiny / "calibration.txt"), "seqlen": 32, "steps": 6, "batch": 4, "sparsity": 0.6}
     recipe = out.with_suffix(".yaml")
     stages = [common | stage, {"stage": "export", "format": "dense"}]
     recipe.write_text(yaml.safe_dump({"stages": stages}))
     words = ["compress", tiny, "-o", out, "--recipe", recipe]
-    own = {"MASKS": str(out) + ".masks", **(env or {})}
-    return [process.wait() for process in launcher.start_group(count, *words, env=own, before=WATCH)]
+    own = {"MASKS": str(out) + ".masks", **(FSDP if sharded else {})}
+    before = WATCH + ON_CPU + SHARDED if sharded else WATCH
+    return [process.wait() for process in launcher.start_group(count, *words, env=own, before=before)]
 
 
 def masks_of(out: Path, rank: int) -> list[str]:
@@ -83,32 +85,35 @@ def test_more_processes_than_candidates(launcher, tiny, tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-}  # fmt: skip
 UNDER_FSDP2 = STAGES | {
     "gradual": {"stage": "gradual", "begin": 0.0, "end": 0.7, "every": 1},
+    "random": {"stage": "random", "tries": 2},
     "gradual of all": {"stage": "gradual", "begin": 0.2, "end": 0.7, "every": 2, "scope": "model"},
 }
 
 
 @pytest.mark.parametrize(
-    "name", ["imp", "soup", "gradual", *(pytest.param(n, marks=pytest.mark.slow) for n in ("greedy", "gradual of all"))]
+    "name",
+    [
+        "imp",
+        "soup",
+        "gradual",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("greedy", "random", "gradual of all")),
+    ],
 )
 def test_under_fsdp2_two_processes_equal_one(launcher, tiny, tmp_path, name):
     """Both hold a part of every model; all of them train each candidate of a soup."""
     stage = UNDER_FSDP2[name]
-    for count, folder, env in ((1, "one", {}), (2, "two", FSDP2)):
-        for done in run(launcher, tiny, tmp_path / folder, stage, count, env):
+    for count, folder in ((1, "one"), (2, "two")):
+        for done in run(launcher, tiny, tmp_path / folder, stage, count, sharded=count == 2):
             assert done.returncode == 0, done.stderr
     same(tmp_path / "one", tmp_path / "two")
-    if "gradual" not in name:  # which has no phases; its masks are compared by `same`
+    if "phases" in stage:  # of others the masks are compared by `same` alone
         ranks = [masks_of(tmp_path / "two", rank) for rank in (0, 1)]
         assert ranks[0] == ranks[1] == masks_of(tmp_path / "one", 0)
 
 
 def test_a_soup_under_fsdp2_may_have_fewer_candidates_than_processes(launcher, tiny, tmp_path):
     stage = {"stage": "soup", "phases": 1, "candidates": 2, "soup": "uniform", "batch": 6}
-    for done in run(launcher, tiny, tmp_path / "out", stage, 3, FSDP2):
+    for done in run(launcher, tiny, tmp_path / "out", stage, 3, sharded=True):
         assert done.returncode == 0, done.stderr
