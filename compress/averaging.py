@@ -5,7 +5,6 @@ Nothing is loaded as a model unless a text is given to compare on: the mean is t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -17,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, ModelError, RecipeError
+from ..errors import RecipeError
 from ..finetune.tokens import TokenRows
 from ..kernels.bitmask.dispatch import compress as packed_rows
-from ..pruning.soup import NOISE_MARGIN, Mean, Soup, check_count, greedy, uniform_weights
+from ..pruning.mean import Mean
+from ..pruning.soup import NOISE_MARGIN, Soup, check_count, greedy, uniform_weights
 from . import memory
 from .attachments import entries
 from .checkpoint import MAX_SHARD_SIZE, assemble, atomic_write_text, partial_folder, publish, verify
 from .convert import copy_companions
+from .copies import check_copies
 from .data import evaluation_windows, load_text, token_ids
 from .format import METADATA_KEY, dense_config, sparse_config, summarise
 from .load import load
@@ -40,8 +41,6 @@ from .writer import storage_errors
 
 REPORT = "soup.json"
 _MARKER = "soup-unfinished"
-_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
-_FREE = ("quantization_config", METADATA_KEY, "transformers_version", "_name_or_path", "use_cache")
 _STALE = ("report.json", "report.html", "recipe.yaml", "README.md", REPORT)  # of one candidate, not of the mean
 
 
@@ -102,7 +101,7 @@ def average_checkpoints(
     partial = _place(models, out, overwrite)
     sources = [open_source(str(model)) for model in models]
     names = [str(model) for model in models]
-    masks = _check_equal(sources, names)
+    masks = check_copies(sources, names)
     kind = "sparse" if any(sources[0].values(key) is not None for key in sources[0].records()) else "dense"
     with storage_errors(partial, 0):
         partial.mkdir(parents=True)
@@ -145,68 +144,6 @@ def _place(models: Sequence[str | Path], out: Path, overwrite: bool) -> Path:
         if Path(model).exists() and Path(model).resolve() == out.resolve():
             raise RecipeError(f"{out} is one of the models", hint="write to another folder")
     return partial_folder(out, _MARKER, overwrite=overwrite)
-
-
-# ---- may they be averaged --------------------------------------------------------------------------------------------
-
-
-def _check_equal(sources: Sequence[FolderSource], names: Sequence[str]) -> str:
-    """The digest of the masks that all share."""
-    first = sources[0]
-    config, tokens = _config(first), _tokenizer(first.folder)
-    for source, name in zip(sources[1:], names[1:], strict=True):
-        other = _config(source)
-        for key in sorted({*config, *other}):
-            if config.get(key) != other.get(key):
-                raise ModelError(
-                    f"{names[0]} and {name} are different models: {key} is {config.get(key)!r} and {other.get(key)!r}",
-                    hint="a soup is made of copies of one parent",
-                )
-        if tokens != (theirs := _tokenizer(source.folder)):
-            file = next(key for key in _TOKENIZER if tokens.get(key) != theirs.get(key))
-            raise ModelError(
-                f"{names[0]} and {name} have different tokenizers ({file})",
-                hint="a soup is made of copies of one parent",
-            )
-        _check_tensors(first, source, names[0], name)
-    return summarise(first.records()).masks_sha256
-
-
-def _check_tensors(first: FolderSource, other: FolderSource, name: str, other_name: str) -> None:
-    keys, theirs = set(first.keys()), set(other.keys())
-    if keys != theirs:
-        odd = min(keys ^ theirs)
-        raise CheckpointError(f"tensor {odd} is in {name if odd in keys else other_name} only")
-    for key in first.keys():
-        a, b = first.meta(key), other.meta(key)
-        if a.shape != b.shape or a.dtype != b.dtype:
-            raise CheckpointError(
-                f"tensor {key} is {a.dtype} {list(a.shape)} in {name} and {b.dtype} {list(b.shape)} in {other_name}"
-            )
-        one, two = first.record(key), other.record(key)
-        if (one is None) != (two is None):
-            raise CheckpointError(
-                f"{key} has a mask in {name if one else other_name} only: the average would not be sparse",
-                hint="prune once and train every candidate from that one parent",
-            )
-        if one is not None and two is not None and one.mask_sha256 != two.mask_sha256:
-            raise CheckpointError(
-                f"{key} is masked differently in {name} and in {other_name}: an average of different masks would not "
-                "be sparse",
-                hint="prune once and train every candidate from that one parent",
-            )
-
-
-def _config(source: FolderSource) -> dict[str, Any]:
-    return {key: value for key, value in source.config.items() if key not in _FREE}
-
-
-def _tokenizer(folder: Path) -> dict[str, str]:
-    return {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in _TOKENIZER
-        if (folder / name).is_file()
-    }
 
 
 # ---- which is best ---------------------------------------------------------------------------------------------------

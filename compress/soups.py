@@ -17,7 +17,7 @@ from torch.nn import functional
 from ..errors import CheckpointError
 from ..finetune.losses import IGNORED
 from ..finetune.tokens import TokenRows
-from ..pruning.soup import Mean, average
+from ..pruning.mean import Mean, average
 from . import distributed
 
 Load = Callable[[], Mapping[str, Tensor]]

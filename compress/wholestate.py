@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ResumeError
 from ..finetune.resuming import changing
 from ..pruning.mask import Mask
-from ..pruning.soup import masks_sha256
+from ..pruning.mean import masks_sha256
 from .writer import write_part
 
 _STATE, _MASK, _MORE = "state:", "mask:", "more:"

@@ -18,7 +18,8 @@ from ..stage_recipes.gradual import GradualStage
 from ..training import heldout_loss, metrics_entry, retrainer, training_config, training_needs
 from .base import Context, StageReport
 from .imp import mean
-from .phases import Masked, TargetPlan, target_plan
+from .masked_model import Masked
+from .targets import TargetPlan, target_plan
 
 
 class Gradual:

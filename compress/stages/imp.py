@@ -13,7 +13,9 @@ from ..plan import Plan, Planning
 from ..stage_recipes.imp import ImpStage
 from ..training import heldout_loss, metrics_entry, retrainer, training_config, training_needs
 from .base import Context, StageReport
-from .phases import Masked, PhasedRun, TargetPlan, phase_steps, target_plan
+from .masked_model import Masked
+from .phases import PhasedRun
+from .targets import TargetPlan, phase_steps, target_plan
 
 PHASE_SEED = 1_000_003  # every phase sees the text in another order
 

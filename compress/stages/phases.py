@@ -13,56 +13,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ...errors import RecipeError
 from ...finetune.schedules import Rates
-from ...finetune.tokens import TokenRows
-from ...pruning.imp import MIXED, Phase, phase_patterns, phase_rate, run_phases, tighten
+from ...pruning.imp import Phase, phase_patterns, run_phases, tighten
 from ...pruning.mask import Mask
-from ...pruning.pattern import Pattern, Unstructured, parse_pattern
 from .. import distributed
 from ..failpoint import failpoint
-from ..jobs import MatrixJob, left_out, matrix_jobs, select
-from ..plan import Planning, PrunePlan
+from ..jobs import MatrixJob
+from ..plan import PrunePlan
 from ..stage_recipes.imp import ImpStage
 from ..stage_recipes.prune import PruneStage
-from ..stage_recipes.target import TargetStage
-from ..training import TrainingPlan, training_plan
-from ..whole import kept_of, matrix_in, open_whole, view, write_whole
-from ..wholestate import StateFile, gathered, is_sharded, load_tensors, whole_tensors, write_state
+from ..whole import kept_of, matrix_in, open_whole
 from .base import Context, StageReport
+from .masked_model import Masked
 from .prune import PruneRun
-
-ROUNDING = 0.005  # a whole number of zeros per row may exceed the sparsity that was asked for by this much
-
-
-@dataclass(frozen=True)
-class TargetPlan(TrainingPlan):
-    """A training stage that prunes: `pattern` is that of its end."""
-
-    stage: TargetStage
-    pattern: Pattern = field(kw_only=True)
-
-    def check_before(self, pruned: float) -> None:
-        phase_rate(self.pattern.sparsity, 1, self.initial(pruned))
-
-    def initial(self, pruned: float) -> float:
-        """The sparsity to begin with when `pruned` of the weights are: more than the target only if that is a mistake.
-
-        Groups and blocks may be fuller than their pattern, and rows are rounded.
-        """
-        target = self.pattern.sparsity
-        more = pruned - target
-        return target if more > 0 and (more < ROUNDING or not isinstance(self.pattern, Unstructured)) else pruned
-
-
-@dataclass(frozen=True)
-class SoupPlan(TargetPlan):
-    """`measured`: rows on which everything is compared once, at the end; nothing is chosen on them."""
-
-    measured: TokenRows | None = field(default=None, compare=False, kw_only=True)
+from .targets import TargetPlan
 
 
 @dataclass(frozen=True)
@@ -74,131 +38,6 @@ class ScorePlan(PrunePlan):
     @property
     def name(self) -> str:
         return self.label
-
-
-def target_plan(index: int, stage: TargetStage, planning: Planning) -> TargetPlan:
-    """Jobs, text and pattern. RecipeError or DataError for what does not fit."""
-    pattern = parse_pattern(stage.pattern_text, stage.unit)
-    chosen, excluded = select(stage, planning.skeleton)
-    head = [prunable for prunable in chosen if prunable.kind == "head"]
-    if head:
-        raise RecipeError(
-            f"{head[0].name} is not pruned by stage {stage.stage}", hint="leave --include of the head to a prune stage"
-        )
-    jobs = matrix_jobs(pattern, chosen, planning.skeleton)
-    skipped = left_out(planning.skeleton, excluded)
-    return TargetPlan(index, stage, jobs, skipped, pattern=pattern, **training_plan(stage, planning))
-
-
-def phase_steps(total: int, phases: int) -> list[int]:
-    """`total` optimizer steps over the phases. RecipeError when one would have none."""
-    if total < phases:
-        raise RecipeError(
-            f"{total} steps are too few for {phases} phases", hint="give more --tokens or --steps, or fewer --phases"
-        )
-    return [total * (p + 1) // phases - total * p // phases for p in range(phases)]
-
-
-class Masked:
-    """The model of a stage, its masks, and both as the leaf functions of `pruning` see them: matrix by matrix."""
-
-    def __init__(self, context: Context, plan: TargetPlan) -> None:
-        self.context, self.plan = context, plan
-        self.model: Any = open_whole(context)
-        self.masks: dict[str, Tensor] = kept_of(self.model, plan.jobs)
-        self.patterns: dict[str, set[str]] = {}
-
-    def weights(self) -> dict[str, Tensor]:
-        """[out, in] of every matrix, to read. While parameters are sharded, every rank has to call it."""
-        names = dict.fromkeys(job.prunable.parameter for job in self.plan.jobs)
-        whole = {name: gathered(self.model.get_parameter(name).data) for name in names}
-        return {job.name: matrix_in(whole, self.model, job.prunable) for job in self.plan.jobs}
-
-    def matrix_masks(self) -> dict[str, Mask]:
-        return {
-            job.name: Mask.from_bool(matrix_in(self.masks, self.model, job.prunable).contiguous(), "")
-            for job in self.plan.jobs
-        }
-
-    @property
-    def sparsity(self) -> float:
-        """Of the matrices that the stage prunes."""
-        size = sum(job.size for job in self.plan.jobs)
-        return sum(mask.zeros for mask in self.matrix_masks().values()) / size
-
-    @torch.no_grad()
-    def set_masks(self, found: dict[str, Mask]) -> dict[str, float]:
-        """Take over masks of the matrices and zero what they prune.
-
-        Returns:
-            `damage`: ||W - W_pruned|| / ||W|| over all parameters; `pruned`: share of the remaining weights that went.
-        """
-        before = sum(float(p.double().square().sum()) for p in self.model.parameters())
-        share = self.take_masks(found)
-        gone = 0.0
-        for job in self.plan.jobs:
-            keep, weight = matrix_in(self.masks, self.model, job.prunable), view(self.model, job.prunable)
-            gone += float(weight[~keep].double().square().sum())
-            weight.masked_fill_(~keep, 0.0)
-        return {"damage": (gone / before) ** 0.5 if before else 0.0, "pruned": share}
-
-    def take_masks(self, found: dict[str, Mask]) -> float:
-        """Take over masks of the matrices, weights untouched; the share of the remaining weights that they prune."""
-        remaining = went = 0
-        self.patterns = {}
-        for job in self.plan.jobs:
-            mask = matrix_in(self.masks, self.model, job.prunable)
-            keep = found[job.name].to_bool().to(mask.device)
-            remaining += int(mask.sum())
-            went += int((mask & ~keep).sum())
-            mask.copy_(keep)
-            self.patterns.setdefault(job.prunable.parameter, set()).add(found[job.name].pattern)
-        return went / remaining if remaining else 0.0
-
-    def reopen(self, path: Path) -> None:
-        """A fresh model with the state of `path`: after sharded training, or when a run goes on."""
-        self.model = open_whole(self.context)
-        self.restore(path)
-
-    def restore(self, path: Path) -> None:
-        """The state and masks of `path`."""
-        held = StateFile(path)
-        load_tensors(self.model, held.tensors())
-        for name, mask in held.masks(self.masks).items():
-            self.masks[name] = mask
-
-    def save(self, path: Path) -> None:
-        """Every rank calls it; one writes."""
-        tensors = whole_tensors(self.model)
-        distributed.on_main(lambda: write_state(path, tensors, self.masks))
-        if is_sharded(self.model):
-            self.reopen(path)
-
-    def write(self, folder: Path) -> None:
-        """Part files of the stage."""
-        promises = {name: MIXED for name in self.masks if name not in self.model.gossamer_masks}
-        promises |= {name: min(texts) if len(texts) == 1 else MIXED for name, texts in self.patterns.items()}
-        distributed.on_main(lambda: write_whole(self.context, self.model, self.masks, promises, folder))
-
-    def layers(self, method: str) -> list[dict[str, Any]]:
-        """A row per matrix for the report; `method` is what pruned it."""
-        masks = self.matrix_masks()
-        return [
-            {
-                "name": job.name,
-                "block": job.prunable.block,
-                "shape": list(job.prunable.shape),
-                "pattern": "/".join(sorted(self.patterns.get(job.prunable.parameter, {MIXED}))),
-                "method": method,
-                "zeros": masks[job.name].zeros,
-                "sparsity": round(masks[job.name].zeros / job.size, 6),
-                "tokens": None,
-                "error_before": None,
-                "error_after": None,
-                "seconds": 0.0,
-            }
-            for job in self.plan.jobs
-        ]
 
 
 class PhasedRun:

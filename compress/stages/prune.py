@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,14 +11,12 @@ from torch import Tensor
 
 from ...errors import ModelError
 from ...pruning.base import LayerStats
-from ...pruning.pattern import Pattern
 from ...pruning.registry import get_method
 from .. import distributed, memory
-from ..blocks import BlockArgs, Prunable, StreamedModel
-from ..calibration import accumulator_for, collect
-from ..evaluate import capture, propagate
+from ..blocks import Prunable, StreamedModel
+from ..calibration import collect
+from ..evaluate import propagate
 from ..failpoint import failpoint
-from ..hidden import HiddenStore
 from ..jobs import MatrixJob
 from ..masks import MaskSource
 from ..plan import PrunePlan
@@ -29,24 +26,11 @@ from ..source import OverlaySource
 from ..timing import Clock
 from .base import Context, StageReport
 from .budget import budgets
-from .parts import head_path, part_path, write_exported
+from .matrix import MatrixPruner
+from .parts import part_path, write_exported
+from .prune_head import head_jobs, prune_head
 from .rebuild import rebuild
-from .solve import output_errors, solve
-
-
-@dataclass
-class _Streams:
-    """Calibration state: hidden states of the model as pruned so far, and of the dense model when targets need them."""
-
-    windows: int
-    args: BlockArgs
-    hidden: HiddenStore
-    dense: HiddenStore | None
-
-    def close(self) -> None:
-        self.hidden.close()
-        if self.dense is not None:
-            self.dense.close()
+from .streams import Streams, open_streams
 
 
 class PruneRun:
@@ -63,7 +47,7 @@ class PruneRun:
         self.dense = self.model if not context.finished else context.open(context.plan.source, context.dtype)
         self.masks = context.open(MaskSource(before), None, untie=untie) if before.records() else None
         self.needs = self._needs()
-        self.patterns: dict[str, Pattern] = {}
+        self.matrices = MatrixPruner(self.method, self.model, {}, context.progress)
         self.rebuilt: list[dict[str, Any]] = []
         self._places_of_kind: dict[Any, Places] = {}
 
@@ -79,11 +63,11 @@ class PruneRun:
     def run(self) -> StageReport:
         """Prune every block that the journal does not hold yet."""
         started = time.monotonic()
-        self.patterns = budgets(self.context, self.plan, self.model)
+        self.matrices.patterns = budgets(self.context, self.plan, self.model)
         rows: list[dict[str, Any]] = []
         blocks = self.model.num_blocks
         self.context.progress.stage(f"prune with {self.method.name}", blocks)
-        streams = self._open_streams() if self.plan.windows is not None else None
+        streams = open_streams(self.context, self.plan, self.model, dense=self._asymmetric)
         clock = Clock(blocks)
         try:
             for index in range(blocks):
@@ -98,7 +82,7 @@ class PruneRun:
                     clock.skip()
                 rows += block_rows
                 memory.release()
-            rows += self._head(streams)
+            rows += prune_head(self.context, self.plan, self.matrices, streams, self.needs, self.folder)
         finally:
             if streams is not None:
                 streams.close()
@@ -109,22 +93,7 @@ class PruneRun:
     def _unit(self, index: int) -> str:
         return f"{self.plan.name}/block-{index:05d}"
 
-    def _open_streams(self) -> _Streams:
-        assert self.plan.windows is not None
-        total = self.context.plan.machine.max_memory_bytes // 2
-        share = total // 2 if self._asymmetric else total
-        scratch = self.context.scratch
-        hidden = HiddenStore(scratch / f"hidden-{distributed.rank()}", share)
-        args = capture(self.model, self.plan.windows, hidden)
-        dense = None
-        if self._asymmetric:
-            dense = HiddenStore(scratch / f"dense-{distributed.rank()}", share)
-            with distributed.agreed():
-                for window in distributed.followed(len(self.plan.windows)):
-                    dense.put(window, hidden.get(window))
-        return _Streams(len(self.plan.windows), args, hidden, dense)
-
-    def _block(self, index: int, streams: _Streams | None) -> list[dict[str, Any]]:
+    def _block(self, index: int, streams: Streams | None) -> list[dict[str, Any]]:
         with distributed.agreed():
             block = self.model.load_block(index)
             _check_finite(block, self.model.block_names[index])
@@ -149,7 +118,7 @@ class PruneRun:
             members = [member for group in groups for member in group if member.name in jobs]
             for position, member in enumerate(members):
                 self.context.progress.working(f"prune {member.name}")
-                row, mask = self._matrix(block, jobs[member.name], stats.pop(member.name, None), keep, position)
+                row, mask = self.matrices.prune(block, jobs[member.name], stats.pop(member.name, None), keep, position)
                 masks[member.name] = mask
                 rows.append(row)
         self._propagate(index, block, dense_block, streams, masks, passed)
@@ -165,13 +134,13 @@ class PruneRun:
         """Checkpoint key -> the pattern its mask holds; "mixed" where matrices or stages differ."""
         found: dict[str, set[str]] = {}
         for job in jobs:
-            text = str(self.patterns[job.name])
+            text = str(self.matrices.patterns[job.name])
             shrunk = job.name in keep and text.startswith("block")
             for key in job.keys:
                 found.setdefault(key, set()).add("mixed" if shrunk else text)
         return {key: texts.pop() if len(texts) == 1 else "mixed" for key, texts in found.items()}
 
-    def _places(self, index: int, block: torch.nn.Module, streams: _Streams | None) -> Places:
+    def _places(self, index: int, block: torch.nn.Module, streams: Streams | None) -> Places:
         """Where matrices of this block write into the residual stream; found once for all blocks of its kind."""
         if streams is None or "target" not in self.needs:
             return {}
@@ -183,7 +152,7 @@ class PruneRun:
         return {root + name: place for name, place in self._places_of_kind[kind].items()}
 
     def _groups(
-        self, index: int, block: torch.nn.Module, streams: _Streams | None, jobs: dict[str, MatrixJob]
+        self, index: int, block: torch.nn.Module, streams: Streams | None, jobs: dict[str, MatrixJob]
     ) -> Sequence[Sequence[Sequence[Prunable]]]:
         """Lists of groups whose statistics are gathered together, in the order in which they are pruned."""
         if not jobs:
@@ -204,63 +173,6 @@ class PruneRun:
             return [[group for step in steps for group in step]]
         return steps
 
-    def _matrix(
-        self,
-        block: torch.nn.Module,
-        job: MatrixJob,
-        stats: LayerStats | None,
-        keep: dict[str, Tensor],
-        position: int,
-    ) -> tuple[dict[str, Any], Tensor]:
-        """Prune one matrix on the rank that owns it and set the result on every rank."""
-        started = time.monotonic()
-        weight = self.model.weight(block, job.prunable)
-        pattern = self.patterns[job.name]
-        owner = position % distributed.world()
-        method, name = self._method_for(job, stats)
-        new = torch.empty(weight.shape, device=weight.device)
-        bits = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-        notes: list[str] = []
-        aim = weight
-        with distributed.agreed():
-            if owner == distributed.rank():
-                new, found, aim = solve(method, weight, stats, pattern, keep.get(job.name), notes.append)
-                new, bits = new.contiguous(), found.to(torch.uint8)
-                del found
-        distributed.broadcast_([new, bits], owner)
-        mask = bits.bool()
-        self.model.set_weight(block, job.prunable, new.masked_fill_(~mask, 0))
-        new = self.model.weight(block, job.prunable)
-        errors: list[float | None] = []
-        if owner == distributed.rank():
-            errors = output_errors(aim, [weight.masked_fill(~mask, 0), new], stats)
-        (before, after), notes = distributed.from_rank((errors, notes), owner)
-        for note in notes:
-            self.context.progress.note(note)
-        row = {
-            "name": job.name,
-            "shape": list(job.prunable.shape),
-            "pattern": str(pattern),
-            "method": name,
-            "zeros": int((~mask).sum()),
-            "sparsity": round(float((~mask).float().mean()), 6),
-            "tokens": None if stats is None else stats.tokens,
-            "error_before": before,
-            "error_after": after,
-            "seconds": round(time.monotonic() - started, 3),
-        }
-        return row, mask
-
-    def _method_for(self, job: MatrixJob, stats: LayerStats | None) -> tuple[Any, str]:
-        """The stage's method, or magnitude for an expert that saw too few tokens to say anything."""
-        columns = job.prunable.shape[1]
-        if stats is not None and job.prunable.kind == "expert" and stats.tokens < columns and self.method.needs:
-            self.context.progress.note(
-                f"{job.name}: {stats.tokens} calibration tokens for {columns} inputs, pruned by magnitude instead"
-            )
-            return get_method("magnitude"), "magnitude"
-        return self.method, self.method.name
-
     def _masks_so_far(self, index: int) -> dict[str, Tensor]:
         """Masks [out, in] that this stage may only shrink."""
         if self.masks is None:
@@ -274,7 +186,7 @@ class PruneRun:
         index: int,
         block: torch.nn.Module,
         dense_block: torch.nn.Module | None,
-        streams: _Streams | None,
+        streams: Streams | None,
         masks: dict[str, Tensor] | None = None,
         passed: Container[int] = (),
     ) -> None:
@@ -283,7 +195,7 @@ class PruneRun:
         `passed`: windows for which the dense block has run already.
         """
         rebuilding = self.plan.stage.reconstruct and bool(masks)
-        last = index == self.model.num_blocks - 1 and not self._head_jobs()
+        last = index == self.model.num_blocks - 1 and not head_jobs(self.plan)
         if streams is None or (last and not rebuilding):
             return
         self.context.progress.working(f"run {self.model.block_names[index]}")
@@ -299,7 +211,7 @@ class PruneRun:
                 )
         propagate(self.model, index, block, streams.hidden, streams.args, streams.windows)
 
-    def _replay(self, index: int, streams: _Streams | None) -> None:
+    def _replay(self, index: int, streams: Streams | None) -> None:
         """A block finished by an earlier run: only the hidden states have to go through it again."""
         if streams is None:
             return
@@ -327,56 +239,10 @@ class PruneRun:
             )
         )
 
-    def _head_jobs(self) -> list[MatrixJob]:
-        return [job for job in self.plan.jobs if job.prunable.kind == "head"]
-
     def _pruned(self) -> StreamedModel:
         """The model with the blocks of this stage that are finished."""
         so_far = OverlaySource(self.context.current(), self.folder)
         return self.context.open(so_far, self.context.dtype, untie=self.plan.stage.untie or self.context.untied)
-
-    def _head(self, streams: _Streams | None) -> list[dict[str, Any]]:
-        """Prune the output matrix, or give it its own weight, when the stage asks for either."""
-        jobs = self._head_jobs()
-        # Whether the checkpoint ties them is asked of the plan's skeleton: this stage's own model is untied already.
-        untying = self.plan.stage.untie and not self.context.untied and self.context.plan.skeleton.head_is_tied
-        if not jobs and not untying:
-            return []
-        unit = f"{self.plan.name}/head"
-        done = self.context.journal.done(unit)
-        if done is not None:
-            return done["rows"]
-        head = self.model.load_head()
-        rows, mask = [], None
-        if jobs:
-            stats = None if streams is None else head_stats(self.model, jobs[0], head, streams, self.needs)
-            row, mask = self._matrix(head, jobs[0], stats, {}, 0)
-            rows.append(row)
-        promise = str(self.patterns[jobs[0].name]) if jobs else ""
-        distributed.on_main(lambda: self._write_head(head, mask, promise))
-        self.context.finish(unit, {"rows": rows})
-        return rows
-
-    def _write_head(self, head: torch.nn.Module, mask: Tensor | None, promise: str) -> None:
-        exported = self.model.export_head(head, mask)
-        write_exported(head_path(self.folder), exported, {item.key: promise for item in exported})
-
-
-def head_stats(
-    model: StreamedModel, job: MatrixJob, head: torch.nn.Module, streams: _Streams, needs: frozenset[str]
-) -> LayerStats:
-    """Statistics of the output matrix: its input is the final norm's output, its target its own dense output."""
-    accumulator = accumulator_for(
-        model, head, None, [job.prunable], needs - {"target"}, streams.windows, streams.args.length, {}
-    )
-    with model.outer():
-        for window in distributed.turns(streams.windows):
-            found = None
-            if window is not None:
-                found = {job.name: model.head_input(streams.hidden.get(window), streams.args, window)}
-            for seen in distributed.in_turn(found, model.device):
-                accumulator.add(seen[job.name], None)
-    return accumulator.finish()[job.name]
 
 
 def _check_finite(block: torch.nn.Module, name: str) -> None:

@@ -14,7 +14,8 @@ from ..training import heldout_loss, metrics_entry, retrainer, training_config, 
 from ..wholestate import whole_tensors, write_state
 from .base import Context, StageReport
 from .imp import mean
-from .phases import Masked, TargetPlan, target_plan
+from .masked_model import Masked
+from .targets import TargetPlan, target_plan
 
 
 class RandomSearch:

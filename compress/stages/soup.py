@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...finetune.schedules import Rates
 from ...finetune.tokens import TokenRows
 from ...finetune.training import TrainingConfig
 from ...pruning.factors import candidates, get_factor
 from ...pruning.imp import Phase
-from ...pruning.soup import (
-    Soup,
-    check_count,
-    check_same_masks,
-    greedy,
-    has_statistics,
-    learn_weights,
-    masks_sha256,
-    recalibrate,
-    uniform_weights,
-)
+from ...pruning.mean import check_same_masks, has_statistics, masks_sha256
+from ...pruning.soup import check_count
 from .. import distributed
 from ..checkpoint import atomic_write_text
 from ..needs import Needs
 from ..plan import Plan, Planning
 from ..soups import (
     apart,
-    ensemble_per_row,
     log_probabilities,
-    mixed,
     own_run,
     owner_of,
     per_row,
-    slopes,
     teams,
     trains,
 )
@@ -48,7 +33,10 @@ from ..training import heldout_rows, metrics_entry, retrainer, training_config, 
 from ..wholestate import StateFile, load_tensors, packed_masks, whole_tensors, write_state
 from .base import Context, StageReport
 from .imp import Imp, mean, phase_seed
-from .phases import Masked, PhasedRun, SoupPlan, phase_steps
+from .masked_model import Masked
+from .phases import PhasedRun
+from .soup_choice import Choice, SoupPlan, measure_statistics
+from .targets import phase_steps
 
 
 class SoupKind:
@@ -76,10 +64,6 @@ class SoupKind:
         return PhasedRun(context, stage, SoupPhase(context, stage)).run()
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    return StateFile(path).tensors()
-
-
 class SoupPhase:
     """What a phase of a soup does instead of one retraining."""
 
@@ -104,7 +88,7 @@ class SoupPhase:
                 if trains(index) and not path.exists():
                     self._train(masked, phase, index, rates, folder, last)
         entries = self._collect(paths, masked, digest)
-        chosen = self._choose(masked, paths, entries, last)
+        chosen = Choice(self.plan, self.rows, masked.model, paths, entries).choose(last=last)
         entry = {key: value for key, value in chosen.items() if key != "weights"}
         return {
             "masks_sha256": digest,
@@ -147,7 +131,7 @@ class SoupPhase:
         with own_run():
             metrics = self.retrain(masked.model, config, masked.masks)
         if has_statistics(masked.model):
-            self._recalibrate(masked.model)
+            measure_statistics(masked.model, self.plan)
         more = {"log_p": log_probabilities(masked.model, self.rows, self.stage.batch)}
         if last and self.plan.measured is not None:
             more["measured_p"] = log_probabilities(masked.model, self.plan.measured, self.stage.batch)
@@ -184,86 +168,6 @@ class SoupPhase:
         for part in distributed.from_all(own):
             found |= part
         return [found[index] for index in range(len(paths))]
-
-    # ---- the soup ----
-
-    def _choose(self, masked: Masked, paths: list[Path], entries: list[dict[str, Any]], last: bool) -> dict[str, Any]:
-        """Compare best candidate, ensemble and soups; leave the one that was asked for in the model."""
-        load: list[Callable[[], dict[str, Tensor]]] = [partial(_read, path) for path in paths]
-        count = len(paths)
-        device = next(masked.model.parameters()).device
-
-        def blend(weights: tuple[float, ...]) -> None:
-            load_tensors(masked.model, mixed(load, weights, device))
-            if has_statistics(masked.model):
-                self._recalibrate(masked.model)
-
-        def evaluate(weights: tuple[float, ...]) -> Tensor:
-            blend(weights)
-            return self._same(per_row(log_probabilities(masked.model, self.rows, self.stage.batch), self.rows))
-
-        found: dict[str, Soup] = {}
-        figures: dict[str, Any] = {}
-        if len(self.rows):
-            losses = [per_row(entry["log_p"], self.rows) for entry in entries]
-            best = min(range(count), key=lambda i: (float(losses[i].mean()), i))
-            found["best"] = Soup(uniform_weights([best], count), losses[best])
-            figures["ensemble"] = mean(ensemble_per_row([entry["log_p"] for entry in entries], self.rows))
-            whole = uniform_weights(range(count), count)
-            found["uniform"] = Soup(whole, evaluate(whole))
-            known = {whole: found["uniform"].losses}
-            found["greedy"] = greedy(losses, lambda w: known[w] if w in known else evaluate(w), self.stage.margin)
-            if self.stage.soup == "learned":
-                weights = learn_weights(count, lambda w: self._slope(masked, blend, load, w), self.stage.learning_steps)
-                found["learned"] = Soup(weights, evaluate(weights))
-        else:
-            found["uniform"] = Soup(uniform_weights(range(count), count), torch.zeros(0))
-        heldout = {name: {"loss": mean(soup.losses), "weights": list(soup.weights)} for name, soup in found.items()}
-        figures = {"compared": heldout, **figures}
-        if last and self.plan.measured is not None:
-            figures["measured"] = self._measure(masked, blend, entries, found)
-        chosen = found[self.stage.soup]
-        blend(chosen.weights)
-        return {"weights": chosen.weights, "heldout": mean(chosen.losses), **figures}
-
-    def _slope(
-        self, masked: Masked, blend: Callable[[tuple[float, ...]], None], load: Any, weights: tuple[float, ...]
-    ) -> tuple[float, list[float]]:
-        blend(weights)
-        return slopes(masked.model, load, self.rows, self.stage.batch)
-
-    def _measure(
-        self,
-        masked: Masked,
-        blend: Callable[[tuple[float, ...]], None],
-        entries: list[dict[str, Any]],
-        soups: dict[str, Soup],
-    ) -> dict[str, Any]:
-        """Losses on the text of `measure`, of which nothing above depends."""
-        rows = self.plan.measured
-        assert rows is not None
-        found: dict[str, Any] = {
-            "text": rows.name,
-            "candidates": [mean(per_row(entry["measured_p"], rows)) for entry in entries],
-            "ensemble": mean(ensemble_per_row([entry["measured_p"] for entry in entries], rows)),
-        }
-        for name, soup in soups.items():
-            blend(soup.weights)
-            losses = self._same(per_row(log_probabilities(masked.model, rows, self.stage.batch), rows))
-            found[name] = mean(losses)
-        return found
-
-    def _recalibrate(self, model: Any) -> None:
-        rows, device = self.plan.text.train, next(model.parameters()).device
-        batches = [
-            lambda m, ids=rows.ids[start : start + self.stage.batch]: m(input_ids=ids.to(device), use_cache=False)
-            for start in range(0, min(len(rows), 64 * self.stage.batch), self.stage.batch)
-        ]
-        recalibrate(model, batches)
-
-    def _same(self, losses: Tensor) -> Tensor:
-        """Rank 0's figures on every rank: all of them must choose alike."""
-        return distributed.from_rank(losses, 0)
 
     def _agreed_digest(self, masked: Masked) -> str:
         """The digest of the masks, which must be the same on every rank."""

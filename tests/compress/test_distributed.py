@@ -205,7 +205,7 @@ FULL = "OSError(ENOSPC, 'No space left on device', '/disk')"
 PLACES = {
     "embedding": (1, "hidden", "HiddenStore.put", 1, FULL),
     "a block": (1, "hidden", "HiddenStore.put", 9, FULL),
-    "a solver": (1, "stages.prune", "solve", 2, "ResourceError('no memory left')"),
+    "a solver": (1, "stages.matrix", "solve", 2, "ResourceError('no memory left')"),
     "a part": (0, "stages.prune", "write_exported", 2, FULL),
     "the journal": (0, "journal", "Journal.finish", 3, FULL),
     "the checkpoint": (0, "export", "assemble", 1, FULL),

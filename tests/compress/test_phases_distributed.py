@@ -15,16 +15,16 @@ from tiny import tensors
 TOLERANCE = 2e-5  # of weights around 0.15: gradients are summed in another order
 WATCH = """
 import json, os
-import gossamer.compress.stages.phases as phases
+from gossamer.compress.stages.masked_model import Masked
 from gossamer.compress.wholestate import packed_masks
-from gossamer.pruning.soup import masks_sha256
-save = phases.Masked.save
+from gossamer.pruning.mean import masks_sha256
+save = Masked.save
 def saved(self, path):
     save(self, path)
     name = os.environ["MASKS"] + "-" + os.environ.get("RANK", "0")
     with open(name, "a") as file:
         file.write(masks_sha256(packed_masks(self.masks)) + "\\n")
-phases.Masked.save = saved
+Masked.save = saved
 """
 
 

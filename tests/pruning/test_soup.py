@@ -10,21 +10,8 @@ from torch import nn
 
 from gossamer.errors import CheckpointError, RecipeError, TrainingError
 from gossamer.pruning.mask import Mask
-from gossamer.pruning.soup import (
-    Mean,
-    average,
-    better,
-    check_count,
-    check_same_masks,
-    ensemble_losses,
-    greedy,
-    has_statistics,
-    learn_weights,
-    masks_sha256,
-    noise,
-    recalibrate,
-    uniform_weights,
-)
+from gossamer.pruning.mean import Mean, average, check_same_masks, has_statistics, masks_sha256, recalibrate
+from gossamer.pruning.soup import better, check_count, ensemble_losses, greedy, learn_weights, noise, uniform_weights
 
 
 def masks(seed: int = 0) -> dict[str, Mask]:
