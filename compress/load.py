@@ -15,8 +15,8 @@ from .attachments import apply_attachments, attaching
 from .keymap import KeyMap
 from .memory import release
 from .modelfolder import SPARSE, SPARSE_INDEX, find_weights, read_config, resolve_folder
-from .placement import Placed, RuntimeOptions, adopt, check_backend, runtime
 from .quantizer import METHOD, GossamerConfig, source_masks
+from .runtime import Placed, RuntimeOptions, adopt, check_backend, runtime
 from .saving import attach
 from .source import FolderSource
 

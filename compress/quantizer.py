@@ -148,7 +148,7 @@ class GossamerHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         """Ordinary layers with dense weights; from now on the model is saved as an ordinary one."""
-        from .placement import expand_modules
+        from .runtime import expand_modules
         from .saving import detach
 
         expand_modules(model)

@@ -7,7 +7,7 @@ from types import MethodType
 from typing import Any
 
 from ..format import METADATA_KEY
-from ..placement import Placed
+from ..runtime import Placed
 from .file import FILE, NAME, read_policy, write_policy
 from .loaded import apply_policy
 
