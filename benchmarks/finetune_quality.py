@@ -1,9 +1,9 @@
 """Sparse deltas against LoRA and full fine-tuning on small models, equal tokens, learning rates searched: resumable.
 
-    python benchmarks/finetune_quality.py --shared ../shared              # run what is missing, then print the table
+    python benchmarks/finetune_quality.py --shared ../shared              # run what is missing, then write the page
     python benchmarks/finetune_quality.py --tasks stories-shakespeare --ranks 2 --methods spiel-ag lora
     python benchmarks/finetune_quality.py --tasks tiny-wikitext --base-quant nf4 --tokens 200000
-    python benchmarks/finetune_quality.py --render                        # only print the table
+    python benchmarks/finetune_quality.py --render                        # only write docs/quality-finetune.md
 
 A cell is one task, method, rank, learning rate, seed, number of tokens and kind of base (float32, or quantised):
 `gossamer finetune`, then perplexity of the result on the task's test text and on the text that the model was trained
@@ -16,7 +16,6 @@ skips the cells it finds there.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetune_table import render
 from quality import append_result, perplexity, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,7 +98,9 @@ def main() -> None:
                 f"test {cell['test']:.3f}, before {cell['before']:.3f}, {cell['seconds']:.0f} s",
                 flush=True,
             )
-    print(table(cells))
+    made = render(cells, {name: task.model for name, task in TASKS.items()}, SEQLEN, WINDOWS)
+    options.page.write_text(made, encoding="utf-8")
+    print(f"wrote {options.page}")
 
 
 def jobs(options: argparse.Namespace, cells: list[dict[str, Any]]) -> Iterator[Job]:
@@ -219,30 +221,6 @@ def _texts(task: Task, shared: Path, folder: Path) -> tuple[Path, Path]:
     return parts
 
 
-def table(cells: list[dict[str, Any]]) -> str:
-    """Markdown: mean and range over seeds at the best learning rate, and their number."""
-    lines = [
-        "| task | rank | method | base | entries | rate | test perplexity | before | peak | s | file | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    kinds = ("task", "rank", "method", "tokens", "base_quant")
-    for kind in dict.fromkeys(tuple(c.get(name) for name in kinds) for c in cells):
-        same = dict(zip(kinds, kind, strict=True))
-        task, rank, method = kind[:3]
-        group = [c for c in cells if _same(c, same)]
-        rate = min(group, key=lambda c: (c["heldout"] is not None, c["heldout"] or 0.0))["learning_rate"]
-        group = [c for c in group if c["learning_rate"] == rate]
-        test = [c["test"] for c in group]
-        peak = f"{max(c['peak'] for c in group) / 1e6:.0f} MB" if group[0]["peak"] else ""
-        lines.append(
-            f"| {task} | {rank} | {method} | {same['base_quant'] or 'float32'} | {group[0]['trained']:,} | {rate:g} | "
-            f"{statistics.fmean(test):.3f} "
-            f"({min(test):.3f}-{max(test):.3f}) | {statistics.fmean(c['before'] for c in group):.3f} | {peak} | "
-            f"{statistics.fmean(c['seconds'] for c in group):.0f} | {group[0]['file']:,} | {len(group)} |"
-        )
-    return "\n".join(lines)
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
@@ -253,9 +231,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--base-quant", choices=["nf4", "fp4", "int8"], help="adapters train beside a quantised base")
     parser.add_argument("--tokens", type=int, help="to train on; default: the task's")
     parser.add_argument("--windows", type=int, default=WINDOWS, help="of the test texts")
-    parser.add_argument("--render", action="store_true", help="run nothing, print the table")
+    parser.add_argument("--render", action="store_true", help="run nothing, write the page")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder with models/ and data/")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "quality-finetune.md")
     return parser.parse_args()
 
 

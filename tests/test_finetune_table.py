@@ -1,0 +1,56 @@
+"""The page of fine-tuning: which lines count, and when a claim holds; the search of learning rates."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import finetune_quality
+from finetune_table import chosen, render
+
+
+def cell(method: str, rate: float, seed: int, heldout: float, test: float, **more) -> dict:
+    found = {
+        "task": "stories-gsm8k", "method": method, "rank": 2, "learning_rate": rate, "seed": seed, "tokens": 1000,
+        "base_quant": None, "heldout": heldout, "test": test, "before": 9.0, "seconds": 3.0, "trained": 12, "peak": 5e6,
+        "file": 2000, "version": "0",
+    }  # fmt: skip
+    return found | more
+
+
+def test_the_test_text_does_not_choose_the_rate_and_later_lines_count():
+    cells = [cell("lora", 0.1, 0, 2.0, 1.0), cell("lora", 0.01, 0, 1.0, 7.0), cell("lora", 0.01, 1, 1.5, 8.0)]
+    cells.append(cell("lora", 0.01, 0, 1.1, 9.0))
+    assert [(c["seed"], c["test"]) for c in chosen(cells, 2, "lora")] == [(0, 9.0), (1, 8.0)]
+    assert chosen(cells, 2, "full") == chosen(cells, 1, "lora") == []
+
+
+@pytest.mark.parametrize(("ours", "verdict"), [(4.0, "the claim holds"), (8.1, "the claim fails")])
+def test_claims_are_paired_over_seeds(ours, verdict):
+    cells = [cell("lora", 0.01, seed, 1.0, 8.0 + seed) for seed in range(3)]
+    cells += [cell("spiel-ag", 0.02, seed, 1.0, ours + seed + 0.01 * seed) for seed in range(3)]
+    cells += [cell("base", 0.0, 0, None, 50.0), cell("spiel-ag", 0.02, 0, 1.0, 3.0, base_quant="nf4")]
+    page = render(cells, {"stories-gsm8k": "stories260k"}, 256, 200)
+    (line,) = [line for line in page.splitlines() if line.startswith("- rank 2, spiel-ag - lora")]
+    assert line.endswith(f"3 seeds: {verdict}")
+    assert "Untouched: 50.000" in page
+    assert page.index("1,000 tokens\n") < page.index("beside a base in nf4")
+
+
+@pytest.mark.parametrize(
+    ("tried", "following"),
+    [
+        ({0.001: 3.0, 0.003: 2.0, 0.01: 2.5}, None),
+        ({0.001: 3.0, 0.003: 2.0}, 0.01),
+        ({0.003: 2.0, 0.01: 2.5}, 0.001),
+        ({0.3: 2.0, 0.1: 2.5}, None),  # the ladder ends
+    ],
+)
+def test_the_search_goes_on_while_the_best_rate_is_the_last(tried, following):
+    cells = [cell("lora", rate, 0, loss, 1.0) for rate, loss in tried.items()]
+    like = finetune_quality.Job("stories-gsm8k", "lora", 2, 0.003, 0, 1000)
+    assert finetune_quality.next_rate(cells, like) == following
