@@ -68,6 +68,7 @@ class PruneRun:
         blocks = self.model.num_blocks
         self.context.progress.stage(f"prune with {self.method.name}", blocks)
         streams = open_streams(self.context, self.plan, self.model, dense=self._asymmetric)
+        memory.release()  # what reading text and embedding left would stand below the first block's peak
         clock = Clock(blocks)
         try:
             for index in range(blocks):
