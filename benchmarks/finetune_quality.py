@@ -7,8 +7,8 @@
 
 A cell is one task, method, rank, learning rate, seed, number of tokens and kind of base (float32, or quantised):
 `gossamer finetune`, then perplexity of the result on the task's test text and on the text that the model was trained
-on before (forgetting). Every learning rate of the grid is run with the first seed, and further ones, about three times
-larger or smaller, as long as the best is the last on its side; the one with the lowest loss on held-out training rows
+on before (forgetting). Every learning rate of the grid is run with the first seed, and further ones, about twice as
+large or small, as long as the best is the last on its side; the one with the lowest loss on held-out training rows
 is run with the other seeds. The test text takes no part in any choice. Each finished cell is one JSON line; a rerun
 skips the cells it finds there.
 """
@@ -32,13 +32,9 @@ SEEDS = [0, 1, 2, 3, 4]
 SPARSE = ("spiel-ag", "spiel-ma", "static", "random")
 ADAPTERS = (*SPARSE, "lora")
 METHODS = ("base", *ADAPTERS, "full")
-GRIDS = {
-    "spiel-ma": (3e-3, 1e-2, 3e-2),
-    "lora": (1e-3, 3e-3, 1e-2),
-    "full": (3e-4, 1e-3, 3e-3),
-    "base": (0.0,),
-}
-GRID = (1e-3, 3e-3, 1e-2)  # of the others
+GRIDS = {"spiel-ma": (2e-3, 5e-3, 1e-2), "full": (1e-3, 2e-3, 5e-3), "base": (0.0,)}
+GRID = (5e-3, 1e-2, 2e-2)  # of the others
+LADDER = tuple(float(f"{digit}e{power}") for power in range(-6, 0) for digit in (1, 2, 5))
 SEQLEN, BATCH, WINDOWS = 256, 8, 200
 
 
@@ -139,11 +135,10 @@ def next_rate(cells: list[dict[str, Any]], like: Job) -> float | None:
     """A learning rate beyond the best one, where that is the smallest or largest tried; None when it lies inside."""
     best = best_rate(cells, like)
     rates = sorted({cell["learning_rate"] for cell in _tried(cells, like)})
-    ladder = [float(f"{digit}e{power}") for power in range(-6, 0) for digit in (1, 3)]
-    place = ladder.index(best)
-    if best == rates[-1] and place + 1 < len(ladder):
-        return ladder[place + 1]
-    return ladder[place - 1] if best == rates[0] and place else None
+    larger, smaller = ([rate for rate in LADDER if sign * rate > sign * best] for sign in (1, -1))
+    if best == rates[-1] and larger:
+        return larger[0]
+    return smaller[-1] if best == rates[0] and smaller else None
 
 
 def _tried(cells: list[dict[str, Any]], like: Job) -> list[dict[str, Any]]:

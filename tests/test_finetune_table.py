@@ -44,13 +44,13 @@ def test_claims_are_paired_over_seeds(ours, verdict):
 @pytest.mark.parametrize(
     ("tried", "following"),
     [
-        ({0.001: 3.0, 0.003: 2.0, 0.01: 2.5}, None),
-        ({0.001: 3.0, 0.003: 2.0}, 0.01),
-        ({0.003: 2.0, 0.01: 2.5}, 0.001),
-        ({0.3: 2.0, 0.1: 2.5}, None),  # the ladder ends
+        ({0.001: 3.0, 0.002: 2.0, 0.005: 2.5}, None),
+        ({0.001: 3.0, 0.002: 2.0}, 0.005),
+        ({0.003: 2.0, 0.01: 2.5}, 0.002),  # a rate that is none of the ladder's
+        ({0.5: 2.0, 0.2: 2.5}, None),  # the ladder ends
     ],
 )
 def test_the_search_goes_on_while_the_best_rate_is_the_last(tried, following):
     cells = [cell("lora", rate, 0, loss, 1.0) for rate, loss in tried.items()]
-    like = finetune_quality.Job("stories-gsm8k", "lora", 2, 0.003, 0, 1000)
+    like = finetune_quality.Job("stories-gsm8k", "lora", 2, 0.002, 0, 1000)
     assert finetune_quality.next_rate(cells, like) == following
