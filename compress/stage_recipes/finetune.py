@@ -35,7 +35,7 @@ class FinetuneStage(TrainingStage):
     base_quant: Literal["nf4", "fp4", "int8"] | None = Field(
         None, description="bitsandbytes holds the weights below the adapter in 4 or 8 bits; lossy"
     )
-    interval: int = Field(20, description="updates between two choices of positions")
+    interval: int = Field(10, description="updates between two choices of positions")
     window: int = Field(5, description="updates before a choice during which gradients are looked at")
     replace: float = Field(0.2, description="share of the entries that the choice at the beginning replaces")
     anneal: Literal["linear", "cosine"] = Field("linear", description="how that share falls to 0")

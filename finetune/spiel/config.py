@@ -80,7 +80,7 @@ class SpielConfig(PeftConfig):
     selection: str = "random"
     where: str | None = None
     seed: int = 0
-    interval: int = 20
+    interval: int = 10
     window: int = 5
     share: float = 0.2
     anneal: str = "linear"
