@@ -11,8 +11,9 @@ A finished block's entries are durable before the next begins, so a killed run g
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from ..progress import BlockDone, Progress
 from ..timing import Clock
 from .apply import Reads, applied
 from .gather import check_usable, gather
+from .parts import InMemory, Parts
 from .sites import BlockSites, find_sites
 from .survey import survey
 from .walk import PROMPT, Walk
@@ -36,42 +38,6 @@ TOLERANCE = 0.001  # of the realised sparsity on calibration text
 FITS = 4  # at most
 PROBES = 4  # windows on which a block's error is measured, and on which searches run
 SEARCH = 16
-
-
-class Parts(Protocol):
-    """Where finished work is kept: in memory, or in the folder of a run with its journal."""
-
-    def budgets(self) -> dict[str, float] | None:
-        """Of a finished survey."""
-        ...
-
-    def keep_budgets(self, budgets: Mapping[str, float]) -> None:
-        """The survey is finished."""
-        ...
-
-    def block(self, round_: int, index: int) -> tuple[Fitted, dict[str, int], dict[str, int]] | None:
-        """A finished block with what was read of it, or None."""
-        ...
-
-    def keep_block(self, round_: int, index: int, fitted: Fitted, reads: Reads) -> None:
-        """The block is finished."""
-        ...
-
-
-class InMemory:
-    """Parts that are gone with the process."""
-
-    def budgets(self) -> dict[str, float] | None:
-        return None
-
-    def keep_budgets(self, budgets: Mapping[str, float]) -> None:
-        pass
-
-    def block(self, round_: int, index: int) -> tuple[Fitted, dict[str, int], dict[str, int]] | None:
-        return None
-
-    def keep_block(self, round_: int, index: int, fitted: Fitted, reads: Reads) -> None:
-        pass
 
 
 class Calibration:
@@ -263,8 +229,6 @@ class Calibration:
         return Policy(self.method.name, shapes, linears, mlps, sites, guide, {**facts, **merged})
 
     def _with_facts(self, policy: Policy, target: float, reads: Reads) -> Policy:
-        from dataclasses import replace
-
         facts = dict(policy.facts) | {
             "target": target,
             "calibrated": reads.sparsity,
@@ -298,6 +262,4 @@ def _next_goal(tried: Sequence[tuple[float, float]], target: float) -> float:
 
 
 def _with_error(data: Any, error: Any) -> Any:
-    from dataclasses import replace
-
     return replace(data, error=error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -21,6 +22,42 @@ RECORD = "fitted"
 EXTRA = "extra:"
 
 
+class Parts(Protocol):
+    """Where finished work is kept: in memory, or in the folder of a run with its journal."""
+
+    def budgets(self) -> dict[str, float] | None:
+        """Of a finished survey."""
+        ...
+
+    def keep_budgets(self, budgets: Mapping[str, float]) -> None:
+        """The survey is finished."""
+        ...
+
+    def block(self, round_: int, index: int) -> tuple[Fitted, dict[str, int], dict[str, int]] | None:
+        """A finished block with what was read of it, or None."""
+        ...
+
+    def keep_block(self, round_: int, index: int, fitted: Fitted, reads: Reads) -> None:
+        """The block is finished."""
+        ...
+
+
+class InMemory:
+    """Parts that are gone with the process."""
+
+    def budgets(self) -> dict[str, float] | None:
+        return None
+
+    def keep_budgets(self, budgets: Mapping[str, float]) -> None:
+        pass
+
+    def block(self, round_: int, index: int) -> tuple[Fitted, dict[str, int], dict[str, int]] | None:
+        return None
+
+    def keep_block(self, round_: int, index: int, fitted: Fitted, reads: Reads) -> None:
+        pass
+
+
 class StoredParts:
     """Parts of one goal of a stage. `unit`: its prefix in the journal and its name in `folder`."""
 
@@ -28,23 +65,23 @@ class StoredParts:
         self.context, self.folder, self.unit, self.shapes = context, folder, unit, shapes
 
     def budgets(self) -> dict[str, float] | None:
-        """See `calibrate.Parts`."""
+        """See `Parts`."""
         done = self.context.journal.done(f"{self.unit}/budgets")
         return None if done is None else dict(done["budgets"])
 
     def keep_budgets(self, budgets: Mapping[str, float]) -> None:
-        """See `calibrate.Parts`."""
+        """See `Parts`."""
         self.context.finish(f"{self.unit}/budgets", {"budgets": dict(budgets)})
 
     def block(self, round_: int, index: int) -> tuple[Fitted, dict[str, int], dict[str, int]] | None:
-        """See `calibrate.Parts`."""
+        """See `Parts`."""
         done = self.context.journal.done(self._name(round_, index))
         if done is None:
             return None
         return read_fitted(self._path(round_, index)), dict(done["read"]), dict(done["whole"])
 
     def keep_block(self, round_: int, index: int, fitted: Fitted, reads: Reads) -> None:
-        """See `calibrate.Parts`."""
+        """See `Parts`."""
         distributed.on_main(lambda: write_fitted(self._path(round_, index), fitted, self.shapes))
         self.context.finish(self._name(round_, index), {"read": reads.read, "whole": reads.whole})
 
