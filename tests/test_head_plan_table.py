@@ -9,7 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-head_plans = pytest.importorskip("head_plans")
+head_plan_table = pytest.importorskip("head_plan_table")
 combined = pytest.importorskip("combined")
 retrieval_model = pytest.importorskip("retrieval_model")
 
@@ -38,7 +38,7 @@ def test_tables():
         {**base, "density": 0.25, "method": "uniform", "perplexity": 24.0},
         {**base, "density": 0.5, "method": "gossamer", "perplexity": 21.0},
     ]
-    page = head_plans.tables(lines)
+    page = head_plan_table.tables(lines)
     assert "tiny-llama, perplexity; dense 20:" in page
     assert "| method | 25 % of the KV bytes | 50 % of the KV bytes |" in page
     assert "| uniform | 24 | - |" in page
