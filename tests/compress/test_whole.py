@@ -13,7 +13,7 @@ from gossamer.compress.progress import Progress, Recorder
 from gossamer.compress.recipe import PruneStage, Recipe
 from gossamer.compress.run import plan
 from gossamer.compress.stages.base import Context
-from gossamer.compress.whole import kept_of, mask_view, open_whole, view, write_whole
+from gossamer.compress.whole import kept_of, matrix_in, open_whole, view, write_whole
 from gossamer.errors import ModelError
 
 
@@ -33,7 +33,7 @@ def test_what_is_written_is_read_back(tmp_path, family):
     expected = {}
     for job in jobs:
         weight = view(model, job.prunable)
-        keep = mask_view(masks, model, job.prunable)
+        keep = matrix_in(masks, model, job.prunable)
         keep[:, torch.arange(weight.shape[1]) % 4 != job.prunable.shape[0] % 4] = False
         weight.masked_fill_(~keep, 0).add_(keep * 0.25)
         expected[job.name] = (weight.clone(), keep.clone())
@@ -46,7 +46,7 @@ def test_what_is_written_is_read_back(tmp_path, family):
     for job in jobs:
         weight, keep = expected[job.name]
         assert torch.equal(view(again, job.prunable), weight), job.name
-        assert torch.equal(mask_view(read, again, job.prunable), keep), job.name
+        assert torch.equal(matrix_in(read, again, job.prunable), keep), job.name
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
 
