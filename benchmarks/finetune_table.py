@@ -53,7 +53,7 @@ def _table(group: Sequence[Cell]) -> list[str]:
             f"| {rank} | {method} | {first['trained']:,} | {first['learning_rate']:g} | "
             f"{spread({cell['seed']: cell['test'] for cell in found})} | "
             f"{statistics.fmean(cell['before'] for cell in found):.2f} | {max(c['peak'] for c in found) / 1e6:.0f} | "
-            f"{statistics.fmean(cell['seconds'] for cell in found):.0f} | {first['file'] / 1e6:.2f} | {len(found)} |"
+            f"{statistics.median(cell['seconds'] for cell in found):.0f} | {first['file'] / 1e6:.2f} | {len(found)} |"
         )
     return lines
 
