@@ -33,12 +33,21 @@ def render(cells: Sequence[Cell], models: Mapping[str, str], seqlen: int, window
 
 
 def chosen(group: Sequence[Cell], rank: int, method: str) -> list[Cell]:
-    """The lines at the learning rate with the lowest held-out loss; of several lines of one seed the last."""
+    """The lines at the learning rate with the lowest held-out loss of the first seed; of one seed's lines the last."""
     own = [cell for cell in group if cell["rank"] == rank and cell["method"] == method]
     if not own:
         return []
-    rate = min(own, key=lambda cell: cell["heldout"])["learning_rate"]
+    first = min(cell["seed"] for cell in own)
+    tried = {cell["learning_rate"]: cell["heldout"] for cell in own if cell["seed"] == first}
+    rate = min(tried, key=lambda rate: tried[rate])
     return list({cell["seed"]: cell for cell in own if cell["learning_rate"] == rate}.values())
+
+
+def _rate(group: Sequence[Cell], found: Sequence[Cell]) -> str:
+    """The rate of the lines, and whether the search ended at the edge of what was tried."""
+    rank, method, rate = (found[0][name] for name in ("rank", "method", "learning_rate"))
+    tried = {cell["learning_rate"] for cell in group if (cell["rank"], cell["method"]) == (rank, method)}
+    return f"{rate:g}" if min(tried) < rate < max(tried) else f"{rate:g} (edge)"
 
 
 def _table(group: Sequence[Cell]) -> list[str]:
@@ -50,7 +59,7 @@ def _table(group: Sequence[Cell]) -> list[str]:
         found = chosen(group, rank, method)
         first = found[0]
         lines.append(
-            f"| {rank} | {method} | {first['trained']:,} | {first['learning_rate']:g} | "
+            f"| {rank} | {method} | {first['trained']:,} | {_rate(group, found)} | "
             f"{spread({cell['seed']: cell['test'] for cell in found})} | "
             f"{statistics.fmean(cell['before'] for cell in found):.2f} | {max(c['peak'] for c in found) / 1e6:.0f} | "
             f"{statistics.median(cell['seconds'] for cell in found):.0f} | {first['file'] / 1e6:.2f} | {len(found)} |"
@@ -73,8 +82,8 @@ _INTRODUCTION = """# Quality of fine-tuning
 
 Perplexity on {windows} windows of {seqlen} tokens of a text that the model was not trained on before, and of the one
 that it was (forgetting), made by `python benchmarks/finetune_quality.py --render`. Every adapter trains as many numbers
-as LoRA of the rank, for as many tokens. Learning rates are searched until the best lies between two worse ones, by the
-loss on the held-out split of the training text, with the first seed; the test text has no say. Mean over seeds, the
-smallest and the largest in brackets. Seconds are those of the whole command, on a machine with other work; `full`
-trains all weights, and is what a dense model comes to with the same tokens.
+as LoRA of the rank, for as many tokens. Learning rates are searched until the best lies between two worse ones ("edge":
+not yet), by the loss on the held-out split of the training text, with the first seed; the test text has no say. Mean
+over seeds, the smallest and the largest in brackets. Seconds are those of the whole command, median over seeds, one
+thread of a machine with other work; `full` trains all weights, and is what a dense model comes to with the same tokens.
 """

@@ -7,8 +7,8 @@ over the processes by all_reduce, so no process ever holds more than two models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -38,24 +38,14 @@ def trains(candidate: int) -> bool:
     return distributed.sharded() or owner_of(candidate) == distributed.rank()
 
 
-@contextmanager
-def apart() -> Iterator[None]:
+def apart() -> AbstractContextManager[None]:
     """Around the training of candidates: a failure of one process becomes that of all, where they train apart."""
-    if distributed.sharded():
-        yield
-        return
-    with distributed.agreed():
-        yield
+    return nullcontext() if distributed.sharded() else distributed.agreed()
 
 
-@contextmanager
-def own_run() -> Iterator[None]:
+def own_run() -> AbstractContextManager[None]:
     """Around the training of one candidate: one process, or one team of all."""
-    if distributed.sharded():
-        yield
-        return
-    with distributed.alone():
-        yield
+    return nullcontext() if distributed.sharded() else distributed.alone()
 
 
 def mixed(load: Sequence[Load], weights: Sequence[float], device: torch.device) -> dict[str, Tensor]:

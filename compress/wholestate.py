@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ResumeError
 from ..finetune.resuming import changing
+from ..finetune.sharded import gathered
 from ..pruning.mask import Mask
 from ..pruning.mean import masks_sha256
 from .writer import write_part
@@ -30,11 +31,6 @@ def whole_tensors(model: Any) -> dict[str, Tensor]:
 def is_sharded(model: Any) -> bool:
     """Whether parameters lie in pieces on several ranks (FSDP2)."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-
-
-def gathered(tensor: Any) -> Tensor:
-    """All of a sharded tensor, on every rank; another one as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def packed_masks(masks: Mapping[str, Tensor]) -> dict[str, Mask]:

@@ -49,7 +49,8 @@ def restore(remembered: list[_Remembered]) -> None:
                 continue
             identity, trainable = known
             if identity not in made:
-                made[identity] = nn.Parameter(_whole(one.module._parameters[name]), requires_grad=trainable)
+                whole = gathered(one.module._parameters[name].detach())  # type: ignore[union-attr]
+                made[identity] = nn.Parameter(whole, requires_grad=trainable)
             parameters[name] = made[identity]
         buffers = dict(one.module._buffers)
         one.module.__class__ = one.kind
@@ -66,6 +67,6 @@ def _forget(module: nn.Module) -> None:
     known.pop(module, None)
 
 
-def _whole(parameter: Any) -> Tensor:
-    tensor: Tensor = parameter.detach()
+def gathered(tensor: Any) -> Tensor:
+    """All of a sharded tensor, on every rank; another one as it is. A collective operation."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -26,6 +26,8 @@ def test_the_test_text_does_not_choose_the_rate_and_later_lines_count():
     cells = [cell("lora", 0.1, 0, 2.0, 1.0), cell("lora", 0.01, 0, 1.0, 7.0), cell("lora", 0.01, 1, 1.5, 8.0)]
     cells.append(cell("lora", 0.01, 0, 1.1, 9.0))
     assert [(c["seed"], c["test"]) for c in chosen(cells, 2, "lora")] == [(0, 9.0), (1, 8.0)]
+    cells.append(cell("lora", 0.1, 1, 0.5, 2.0))  # seeds after the first choose no rate
+    assert [c["test"] for c in chosen(cells, 2, "lora")] == [9.0, 8.0]
     assert chosen(cells, 2, "full") == chosen(cells, 1, "lora") == []
 
 
@@ -38,6 +40,7 @@ def test_claims_are_paired_over_seeds(ours, verdict):
     (line,) = [line for line in page.splitlines() if line.startswith("- rank 2, spiel-ag - lora")]
     assert line.endswith(f"3 seeds: {verdict}")
     assert "Untouched: 50.000" in page
+    assert "| 2 | lora | 12 | 0.01 (edge) |" in page
     assert page.index("1,000 tokens\n") < page.index("beside a base in nf4")
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...finetune.sharded import gathered
 from ...pruning.imp import MIXED
 from ...pruning.mask import Mask
 from .. import distributed
 from ..whole import kept_of, matrix_in, open_whole, view, write_whole
-from ..wholestate import StateFile, gathered, is_sharded, load_tensors, whole_tensors, write_state
+from ..wholestate import StateFile, is_sharded, load_tensors, whole_tensors, write_state
 from .base import Context
 from .targets import TargetPlan
 

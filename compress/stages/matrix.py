@@ -19,7 +19,7 @@ from .solve import output_errors, solve
 
 
 class MatrixPruner:
-    """Prunes matrices of `model` with one method. `patterns`: matrix name -> pattern, known before the first one."""
+    """Prunes matrices of `model` with one method. `patterns`: matrix name -> the pattern it gets."""
 
     def __init__(self, method: Any, model: StreamedModel, patterns: dict[str, Pattern], progress: Progress) -> None:
         self.method, self.model, self.patterns, self.progress = method, model, patterns, progress

@@ -36,6 +36,8 @@ from .streams import Streams, open_streams
 class PruneRun:
     """Runs one prune stage; `run` returns its report."""
 
+    matrices: MatrixPruner
+
     def __init__(self, context: Context, plan: PrunePlan) -> None:
         self.context = context
         self.plan = plan
@@ -47,7 +49,6 @@ class PruneRun:
         self.dense = self.model if not context.finished else context.open(context.plan.source, context.dtype)
         self.masks = context.open(MaskSource(before), None, untie=untie) if before.records() else None
         self.needs = self._needs()
-        self.matrices = MatrixPruner(self.method, self.model, {}, context.progress)
         self.rebuilt: list[dict[str, Any]] = []
         self._places_of_kind: dict[Any, Places] = {}
 
@@ -63,7 +64,8 @@ class PruneRun:
     def run(self) -> StageReport:
         """Prune every block that the journal does not hold yet."""
         started = time.monotonic()
-        self.matrices.patterns = budgets(self.context, self.plan, self.model)
+        patterns = budgets(self.context, self.plan, self.model)
+        self.matrices = MatrixPruner(self.method, self.model, patterns, self.context.progress)
         rows: list[dict[str, Any]] = []
         blocks = self.model.num_blocks
         self.context.progress.stage(f"prune with {self.method.name}", blocks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ _CHECKED_ROWS = 1024  # in float64 at a time
 
 
 @dataclass
-class Checked(Contender):
+class Checked(Contender, ABC):
     """`call()` reads `bytes` from memory; its result is checked before it is timed.
 
     `dense`: one of those that speedups refer to. `must`: the speedup over the fastest other one of them that it has to

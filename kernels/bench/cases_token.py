@@ -37,10 +37,10 @@ class TokenCase(Checked):
         return "" if worst <= 1.0 else f"{worst:.1f} times the allowed error"
 
 
-def norm_cases(dtype: torch.dtype) -> list[TokenCase]:
-    """Llama's norm of one token of HIDDEN numbers."""
+def norm_cases(hidden: int, dtype: torch.dtype) -> list[TokenCase]:
+    """Llama's norm of one token of `hidden` numbers."""
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((1, HIDDEN), (HIDDEN,)))
+    x, weight = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((1, hidden), (hidden,)))
 
     def written_out() -> Tensor:
         wide = x.float()
@@ -49,7 +49,7 @@ def norm_cases(dtype: torch.dtype) -> list[TokenCase]:
     truth = weight.double() * x.double() / (x.double().square().mean(-1, keepdim=True) + EPSILON).sqrt()
     ways: dict[str, Callable[[], Tensor]] = {
         "torch, as Llama writes it": written_out,
-        "torch rms_norm": lambda: F.rms_norm(x, (HIDDEN,), weight, EPSILON),
+        "torch rms_norm": lambda: F.rms_norm(x, (hidden,), weight, EPSILON),
         "rms_norm": lambda: rms_norm(x, weight, EPSILON),
     }
     return _cases(ways, 3 * x.nbytes, truth, truth.abs())
@@ -82,9 +82,14 @@ def _cases(ways: dict[str, Callable[[], Tensor]], read: int, truth: Tensor, size
     return [TokenCase(name, call, read, truth, size, dense=name.startswith("torch")) for name, call in ways.items()]
 
 
+def small_cases(dtype: torch.dtype) -> list[TokenCase]:
+    """All of them on hardly any data: what brings their code into the cache."""
+    return [*norm_cases(64, dtype), *attention_cases(4, dtype)]
+
+
 def token_cases(dtype: torch.dtype) -> dict[str, list[TokenCase]]:
     """By the title of their table."""
-    found = {f"norm of {HIDDEN}": norm_cases(dtype)}
+    found = {f"norm of {HIDDEN}": norm_cases(HIDDEN, dtype)}
     for length in LENGTHS:
         title = f"one query of {HEADS} heads, {length} keys of {KV_HEADS} heads of {WIDTH}"
         found[title] = attention_cases(length, dtype)

@@ -16,7 +16,7 @@ from ..memory import empty_weight
 from ..tier import current
 from .case import Checked
 from .cases import cases
-from .cases_token import token_cases
+from .cases_token import small_cases, token_cases
 from .rounds import Contender, Timing, run_rounds, summary
 
 READ_BYTES = 64 << 20
@@ -37,7 +37,8 @@ def measure_shape(
 def measure_token(dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
     """What a token needs besides products with weights: one entry per operation, in the form of a shape's."""
     with torch.inference_mode():
-        return [{"title": title, **compare(found, {}, rounds)} for title, found in token_cases(dtype).items()]
+        small = {case.name: case.call for case in small_cases(dtype)}
+        return [{"title": title, **compare(found, small, rounds)} for title, found in token_cases(dtype).items()]
 
 
 def compare(

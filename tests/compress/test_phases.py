@@ -344,7 +344,7 @@ def test_empty_and_short_texts(tiny, tmp_path):
             compress(tiny, tmp_path / "out", Recipe(stages=[stage("imp", tiny, data=str(tmp_path / "short.txt"))]))
 
 
-@pytest.mark.parametrize("kind", ["imp", "soup", "gradual"])
+@pytest.mark.parametrize("kind", ["imp", "soup", "gradual", "random"])
 def test_a_target_below_what_is_pruned(tiny, tmp_path, kind):
     """In the recipe or in the source: known before anything is done."""
     out, own = tmp_path / "out", stage(kind, tiny, sparsity=0.4)
