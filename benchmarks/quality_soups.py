@@ -4,8 +4,9 @@
     python benchmarks/quality.py soups --models stories260k --seeds 0 1 2
     python benchmarks/quality.py soups --render                         # only write docs/quality-soups.md
 
-Tokens are those of one candidate over all phases. Every searched row has the same trials, judged by the loss on the
-training text's held-out split; the evaluation text is read by final cells alone. A trial or cell is one JSON line.
+Tokens are those of one candidate over all phases. Every row that trains has as many trials, judged by the loss on the
+training text's held-out split; soups share those of one. Final cells alone read the evaluation text. A trial or cell is
+one JSON line.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ RETRAIN = "one-shot + retrain"
 SOUPS = {f"soup m={m} {kind}": (m, kind) for m in (3, 5) for kind in ("uniform", "greedy")}
 ROWS = [DENSE, ONE_SHOT, RETRAIN, IMP, LONGER, *SOUPS]
 DERIVED = ("best", "ensemble")  # measured in the cells of soups, of the candidates of their last phase
+SEARCHED_SOUP = "soup m=3 uniform"  # every soup takes the options of its trials: as many as a row of one model has
 
 RATES = (1e-3, 3e-3, 1e-2)
 FACTORS = ("seed", "learning-rate")
@@ -47,6 +49,11 @@ def trials(row: str) -> list[dict[str, Any]]:
     return [{"learning_rate": rate, name: value} for rate, value in itertools.product(RATES, values)]
 
 
+def searched(row: str) -> str:
+    """The row whose trials decide the options of `row`."""
+    return SEARCHED_SOUP if row in SOUPS else row
+
+
 def key(line: Line) -> tuple[Any, ...]:
     """What identifies a line; the last one with a key counts."""
     return (
@@ -57,7 +64,7 @@ def key(line: Line) -> tuple[Any, ...]:
 
 def best_options(lines: Sequence[Line], model: str, row: str) -> dict[str, Any]:
     """Those of the row's trial with the lowest held-out loss; those of the first trial where none was run."""
-    best = best_trial(lines, model=model, row=row)
+    best = best_trial(lines, model=model, row=searched(row))
     return trials(row)[0] if best is None else dict(best["options"])
 
 
@@ -68,7 +75,7 @@ def wanted(options: argparse.Namespace, lines: Sequence[Line]) -> list[dict[str,
         [0] if options.search else options.seeds,
         options.models,
         [SEARCHED_AT] if options.search else options.sparsities,
-        options.rows,
+        dict.fromkeys(map(searched, options.rows)) if options.search else options.rows,
     ):
         tokens = options.tokens or TEXTS[model][3]
         line = {"model": model, "row": row, "sparsity": None if row == DENSE else sparsity, "seed": seed}
@@ -171,8 +178,7 @@ _INTRODUCTION = f"""# Quality of pruning with retraining
 
 Perplexity on windows of {SEQLEN} tokens, made by `python benchmarks/quality.py soups --render`. Global magnitude,
 {PHASES} phases, float32. Mean over seeds, the smallest and the largest in brackets. Every row that trains had
-{len(RATES) * 2} trials at {SEARCHED_AT} on a quarter of the tokens,
-{TRIALS}.
+{len(RATES) * 2} trials at {SEARCHED_AT} on a quarter of the tokens, {TRIALS}; soups share those of "{SEARCHED_SOUP}".
 "Best of" and "ensemble of" are the best candidate of the last phase by held-out loss, and the mean of its candidates'
 predictions. Tokens are those of one candidate: a soup of m candidates trains on m times as many.
 """

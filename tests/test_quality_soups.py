@@ -22,7 +22,7 @@ def cell(row: str, seed: int, after: float, **more: Any) -> dict[str, Any]:
 def test_every_row_that_trains_has_as_many_trials() -> None:
     assert {len(trials(row)) for row in ROWS if row != ONE_SHOT} == {6}
     lines = wanted(suite._options(["--search", "--models", "stories260k"]), [])
-    assert len({key(line) for line in lines}) == len(lines) == 6 * (len(ROWS) - 1)
+    assert len({key(line) for line in lines}) == len(lines) == 6 * (len(ROWS) - len(SOUPS))  # soups: those of one
     assert {line["tokens"] for line in lines} == {125_000}
 
 
@@ -42,6 +42,8 @@ def test_the_best_trial_wins() -> None:
     found = [cell(IMP, 0, 9.0, kind="trial", heldout=h, options={"learning_rate": r}) for h, r in ((2, 0.1), (1, 0.2))]
     assert best_options(found, "stories260k", IMP) == {"learning_rate": 0.2}
     assert best_options(found, "tiny-llama", IMP) == trials(IMP)[0]
+    of_soups = cell("soup m=3 uniform", 0, 9.0, kind="trial", heldout=1.0, options={"learning_rate": 0.3})
+    assert {best_options([of_soups], "stories260k", row)["learning_rate"] for row in SOUPS} == {0.3}
 
 
 def test_when_a_claim_holds() -> None:
