@@ -87,8 +87,8 @@ class Auto(Method):
             return starts[self.options.allocation]
         order = sorted(curves, key=_natural)
 
-        def loss(shares: Mapping[str, float]) -> float:
-            return evaluate([Fitted(self._nearest(shares))])
+        def loss(shares: Mapping[str, float], base: bool = False) -> float:
+            return evaluate([Fitted(self._nearest(shares))], base=base)
 
         best = min(starts.values(), key=loss)
         return refine(best, sizes, grouped(order, self.options.groups), loss, self.options.rounds, log, floors)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -89,7 +89,14 @@ class Fitted:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-Evaluate = Callable[[Sequence[Fitted]], float]  # mean loss of the whole model on calibration windows
+class Evaluate(Protocol):
+    """Mean loss of the whole model on calibration windows under the blocks' entries."""
+
+    def __call__(self, blocks: Sequence[Fitted], *, base: bool = False) -> float:
+        """`base`: most of what follows differs from these entries in a few blocks, which can then be cheaper."""
+        ...
+
+
 Log = Callable[[str], None]
 
 

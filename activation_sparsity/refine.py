@@ -7,7 +7,9 @@ moves that lowers the loss. The number of skipped weights stays the same to roun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 STEP = 0.1
 ROUNDS = 3
@@ -17,18 +19,27 @@ HIGHEST = 0.95
 Shares = Mapping[str, float]
 
 
+class Loss(Protocol):
+    """The loss under shares; `base`: those that the next ones are compared with."""
+
+    def __call__(self, shares: Shares, *, base: bool = False) -> float: ...
+
+
 def refine(
     shares: Shares,
     sizes: Mapping[str, int],
     groups: Sequence[Sequence[str]],
-    loss: Callable[[Shares], float],
+    loss: Loss,
     rounds: int = ROUNDS,
     log: Callable[[str], None] = lambda _: None,
     floors: Shares | None = None,
 ) -> dict[str, float]:
     """Shares by site with a lower `loss` and the same number of skipped weights; none below its floor."""
-    best, lowest, step, floors = dict(shares), loss(shares), STEP, floors or {}
+    best, lowest, step, floors = dict(shares), math.inf, STEP, floors or {}
+    found = True
     for number in range(rounds):
+        if found:
+            lowest = loss(best, base=True)
         prices = {}
         for k, group in enumerate(groups):
             trial = _moved(best, dict.fromkeys(group, step), floors)

@@ -11,6 +11,7 @@ A finished block's entries are durable before the next begins, so a killed run g
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from .gather import check_usable, gather
 from .parts import InMemory, Parts
 from .sites import BlockSites, find_sites
 from .survey import survey
+from .trials import Trials
 from .walk import PROMPT, Walk
 
 TOLERANCE = 0.001  # of the realised sparsity on calibration text
@@ -133,7 +135,9 @@ class Calibration:
             return {}
         known = self.parts.budgets()
         if known is None:
-            known = self.method.share(survey(self), target, extent, self._evaluate, self.progress.note)
+            curves = survey(self)
+            with closing(self._trials()) as evaluate:
+                known = self.method.share(curves, target, extent, evaluate, self.progress.note)
             self.parts.keep_budgets(known)
         return known
 
@@ -174,7 +178,8 @@ class Calibration:
                 )
         finally:
             hidden.close()
-        blocks, guide = self.method.conclude(blocks, self._evaluate, self.progress.note)
+        with closing(self._trials()) as evaluate:
+            blocks, guide = self.method.conclude(blocks, evaluate, self.progress.note)
         policy = self._policy(blocks, guide)
         if not self.method.follows:
             reads = self.walk.reads(policy)
@@ -199,13 +204,16 @@ class Calibration:
 
         return error
 
-    def _evaluate(self, blocks: Sequence[Fitted]) -> float:
-        losses = self.search_walk.run(self._policy(blocks, None), reads=False).losses
-        return sum(losses) / len(losses)
+    def _trials(self) -> Trials:
+        names = [
+            [*(p.name for p in self.model.prunables(index)), *(path for path, _ in self.found[index].mlps)]
+            for index in range(self.model.num_blocks)
+        ]
+        return Trials(lambda: self.search_walk, lambda blocks: self._policy(blocks, None), names, self.memory_bytes)
 
     @property
     def search_walk(self) -> Walk:
-        """A few windows, for searches that look at the whole model."""
+        """A few windows, for searches that look at the whole model; made when first used."""
         if not hasattr(self, "_search"):
             folder = self.scratch / "search"
             folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ Perplexity = exp(mean cross-entropy of these).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,9 +26,9 @@ from ..hidden import HiddenStore
 from ..progress import Progress
 from ..timing import Clock
 from .apply import Reads, Sequences, applied, cluster_of
+from .batches import Batches
 
 PROMPT = 0.25
-TOGETHER = 1 << 22  # numbers in the hidden states of windows that run together
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ class Walk:
         self._bytes, self._scratch = memory_bytes // 2, scratch
         self._embedded = HiddenStore(scratch / f"embedded-{distributed.rank()}", memory_bytes // 2)
         self.args: BlockArgs = capture(model, windows, self._embedded)
-        self._groups = self._together()
-        self._alike: dict[int, bool] = {}
+        self._batches = Batches(model, self.args, len(windows))
         self._stores = 0
 
     def close(self) -> None:
@@ -92,11 +91,15 @@ class Walk:
 
     def embedded(self) -> HiddenStore:
         """The first block's inputs of all followed windows, in a store of their own; close it."""
+        return self.copied(self._embedded, self._bytes)
+
+    def copied(self, hidden: HiddenStore, memory_bytes: int) -> HiddenStore:
+        """A copy of all followed windows' hidden states; close it."""
         self._stores += 1
-        hidden = HiddenStore(self._scratch / f"walk-{self._stores}-{distributed.rank()}", self._bytes)
+        copy = HiddenStore(self._scratch / f"walk-{self._stores}-{distributed.rank()}", memory_bytes)
         for window in distributed.followed(len(self.windows)):
-            hidden.put(window, self._embedded.get(window))
-        return hidden
+            copy.put(window, hidden.get(window))
+        return copy
 
     def reads(self, policy: Policy) -> Reads:
         """What sparse tokens read under `policy`, all windows together."""
@@ -109,24 +112,46 @@ class Walk:
         """The sums over all ranks."""
         return _all_reads(reads)
 
-    def run(self, policy: Policy | None, label: str = "", *, reads: bool = True) -> SparseScore:
-        """Losses under `policy`; None: the dense model on the same positions."""
+    def run(
+        self,
+        policy: Policy | None,
+        label: str = "",
+        *,
+        reads: bool = True,
+        start: tuple[int, HiddenStore | None] = (0, None),
+        before: Callable[[int, HiddenStore], None] | None = None,
+    ) -> SparseScore:
+        """Losses under `policy`; None: the dense model on the same positions. `start`, `before`: as in `final`."""
         found = Reads()
         losses: dict[int, float] = {}
-        with self.final(policy, label, found if reads else None) as hidden, self.model.outer():
+        with self.final(policy, label, found if reads else None, start, before) as hidden, self.model.outer():
             for window in distributed.my_share(len(self.windows)):
                 logits = self.model.logits(hidden.get(window), self.args, window)
                 losses[window] = _loss(logits, self.windows[window], self.start)
         return SparseScore(_in_order(losses, len(self.windows)), _all_reads(found))
 
     @contextmanager
-    def final(self, policy: Policy | None, label: str = "", reads: Reads | None = None) -> Iterator[HiddenStore]:
-        """Hidden states after the last block."""
-        hidden = self.embedded()
+    def final(
+        self,
+        policy: Policy | None,
+        label: str = "",
+        reads: Reads | None = None,
+        start: tuple[int, HiddenStore | None] = (0, None),
+        before: Callable[[int, HiddenStore], None] | None = None,
+    ) -> Iterator[HiddenStore]:
+        """Hidden states after the last block.
+
+        `start`: the first block to run, and its inputs (None: the embedded windows). `before` sees the inputs of every
+        block that runs.
+        """
+        first, inputs = start
+        hidden = self.copied(inputs or self._embedded, self._bytes)
         try:
             clusters = self.clusters(policy) if policy is not None else None
-            clock = Clock(self.model.num_blocks)
-            for index in range(self.model.num_blocks):
+            clock = Clock(self.model.num_blocks - first)
+            for index in range(first, self.model.num_blocks):
+                if before is not None:
+                    before(index, hidden)
                 self.advance(index, self.block(index), hidden, policy, reads, clusters)
                 if label:
                     _, left = clock.tick()
@@ -171,7 +196,7 @@ class Walk:
     ) -> None:
         """Hidden states of all followed windows one block further. Windows of another rank are not counted."""
         mine = set(distributed.my_share(len(self.windows)))
-        for group in self._groups_of(index, block, hidden):
+        for group in self._batches.of(index, block, hidden):
             counted = reads if set(group) <= mine else None
             x = torch.cat([hidden.get(window) for window in group])
             sequences = Sequences([clusters[window] for window in group] if clusters is not None else None)
@@ -183,37 +208,6 @@ class Walk:
                 y = self.model.run_block(index, block, x, self.args, group[0])
             for window, row in zip(group, y, strict=True):
                 hidden.put(window, row[None])
-
-    def _together(self) -> list[list[int]]:
-        """Followed windows in groups small enough to run together; the first one, shown to every rank, is alone."""
-        followed = distributed.followed(len(self.windows))
-        size = self.args.length * self.model.config.get_text_config().hidden_size
-        count = max(1, TOGETHER // size)
-        first, rest = followed[:1], followed[1:]
-        return [first, *(rest[i : i + count] for i in range(0, len(rest), count))]
-
-    def _groups_of(self, index: int, block: nn.Module, hidden: HiddenStore) -> Sequence[Sequence[int]]:
-        """The groups if this block gives every window of a batch what it gives it alone, else one by one."""
-        if index not in self._alike:
-            self._alike[index] = self._check_alike(index, block, hidden)
-        if self._alike[index]:
-            return self._groups
-        return [[window] for group in self._groups for window in group]
-
-    def _check_alike(self, index: int, block: nn.Module, hidden: HiddenStore) -> bool:
-        large = max(self._groups, key=len)
-        if len(large) < 2 or len({self.args.index[index][window] for group in self._groups for window in group}) > 1:
-            return False
-        pair = large[:2]
-        try:
-            both = self.model.run_block(index, block, torch.cat([hidden.get(w) for w in pair]), self.args, pair[0])
-        except (RuntimeError, ValueError):
-            return False
-        for row, window in zip(both, pair, strict=True):
-            alone = self.model.run_block(index, block, hidden.get(window), self.args, window)[0]
-            if not torch.allclose(row.float(), alone.float(), rtol=1e-3, atol=1e-3 * float(alone.float().std())):
-                return False
-        return True
 
 
 def _note(seen: list[Tensor], _: Prunable, x: Tensor) -> None:
