@@ -33,8 +33,10 @@ class Grown:
 class Candidates:
     """A `Watch` over one layer for one window.
 
-    tensors: position int64 [C] ascending; now, total: gradient of this update so far and of finished updates; m, v:
-    Adam's moments over finished updates; age int32: their number since the position is held.
+    tensors: position int64 [C] ascending; now: gradient of this update so far, as it is seen; total: of finished
+    updates, as they were applied; m, v: Adam's moments over finished updates; age int32: their number since the
+    position is held.
+    scale: applied over seen (clipping, loss scale), of the last update that is known.
     """
 
     needs_matrix = True
@@ -50,14 +52,24 @@ class Candidates:
         self.tensors = {name: torch.empty(0, device=device) for name in _FLOATS}
         self.tensors["position"] = torch.empty(0, dtype=torch.int64, device=device)
         self.tensors["age"] = torch.empty(0, dtype=torch.int32, device=device)
-        self.projection = 0.0
+        self.projection, self.scale = 0.0, 1.0
         self._floor = 0.0
+        self._first: int | None = None
         self._pool = TopPool(capacity, device)
 
-    def begin(self) -> None:
+    def begin(self, first: int | None) -> None:
+        if first is not None and first != self._first:
+            self.forget()
+            self._first = first
         self._pool = TopPool(self.capacity, self.taken.device)
         scores = self.scores()
-        self._floor = float(scores.min()) if len(scores) == self.capacity and self.capacity else 0.0
+        full = len(scores) == self.capacity and self.capacity
+        self._floor = float(scores.min()) / self.scale if full and self.scale > 0 else 0.0
+
+    def forget(self) -> None:
+        """The update that is under way does not count."""
+        self.tensors["now"].zero_()
+        self.projection = 0.0
 
     def see(self, first_row: int, block: Tensor) -> None:
         """Adds a block of gradients to what is held, and remembers what is larger than the weakest of it."""
@@ -90,16 +102,21 @@ class Candidates:
         self._replace({name: torch.cat([old, fresh[name]]) for name, old in self.tensors.items()})
 
     def _replace(self, tensors: dict[str, Tensor]) -> None:
-        keep = best(tensors["position"], (tensors["total"] + tensors["now"]).abs(), self.capacity)
+        keep = best(tensors["position"], self._scores(tensors), self.capacity)
         for name, tensor in tensors.items():
             self.tensors[name] = tensor[keep]
 
     def scores(self) -> Tensor:
         """|accumulated gradient|, [C]."""
-        return (self.tensors["total"] + self.tensors["now"]).abs()
+        return self._scores(self.tensors)
+
+    def _scores(self, tensors: dict[str, Tensor]) -> Tensor:
+        """In the units of applied gradients: else one batch of a large loss scale would outweigh all before it."""
+        return (tensors["total"] + tensors["now"] * self.scale).abs()
 
     def fold(self, scale: float, betas: tuple[float, float]) -> None:
         """An update is finished: its gradient, times `scale`, goes into the moments, the same on every rank."""
+        self.projection, self.scale = 0.0, scale
         if world_size() > 1:
             self._replace(_merged(self.tensors))
         held = self.tensors

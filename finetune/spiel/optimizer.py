@@ -6,7 +6,6 @@ goes on bit for bit, in the middle of a window too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +78,9 @@ class SpielOptimizer(torch.optim.Optimizer):
         )
         own = {id(slot.values) for slot in self._slots}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-        groups: list[dict[str, Any]] = [{"params": [slot.values for slot in self._slots], "updates": 0, "history": []}]
+        groups: list[dict[str, Any]] = [
+            {"params": [slot.values for slot in self._slots], "updates": 0, "history": [], "scale": 1.0}
+        ]
         if others:
             groups.append({"params": others})
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -117,8 +118,11 @@ class SpielOptimizer(torch.optim.Optimizer):
                         state.update(start_adam(parameter, done - 1))
                     step_adam(parameter, parameter.grad, state, done, group)
         for _, tracker in self._watched():
-            tracker.fold(scale, main["betas"])
-            tracker.projection = 0.0
+            if scale is None:
+                tracker.forget()
+            else:
+                tracker.fold(scale, main["betas"])
+                main["scale"] = scale
         if self._policy.moves and self.schedule.is_due(done):
             self._choose(done)
         self._arm()
@@ -217,6 +221,7 @@ class SpielOptimizer(torch.optim.Optimizer):
                 tracker = self._policy.tracker(slot.layer, slot.adapter, count, self.config.slots)
                 if renew and "watch" in state:
                     tracker.tensors = state["watch"]
+                tracker.scale = self.param_groups[0]["scale"]
                 state["watch"] = tracker.tensors
                 watches[slot.adapter] = tracker
             elif not wanted:
@@ -228,8 +233,8 @@ class SpielOptimizer(torch.optim.Optimizer):
             if slot.adapter in slot.layer.watches:
                 yield slot, slot.layer.watches[slot.adapter]  # type: ignore[misc]
 
-    def _scale(self) -> float:
-        """What became of the gradients between backward and here: clipping, loss scale, nothing (1).
+    def _scale(self) -> float | None:
+        """What became of the gradients between backward and here: clipping, loss scale, nothing (1); None: not finite.
 
         Gradients are scaled as a whole, so sums over a layer's entries, before and after, are in that ratio.
         """
@@ -239,9 +244,11 @@ class SpielOptimizer(torch.optim.Optimizer):
         before = average(torch.tensor([one for one, _ in watched], dtype=torch.float64))
         sums = [0.0 if grad is None else float(grad.sum(dtype=torch.float64)) for _, grad in watched]
         after = torch.tensor(sums, dtype=torch.float64)
+        if not bool(before.isfinite().all() and after.isfinite().all()):
+            return None
         size = float(before @ before)
         scale = float(before @ after) / size if size > 0 else 1.0
-        return scale if math.isfinite(scale) and abs(scale - 1) > 1e-3 else 1.0
+        return scale if scale > 0 and abs(scale - 1) > 1e-3 else 1.0
 
     def _check_gradients(self) -> None:
         """The first update must reach every layer; says why where it does not."""

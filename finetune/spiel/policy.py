@@ -26,14 +26,19 @@ class Tracker(Watch, Protocol):
 
     Attributes:
         tensors: everything it knows, at the end of an update.
-        projection: sum of the entries' gradients since it was last set to 0.
+        projection: sum of the entries' gradients in this update.
+        scale: what gradients counted at the last update, over what was seen of them.
     """
 
     tensors: dict[str, Tensor]
     projection: float
+    scale: float
 
     def fold(self, scale: float, betas: tuple[float, float]) -> None:
         """An update is finished, whose gradients count `scale` times what was seen."""
+
+    def forget(self) -> None:
+        """What was seen since the last update does not count."""
 
 
 class Policy(Protocol):
@@ -101,29 +106,46 @@ POLICIES: dict[str, type[Policy]] = {"static": Static, "ag": AccumulatedGradient
 
 
 class RowsAndColumns:
-    """A tracker of the squared norms of the output gradient and the input, per channel: sum gy_i^2 and sum x_j^2."""
+    """A tracker of the squared norms of the output gradient and the input, per channel: sum gy_i^2 and sum x_j^2.
+
+    tensors: rows, cols: of finished updates; now_rows, now_cols: of this one so far.
+    """
 
     needs_matrix = False
 
     def __init__(self, rows: int, cols: int, device: torch.device) -> None:
-        self.tensors = {"rows": torch.zeros(rows, device=device), "cols": torch.zeros(cols, device=device)}
-        self.projection = 0.0
+        sizes = {"rows": rows, "cols": cols, "now_rows": rows, "now_cols": cols}
+        self.tensors = {name: torch.zeros(size, device=device) for name, size in sizes.items()}
+        self.projection, self.scale = 0.0, 1.0
+        self._first: int | None = None
 
-    def begin(self) -> None:
-        """Nothing to prepare."""
+    def begin(self, first: int | None) -> None:
+        if first is not None and first != self._first:
+            self.forget()
+            self._first = first
+
+    def forget(self) -> None:
+        """The update that is under way does not count."""
+        self.projection = 0.0
+        self.tensors["now_rows"].zero_()
+        self.tensors["now_cols"].zero_()
 
     def see(self, first_row: int, block: Tensor) -> None:
         """Never called: no matrix is needed."""
 
     def outer(self, output_gradient: Tensor, x: Tensor) -> None:
-        self.tensors["rows"] += output_gradient.to(torch.float32).square().sum(0)
-        self.tensors["cols"] += x.to(torch.float32).square().sum(0)
+        self.tensors["now_rows"] += output_gradient.to(torch.float32).square().sum(0)
+        self.tensors["now_cols"] += x.to(torch.float32).square().sum(0)
 
     def end(self, gradient: Tensor) -> None:
         self.projection += float(gradient.sum(dtype=torch.float64))
 
     def fold(self, scale: float, betas: tuple[float, float]) -> None:
-        """Only ratios within a layer count, so the scale does not."""
+        """Squares of gradients count `scale` squared; inputs are what they are."""
+        self.tensors["rows"] += self.tensors["now_rows"] * scale**2
+        self.tensors["cols"] += self.tensors["now_cols"]
+        self.scale = scale
+        self.forget()
 
 
 def filled(accumulator: Tensor, norms: Tensor) -> Tensor:
@@ -140,6 +162,8 @@ def top_product(rows: Tensor, cols: Tensor, count: int, taken: Tensor, allowed: 
     Rows are visited from the largest on, a slab at a time, until none can enter any more: no outer product as a whole.
     """
     width, pool = len(cols), TopPool(count, rows.device)
+    if not count:
+        return pool.position
     order = rows.argsort(descending=True, stable=True)
     largest = float(cols.max()) if width else 0.0
     height = max(1, (1 << 17) // max(1, width))

@@ -32,8 +32,12 @@ class Watch(Protocol):
 
     needs_matrix: bool
 
-    def begin(self) -> None:
-        """A backward pass of this layer starts."""
+    def begin(self, first: int | None) -> None:
+        """A backward pass of this layer starts. `first`: the number of the pass where the delta has no gradient yet.
+
+        Then an update begins, and what earlier passes gave was either used or thrown away (a loss scale that
+        overflowed skips the update). A layer that is called twice begins twice with the same number.
+        """
 
     def see(self, first_row: int, block: Tensor) -> None:
         """Rows of dW, in the delta's dtype; may be overwritten. Only called if `needs_matrix`."""
@@ -158,7 +162,7 @@ def _input_gradient(
 def _delta_gradient(ctx: Any, gy: Tensor, x: Tensor, values: Tensor, rowptr: Tensor, columns: Tensor) -> Tensor:
     watch: Watch | None = ctx.watch
     if watch is not None:
-        watch.begin()
+        watch.begin(_pass_number() if values.grad is None or not bool(values.grad.any()) else None)
         if not watch.needs_matrix:
             watch.outer(gy, x)
     if ctx.backend == "csr":
@@ -177,6 +181,10 @@ def _delta_gradient(ctx: Any, gy: Tensor, x: Tensor, values: Tensor, rowptr: Ten
     if watch is not None:
         watch.end(gradient)
     return gradient
+
+
+def _pass_number() -> int:
+    return torch._C._current_graph_task_id()  # torch has no public name for it
 
 
 def _gradient_rows(gy: Tensor, x: Tensor, rowptr: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:

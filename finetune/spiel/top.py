@@ -34,6 +34,8 @@ class TopPool:
 
     def add(self, position: Tensor, value: Tensor) -> None:
         """Numbers [n] at any positions that are not in the pool."""
+        if not self.capacity:
+            return
         self.position = torch.cat([self.position, position])
         self.value = torch.cat([self.value, value.to(self.value.dtype)])
         if len(self.position) > self.capacity:

@@ -83,7 +83,7 @@ def test_somebody_who_watches_sees_the_whole_gradient(backend, monkeypatch):
     class Watch:
         needs_matrix = True
 
-        def begin(self):
+        def begin(self, first):
             pass
 
         def see(self, first, block):

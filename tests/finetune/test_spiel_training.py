@@ -146,7 +146,7 @@ def test_a_small_sketch_finds_persistent_gradients():
     for _ in range(12):
         gradient = torch.randn(rows * cols, generator=source)
         gradient[hot] += 2
-        sketch.begin()
+        sketch.begin(None)
         for first in range(0, rows, 7):
             sketch.see(first, gradient.view(rows, cols)[first : first + 7].clone())
         sketch.end(torch.zeros(1))
