@@ -143,6 +143,10 @@ class Method(ABC):
     def fit(self, block: BlockData, budgets: Mapping[str, float], target: float, extent: Extent) -> Fitted:
         """Entries of the block. `budgets`: from `share`; `target`: of all linear maps of the model."""
 
+    def restored(self, index: int, fitted: Fitted) -> None:
+        """A restart found block `index` fitted, in the order of the fits: what `fit` would remember of it."""
+        return
+
     def conclude(self, blocks: Sequence[Fitted], evaluate: Evaluate, log: Log) -> tuple[list[Fitted], CoreGuide | None]:
         """A last look at all blocks together: their final entries, and how core neurons are chosen."""
         return list(blocks), None

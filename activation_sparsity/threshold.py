@@ -51,10 +51,15 @@ class Threshold(Method):
 
         shares = dict.fromkeys(sizes, goal)
         if not self.uniform and 0 < goal < 1:
-            shares = self._found.get(block.index) or self._search(block, sizes, goal, entries)
-            self._found[block.index] = shares
-            shares = balanced(shares, sizes, goal * sum(sizes.values()))
+            known = self._found.get(block.index) or self._search(block, sizes, goal, entries)
+            shares = balanced(known, sizes, goal * sum(sizes.values()))
+            self._found.setdefault(block.index, shares)
         return Fitted(entries(shares), facts={"budgets": shares})
+
+    def restored(self, index: int, fitted: Fitted) -> None:
+        """See `Method.restored`."""
+        if not self.uniform and any(0 < share < 1 for share in fitted.facts["budgets"].values()):
+            self._found.setdefault(index, dict(fitted.facts["budgets"]))
 
     def _search(
         self,

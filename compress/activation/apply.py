@@ -70,12 +70,15 @@ def applied(
     """Inside, `block` (of `model`, number `index`) runs under `policy`, tokens from `start` on; `reads` is added to."""
     path = model.block_names[index]
     prunables = {p.name: p for p in model.prunables(index)}
+    whole = [p for p in prunables.values() if p.kind == "expert"]  # no policy has them: read by every token
+    rows = _Rows(start)
     with ExitStack() as stack:
+        stack.callback(block.register_forward_pre_hook(rows.watch(whole, reads), with_kwargs=True).remove)
         covered: set[str] = set()
         for name, entry in policy.mlps.items():
             if entry.parts.down in prunables:
                 covered |= {entry.parts.up, entry.parts.down, entry.parts.gate or entry.parts.up}
-                hooks = _NeuronHooks(entry, policy.guide, start, reads, sequences or Sequences(), name, prunables)
+                hooks = _NeuronHooks(entry, policy.guide, rows, reads, sequences or Sequences(), name, prunables)
                 hooks.attach(stack, block, path)
         for name, prunable in prunables.items():
             if name in covered:
@@ -85,41 +88,66 @@ def applied(
                 continue
             linear = policy.linears.get(name)
             if linear is None:
-                stack.callback(module.register_forward_hook(_count_dense(prunable, start, reads)).remove)
+                stack.callback(module.register_forward_hook(_count_dense(prunable, rows, reads)).remove)
                 continue
             weight = matrix_view(block, path, prunable)
             bias = getattr(module, "bias", None)
-            hook = _linear_hook(prunable, weight, bias, linear, start, reads)
+            hook = _linear_hook(prunable, weight, bias, linear, rows, reads)
             stack.callback(module.register_forward_hook(hook).remove)
         yield
 
 
-def _tokens(x: Tensor, start: int) -> int:
-    return x[..., start:, :].shape[:-1].numel() if x.dim() > 2 else x.shape[0]
+class _Rows:
+    """Which rows of a matrix's input are whose: some models flatten [windows, tokens, in] to [windows * tokens, in]."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+        self.shape: tuple[int, ...] = ()
+
+    def watch(self, whole: Sequence[Prunable], reads: Reads | None) -> Callable[..., None]:
+        """A hook before the block that sees its input's shape; counts `whole` as read by every sparse token."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+            self.shape = tuple((args[0] if args else named["hidden_states"]).shape[:2])
+            windows, length = self.shape
+            for prunable in whole if reads is not None else ():
+                every = windows * (length - self.start) * prunable.size
+                reads.add(prunable.name, every, every)
+
+        return hook
+
+    def split(self, x: Tensor) -> Tensor:
+        """[windows, tokens, in]; as it is where the rows are not those of the block's input."""
+        windows, length = self.shape
+        return x.view(windows, length, -1) if x.dim() == 2 and len(x) == windows * length else x
+
+    def sparse(self, x: Tensor) -> Tensor:
+        """The rows of sparse tokens: [windows, tokens - start, in]."""
+        return self.split(x)[..., self.start :, :]
 
 
-def _count_dense(prunable: Prunable, start: int, reads: Reads | None) -> Callable[..., None]:
+def _count_dense(prunable: Prunable, rows: _Rows, reads: Reads | None) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[Any, ...], __: Tensor) -> None:
         if reads is not None and args:
-            tokens = _tokens(args[0], start)
-            reads.add(prunable.name, tokens * prunable.size, tokens * prunable.size)
+            every = rows.sparse(args[0]).shape[:-1].numel() * prunable.size
+            reads.add(prunable.name, every, every)
 
     return hook
 
 
 def _linear_hook(
-    prunable: Prunable, weight: Tensor, bias: Tensor | None, policy: LinearPolicy, start: int, reads: Reads | None
+    prunable: Prunable, weight: Tensor, bias: Tensor | None, policy: LinearPolicy, rows: _Rows, reads: Reads | None
 ) -> Callable[..., Tensor]:
     out, width = prunable.shape
 
     def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        x = args[0]
         if reads is not None:
-            sparse = centered(x[..., start:, :], policy)
+            sparse = centered(rows.sparse(args[0]), policy)
             tokens = sparse.shape[:-1].numel()
             channels = int(counts_of(sparse, policy.threshold).sum())
             reads.add(prunable.name, channels * out + tokens * policy.rank * (out + width), tokens * prunable.size)
-        return mixed_linear(x, weight, bias, policy, start, output)
+        mixed = mixed_linear(rows.split(args[0]), weight, bias, policy, rows.start, rows.split(output))
+        return mixed.view(output.shape)
 
     return hook
 
@@ -131,13 +159,13 @@ class _NeuronHooks:
         self,
         entry: GateThreshold | CoreNeurons,
         guide: CoreGuide | None,
-        start: int,
+        rows: _Rows,
         reads: Reads | None,
         sequences: Sequences,
         name: str,
         prunables: Mapping[str, Prunable],
     ) -> None:
-        self.entry, self.guide, self.start, self.reads = entry, guide, start, reads
+        self.entry, self.guide, self.rows, self.reads = entry, guide, rows, reads
         self.sequences, self.name, self.prunables = sequences, name, prunables
         self.mask: Tensor | None = None
 
@@ -154,30 +182,30 @@ class _NeuronHooks:
     def _gate(self, _: nn.Module, __: object, output: Tensor) -> None:
         assert isinstance(self.entry, GateThreshold)
         gate = output.chunk(2, dim=-1)[0] if self.entry.parts.fused else output
-        self.mask = gate_active(gate[..., self.start :, :], self.entry)
+        self.mask = gate_active(self.rows.sparse(gate), self.entry)
 
     def _down(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        inner = args[0]
+        inner, start = self.rows.split(args[0]), self.rows.start
         if isinstance(self.entry, CoreNeurons):
             mask = self._core(inner)
         else:
             assert self.mask is not None
             mask = self.mask
         self._count(mask)
-        sparse = neurons_only(inner[..., self.start :, :], mask)
-        return (torch.cat([inner[..., : self.start, :], sparse], dim=-2), *args[1:])
+        mixed = torch.cat([inner[..., :start, :], neurons_only(inner[..., start:, :], mask)], dim=-2)
+        return (mixed.view(args[0].shape), *args[1:])
 
     def _core(self, inner: Tensor) -> Tensor:
         assert isinstance(self.entry, CoreNeurons)
         assert self.guide is not None
-        rows = inner.reshape(-1, *inner.shape[-2:])
-        mask = torch.zeros(len(rows), rows.shape[1] - self.start, rows.shape[2], dtype=torch.bool, device=inner.device)
-        for number, sequence in enumerate(rows):
+        start, each = self.rows.start, inner.reshape(-1, *inner.shape[-2:])
+        mask = torch.zeros(len(each), each.shape[1] - start, each.shape[2], dtype=torch.bool, device=inner.device)
+        for number, sequence in enumerate(each):
             if self.sequences.clusters is not None:
                 assert self.entry.clusters is not None
                 core = self.entry.clusters[self.sequences.clusters[number]]
             else:
-                core = stable_core(sequence[1 : self.start], self.entry, self.guide.alpha)
+                core = stable_core(sequence[1:start], self.entry, self.guide.alpha)
             mask[number][:, core.long()] = True
         return mask.view(*inner.shape[:-2], -1, inner.shape[-1])
 

@@ -37,6 +37,7 @@ from .trials import Trials
 from .walk import PROMPT, Walk
 
 TOLERANCE = 0.001  # of the realised sparsity on calibration text
+OFF = 0.005  # a policy whose sparsity is further off says so
 FITS = 4  # at most
 PROBES = 4  # windows on which a block's error is measured, and on which searches run
 SEARCH = 16
@@ -128,6 +129,10 @@ class Calibration:
             tried.append((goal, realised))
             goal = min(max(_next_goal(tried, target), 0.0), highest)
         assert best is not None
+        if abs(best[0] - target) > OFF:
+            self.progress.note(
+                f"{self.method.name} skips {best[0]:.1%} of the weights on the calibration text, not {target:.1%} as asked"
+            )
         return best[1]
 
     def _shares(self, target: float, extent: Extent) -> dict[str, float]:
@@ -168,6 +173,7 @@ class Calibration:
                     self.parts.keep_block(round_, index, fitted, counted)
                 else:
                     fitted, counted.read, counted.whole = done
+                    self.method.restored(index, fitted)
                     self._advance(index, block, hidden, fitted, Reads())
                 reads.update(counted)
                 blocks.append(fitted)

@@ -23,10 +23,13 @@ from gossamer.activation_sparsity.method import Method
 from gossamer.activation_sparsity.rsparse import RSparse
 from gossamer.activation_sparsity.threshold import Threshold
 from gossamer.activation_sparsity.wina import Wina
+from gossamer.compress.activation import calibrate
 from gossamer.compress.activation.calibrate import Calibration
+from gossamer.compress.activation.parts import Parts
 from gossamer.compress.activation.target import highest_sparsity
 from gossamer.compress.activation.walk import Walk, increase, prompt_length
 from gossamer.compress.blocks import StreamedModel
+from gossamer.compress.progress import Progress
 from gossamer.compress.source import open_source
 from gossamer.errors import DataError, ModelError, RecipeError
 
@@ -156,6 +159,100 @@ def test_every_method_meets_its_target(name: str, method: str, tinies) -> None:
     assert run.reads.sparsity == pytest.approx(target, abs=0.06 if method == "rsparse" else 0.02)
     assert policy.facts["calibrated"] == pytest.approx(run.reads.sparsity)
     assert policy.method == method
+
+
+@pytest.mark.parametrize("method", ["threshold", "coreinfer"])
+@pytest.mark.parametrize("name", [*FEW, "qwen3_moe"])
+def test_windows_together_are_windows_one_by_one(name: str, method: str, tinies, tmp_path: Path) -> None:
+    """Losses and what is read; OPT's blocks flatten a batch of windows into rows."""
+    tiny = tinies(name)
+    if method == "coreinfer" and name not in MLPS:
+        return
+    policy = tiny.calibration(METHODS[method]()).run(0.15 if name == "qwen3_moe" else 0.3)
+    assert policy.linears or policy.mlps
+    together = tiny.walk.run(policy)
+    read: dict[str, int] = {}
+    for window, loss in enumerate(together.losses):
+        folder = tmp_path / str(window)
+        folder.mkdir()
+        alone = Walk(tiny.model, tiny.windows[window : window + 1], memory_bytes=1 << 28, scratch=folder)
+        found = alone.run(policy)
+        assert found.losses[0] == pytest.approx(loss, rel=1e-4)
+        for matrix, count in found.reads.read.items():
+            read[matrix] = read.get(matrix, 0) + count
+    sizes = {p.name: p.size for i in range(tiny.model.num_blocks) for p in tiny.model.prunables(i)}
+    tokens = WINDOWS * (LENGTH - tiny.walk.start)
+    assert together.reads.whole == {matrix: tokens * size for matrix, size in sizes.items()}
+    for matrix, count in together.reads.read.items():  # an input on the edge of its threshold may fall on either side
+        assert read[matrix] == pytest.approx(count, rel=2e-3)
+
+
+def test_what_experts_read_counts(tinies) -> None:
+    tiny = tinies("qwen3_moe")
+    notes: list[str] = []
+    run = tiny.calibration(Threshold(uniform=True), progress=_Notes(notes))
+    policy = run.run(0.15)
+    assert policy.facts["calibrated"] == pytest.approx(0.15, abs=0.01)
+    assert not notes
+    reads = tiny.walk.run(policy).reads
+    experts = [name for name in reads.whole if ".experts." in name]
+    assert experts
+    assert all(reads.read[name] == reads.whole[name] for name in experts)
+
+
+def test_a_target_that_is_missed_is_told(tinies) -> None:
+    """Core neurons of a tiny model come one by one."""
+    notes: list[str] = []
+    policy = tinies("llama").calibration(CoreInfer(keep=0.5), progress=_Notes(notes)).run(0.1)
+    assert abs(policy.facts["calibrated"] - 0.1) > 0.05
+    assert notes
+    assert "not 10.0% as asked" in notes[-1]
+
+
+@pytest.mark.parametrize("method", ["threshold", "wina", "rsparse", "auto", "coreinfer", "cats"])
+def test_a_restart_goes_on_to_the_same_policy(method: str, tinies, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From finished blocks alone: nothing that a method remembers of its own fits is needed."""
+    monkeypatch.setattr(calibrate, "TOLERANCE", 0.0)  # goals are corrected
+    make = (lambda: Wina(step=0.2)) if method == "wina" else METHODS[method]
+    tiny, kept = tinies("llama"), _Kept()
+    whole = tiny.calibration(make(), parts=kept).run(0.3)
+    assert any(round_ > 0 for round_, _ in kept.blocks)
+    for last in range(1, len(kept.blocks), 2):
+        again = _Kept(dict(list(kept.blocks.items())[:last]), kept.shares)
+        policy = tiny.calibration(make(), parts=again).run(0.3)
+        assert policy.facts["calibrated"] == whole.facts["calibrated"]
+        for name, entry in whole.linears.items():
+            for part, tensor in entry.tensors().items():
+                assert torch.equal(tensor, policy.linears[name].tensors()[part]), (last, name, part)
+        assert policy.mlps.keys() == whole.mlps.keys()
+
+
+class _Kept(Parts):
+    """Finished blocks in memory, as a journal would have them."""
+
+    def __init__(self, blocks: dict | None = None, shares: dict | None = None) -> None:
+        self.blocks, self.shares = blocks or {}, shares
+
+    def budgets(self):
+        return self.shares
+
+    def keep_budgets(self, budgets) -> None:
+        self.shares = dict(budgets)
+
+    def block(self, round_, index):
+        return self.blocks.get((round_, index))
+
+    def keep_block(self, round_, index, fitted, reads) -> None:
+        self.blocks[round_, index] = (fitted, dict(reads.read), dict(reads.whole))
+
+
+class _Notes(Progress):
+    def __init__(self, into: list[str]) -> None:
+        super().__init__()
+        self.into = into
+
+    def note(self, text: str) -> None:
+        self.into.append(text)
 
 
 def test_reads_are_counted_exactly(tinies) -> None:
