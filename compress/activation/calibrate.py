@@ -131,7 +131,8 @@ class Calibration:
         assert best is not None
         if abs(best[0] - target) > OFF:
             self.progress.note(
-                f"{self.method.name} skips {best[0]:.1%} of the weights on the calibration text, not {target:.1%} as asked"
+                f"{self.method.name} skips {best[0]:.1%} of the weights on the calibration text, "
+                f"not {target:.1%} as asked"
             )
         return best[1]
 
