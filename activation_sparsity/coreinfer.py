@@ -28,7 +28,9 @@ class CoreInfer(Method):
     """`mode`: "stability" (long prompts) or "similarity" (short ones). `alpha`: share of a token's neurons that vote.
 
     `keep`: the share of neurons (the paper's beta) in place of a target. `refresh`: decode tokens between two looks at
-    drift, 0 for none.
+    drift, 0 for none. `layers`: the first and the last of the model's `blocks` that skip; None: all.
+
+    Sparsity is that of tokens that skip: with a refresh, a share of them, `watched`, does not.
     """
 
     name = "coreinfer"
@@ -42,13 +44,22 @@ class CoreInfer(Method):
         refresh: int = 0,
         drift: float = 0.5,
         seed: int = 0,
+        layers: tuple[int, int] | None = None,
+        blocks: int = 0,
     ) -> None:
         self.mode, self.alpha, self.keep, self.refresh, self.drift, self.seed = mode, alpha, keep, refresh, drift, seed
+        self.layers = layers
+        self._part = 1.0 if layers is None else (layers[1] + 1 - layers[0]) / blocks  # blocks are taken to be alike
         self.needs = frozenset({"prompts"}) if mode == "similarity" else frozenset()
 
     def reachable(self, extent: Extent) -> float:
         """See `Method.reachable`."""
-        return (extent.gates + extent.others) / extent.whole if extent.whole else 0.0
+        return self._part * (extent.gates + extent.others) / extent.whole if extent.whole else 0.0
+
+    @property
+    def watched(self) -> float:
+        """Share of the decoded tokens that compute all neurons, to see what has drifted (`Sequences.step`)."""
+        return max(1, self.refresh // 4) / self.refresh if self.refresh else 0.0
 
     def fit(self, block: BlockData, budgets: Mapping[str, float], target: float, extent: Extent) -> Fitted:
         """See `Method.fit`. ModelError for a model without MLPs."""
@@ -57,7 +68,9 @@ class CoreInfer(Method):
                 "coreinfer found no MLP of the form down(act(up x)) or down(act(gate x) * up x) in this model",
                 hint="use --activation auto",
             )
-        share = self.keep if self.keep is not None else 1 - target * extent.whole / (extent.gates + extent.others)
+        if self.layers is not None and not self.layers[0] <= block.index <= self.layers[1]:
+            return Fitted()
+        share = self.keep if self.keep is not None else 1 - target / self.reachable(extent)
         mlps, extra = {}, {}
         for path, parts in block.mlps.items():
             keep = max(1, round(share * parts.neurons))

@@ -9,6 +9,7 @@ import typer
 
 from . import options as o
 from . import trained as t
+from .activation import activation_fields
 from .failure import typed_command
 from .job import run_job, show_plan
 from .recipes import as_activation, as_options, build_machine, recipe_from_file, recipe_from_options
@@ -261,6 +262,7 @@ def compress(
     export = {"format": file_format, "values": values, "max_shard_size": max_shard_size}
     general = {"seed": seed, "allow_overlap": allow_overlap or None}
     if recipe is None:
+        skipping, training["set"] = activation_fields(skipping, method, fields or None)
         built = recipe_from_options(prune, training, evaluation, export, general, no_eval=no_eval, activation=skipping)
     else:
         given = {**prune, **training, **as_activation(skipping), **as_options(evaluation), **export, **general}

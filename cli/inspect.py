@@ -132,4 +132,13 @@ def _totals(found: dict[str, Any]) -> list[str]:
         f"sparsity: {percent(sparsity['prunable'])} of prunable, {percent(sparsity['all'])} of all parameters",
         f"bytes: {human_bytes(size['dense'])} dense, {human_bytes(size['stored'])} stored (ratio {size['ratio']:.3f})",
     ]
+    if (policy := found["activation"]) is not None:
+        what = f"{policy['maps']} matrices, {policy['mlps']} MLPs"
+        told = policy["facts"].get("calibrated")
+        lines.append(
+            f"activation policy {policy['method']}: {what}" + ("" if told is None else f", skips {percent(told)}")
+        )
+    if (plan := found["heads"]) is not None:
+        shares = ", ".join(f"{percent(share)} at {length}" for length, share in plan["density"].items())
+        lines.append(f"head plan {plan['method']}: KV bytes {shares} tokens")
     return lines + ([f"note: {found['note']}"] if found["note"] else [])

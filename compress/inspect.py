@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from ..errors import GossamerError
 from .activation.file import described
+from .attachments import entries
 from .blocks import StreamedModel
 from .census import TensorCount, count_tensor, total
 from .source import FolderSource, TensorSource, open_source
@@ -39,6 +41,7 @@ def inspect_model(
         },
         "masks": sum(count.pattern is not None for count in counts),
         "activation": described(source.folder, source.config),
+        "heads": _plan(source.config),
         "note": note,
     }
 
@@ -56,6 +59,15 @@ def _prunable(source: FolderSource, trust_remote_code: bool) -> tuple[dict[str, 
             for key in model.source_keys(prunable):
                 result.setdefault(key, []).append(prunable.name)
     return result, None
+
+
+def _plan(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the head plan of a checkpoint says of itself: who made it, and the share of the KV bytes by length."""
+    entry = entries(config).get("heads")
+    if entry is None:
+        return None
+    made = entry.get("made") or {}
+    return {"method": made.get("name") or made.get("method"), "density": entry["density"], "block": entry["block"]}
 
 
 def _row(source: TensorSource, count: TensorCount, matrices: list[str] | None) -> dict[str, Any]:

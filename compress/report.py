@@ -45,6 +45,8 @@ class Report:
             before, after = (skipped[when]["perplexity"] for when in ("before", "after"))
             rows.append(("perplexity at decode", f"{before:.4f}", f"{after:.4f}"))
             rows.append(("weights skipped at decode", percent(0), percent(skipped["sparsity"])))
+        elif (made := self._policy) is not None:
+            rows.append(("weights skipped at decode", percent(0), percent(made["sparsity"]) + " (calibration)"))
         rows.append(("sparsity of prunable weights", percent(sparsity["before"]), percent(sparsity["prunable"])))
         rows.append(("sparsity of all parameters", percent(sparsity["all_before"]), percent(sparsity["all"])))
         if self._rounded:
@@ -58,7 +60,12 @@ class Report:
 
     @property
     def _rounded(self) -> bool:
-        return self.data.get("values", "same") != "same"
+        return self.data.get("values", "same") != "same" and self.data["bytes"]["prunable_before"] > 0
+
+    @property
+    def _policy(self) -> dict[str, Any] | None:
+        """What the activation stage says, where there is one."""
+        return next((stage for stage in self.data["stages"] if stage["stage"] == "activation"), None)
 
     def footer(self) -> list[str]:
         """Lines below the table: protocol, time, memory, what was skipped."""

@@ -110,7 +110,9 @@ class _Rows:
         def hook(_: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
             self.shape = tuple((args[0] if args else named["hidden_states"]).shape[:2])
             windows, length = self.shape
-            for prunable in whole if reads is not None else ():
+            if reads is None:
+                return
+            for prunable in whole:
                 every = windows * (length - self.start) * prunable.size
                 reads.add(prunable.name, every, every)
 

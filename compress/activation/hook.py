@@ -1,8 +1,7 @@
 """What tells the modules of a model whether tokens are dense or sparse, and keeps the state of its sequences.
 
-Tokens are dense in every pass over a prompt: a call without a cache, with an empty one, or with more than 8 new rows at
-once. All others are sparse. What a prompt decides (core neurons) is kept with its cache, so that any number of
-sequences can be generated in turns, copied and continued.
+Tokens of a prompt are dense, decoded ones are sparse (calls.py says which are which). What a prompt decides (core
+neurons) is kept with its cache, so that any number of sequences can be generated in turns, copied and continued.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 
 from ...activation_sparsity.base import CoreNeurons, Policy
 from ...activation_sparsity.sequences import Sequences
-from ...kernels.arguments import MAX_ROWS
 from ...kernels.modules.counting import counts
 from ...kernels.modules.step import Step, enter, leave
+from .calls import is_prompt, length
+from .padding import real_tokens
 
 _ATTRIBUTE = "_gossamer_sequences"
 
@@ -46,8 +46,8 @@ class StepHook:
         calls = self._calls.__dict__.setdefault("open", [])
         batch, tokens = _rows(args, kwargs)
         cache = kwargs.get("past_key_values")
-        dense = _length(cache) == 0 or (tokens > 1 and batch * tokens > MAX_ROWS)
-        state, watched = self._state(cache, batch, tokens, kwargs.get("attention_mask"), dense)
+        dense = is_prompt(cache, tokens)
+        state, watched = self._state(cache, batch, tokens, kwargs, dense)
         counted = counts()
         if counted is not None and not dense:
             counted.steps += 1
@@ -72,15 +72,18 @@ class StepHook:
         if cache is not None:
             setattr(cache, _ATTRIBUTE, state)
 
-    def _state(self, cache: Any, batch: int, tokens: int, mask: Any, dense: bool) -> tuple[Sequences | None, bool]:
+    def _state(
+        self, cache: Any, batch: int, tokens: int, kwargs: dict[str, Any], dense: bool
+    ) -> tuple[Sequences | None, bool]:
         if not self._keeps_state:
             return None, False
-        known = getattr(cache, _ATTRIBUTE, None) if cache is not None and _length(cache) else None
+        cached = length(cache)
+        known = getattr(cache, _ATTRIBUTE, None) if cached else None
         if not dense:
             return known, known is not None and known.step()
         if known is None or known.batch != batch:
             known = Sequences(self.policy, batch)
-        valid = mask[:, -tokens:] if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        valid = real_tokens(kwargs.get("attention_mask"), kwargs.get("position_ids"), batch, tokens, cached)
         known.begin(tokens, valid)
         return known, False
 
@@ -95,8 +98,3 @@ def _rows(args: Any, kwargs: dict[str, Any]) -> tuple[int, int]:
     if not isinstance(given, Tensor) or given.dim() < 2:
         return 1, 1
     return given.shape[0], given.shape[1]
-
-
-def _length(cache: Any) -> int:
-    """Tokens that a cache holds."""
-    return 0 if cache is None else int(cache.get_seq_length())

@@ -25,6 +25,7 @@ from ...kernels.modules.neuron_subset import NeuronSubsetMLP
 from ...kernels.modules.packed_stack import PackedStack
 from ...kernels.modules.thresholds import ThresholdLinear
 from ..skeleton import find_blocks
+from .calls import watch_generate
 from .hook import StepHook
 
 FORMAT = "no kernel skips inputs of {kind}: they are zeroed, and every weight is read"
@@ -66,6 +67,7 @@ def apply_policy(model: Any, policy: Policy, *, kernels: bool = True, prefill: s
     _share(model, policy, applied)
     owner = find_blocks(model)[0].rpartition(".")[0]  # what is called with ids and cache: of OPT, not the base model
     StepHook(policy).attach(model.get_submodule(owner))
+    watch_generate(model)
     model.gossamer_activation = applied
     return applied
 

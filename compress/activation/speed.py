@@ -1,88 +1,83 @@
 """Which activation sparsity gives a wanted speed-up at decode, from the kernels' times on this machine.
 
-Measured are the distinct shapes of the model's linear maps, dense and with some shares of the inputs skipped; times of
-other shares lie on straight lines between. The speed-up is that of all linear maps of a token, the output matrix, which
-stays dense, among them. Attention over the cache is not in it.
+Measured are the distinct products of a token (products.py), without skipping and with some shares skipped. Skipping
+more is taken to be no slower (the nearest such curve), and times of other shares lie on straight lines between. All
+maps skip the same share, as a policy does on the mean. The speed-up is over the same checkpoint without the policy, of
+all products of a token, those that skip nothing among them. Attention over the cache and experts are not in it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-
-import torch
 
 from ...errors import RecipeError
-from ...kernels.bench.cases_channel import skipping
-from ...kernels.bench.rounds import Contender, run_rounds, summary
-from ...kernels.channel_gemv.dispatch import channel_gemv, transpose
-from ...kernels.dense_gemv.dispatch import dense_gemv
-from ..blocks import StreamedModel
+from .products import SHARES, Product
 
-SHARES = (0.0, 0.3, 0.5, 0.7, 0.9)
-ROUNDS = 15
-_DENSE = "dense"
-
-Shape = tuple[int, int]
-Table = Mapping[Shape, Mapping[str, float]]
+Times = tuple[float, Sequence[float]]  # without skipping, and with each of SHARES skipped
 
 
-def sparsity_for(model: StreamedModel, speedup: float, log: Callable[[str], None]) -> float:
-    """The sparsity at which the linear maps of a token take 1 / `speedup` of their dense time.
+def sparsity_for(
+    counts: Mapping[Product, int],
+    measure: Callable[[Product], Times],
+    reachable: float,
+    speedup: float,
+    log: Callable[[str], None],
+    watched: float = 0.0,
+) -> float:
+    """The lowest sparsity at which the products of a token take 1 / `speedup` of their time without skipping.
 
-    RecipeError, with what is reachable, when no sparsity does.
+    `reachable`: sparsity of a policy that skips all it can. `watched`: share of the tokens that skip nothing (both
+    figures are over all tokens). RecipeError, with what is reachable, when no sparsity does.
     """
-    shapes = Counter(p.shape for i in range(model.num_blocks) for p in model.prunables(i) if p.kind != "expert")
-    head = model.head()
-    rest = [] if head is None else [head.shape]
-    dtype = model.config.dtype if model.config.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-    table = {shape: measured(shape, dtype) for shape in {*shapes, *rest}}
-    reached = {share: expected(table, shapes, rest, share) for share in (k / 100 for k in range(91))}
+    table = {product: measure(product) for product in counts}
+    smooth = {product: (dense, falling(sparse)) for product, (dense, sparse) in table.items()}
+    reached = {k / 100 * reachable: expected(smooth, counts, k / 100, watched) for k in range(1, 91)}
     log("expected speed-up of the linear maps by activation sparsity: " + described(reached))
-    for share, factor in reached.items():
+    for sparsity, factor in reached.items():
         if factor >= speedup:
-            return share
-    best = max(reached, key=lambda share: reached[share])
+            return sparsity
+    highest, best = list(reached.items())[-1]
     raise RecipeError(
-        f"no activation sparsity makes this model's linear maps {speedup:g} times as fast here: {best:.0%} gives "
-        f"{reached[best]:.2f} times",
-        hint=f"ask for at most {int(reached[best] * 100) / 100:g}",
+        f"no activation sparsity makes this model's linear maps {speedup:g} times as fast here: {highest:.0%} gives "
+        f"{best:.2f} times",
+        hint=f"ask for at most {int(best * 100) / 100:g}"
+        if best >= 1.01
+        else "nothing is gained on this machine, whatever is asked for: matrices are too small, or lie in its caches; "
+        "give a sparsity instead",
     )
 
 
-def measured(shape: Shape, dtype: torch.dtype, rounds: int = ROUNDS) -> dict[str, float]:
-    """Microseconds of one row times a random matrix: "dense", and by share of inputs skipped."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(*shape, generator=generator).to(dtype)
-    x = torch.randn(1, shape[1], generator=generator).to(dtype)
-    weight_t = transpose(weight)
-    contenders = [Contender(_DENSE, lambda: dense_gemv(x, weight))]
-    for share in SHARES:
-        limit = skipping(x, share)[0]
-        contenders.append(Contender(repr(share), partial(channel_gemv, x, weight_t, limit)))
-    with torch.inference_mode():
-        return {name: summary(times).decile for name, times in run_rounds(contenders, rounds).items()}
-
-
-def expected(table: Table, shapes: Mapping[Shape, int], rest: Sequence[Shape], share: float) -> float:
-    """Speed-up when every linear map skips `share`; a map that is slower for it stays dense."""
-    always = sum(table[shape][_DENSE] for shape in rest)
+def expected(table: Mapping[Product, Times], counts: Mapping[Product, int], share: float, watched: float) -> float:
+    """Speed-up when every product that can skip does skip `share`, for all tokens but a share `watched`."""
     dense = sparse = 0.0
-    for shape, count in shapes.items():
-        dense += count * table[shape][_DENSE]
-        sparse += count * min(table[shape][_DENSE], _at(table[shape], share))
-    return (always + dense) / (always + sparse)
+    for product, count in counts.items():
+        without, times = table[product]
+        dense += count * without
+        sparse += count * (_at(times, share) if times else without)
+    return dense / (watched * dense + (1 - watched) * sparse)
+
+
+def falling(times: Sequence[float]) -> list[float]:
+    """The nearest curve, by least squares, that never rises."""
+    pools: list[tuple[float, int]] = []
+    for value in times:
+        mean, count = value, 1
+        while pools and pools[-1][0] < mean:
+            before, size = pools.pop()
+            mean, count = (before * size + mean * count) / (size + count), size + count
+        pools.append((mean, count))
+    return [mean for mean, count in pools for _ in range(count)]
 
 
 def described(reached: Mapping[float, float]) -> str:
     """A few of the figures."""
-    return ", ".join(f"{share:.0%} {reached[share]:.2f}x" for share in (0.3, 0.5, 0.7, 0.9))
+    every = list(reached.items())
+    return ", ".join(f"{sparsity:.0%} {factor:.2f}x" for sparsity, factor in (every[k] for k in (29, 49, 69, 89)))
 
 
-def _at(times: Mapping[str, float], share: float) -> float:
-    for low, high in zip(SHARES, SHARES[1:], strict=False):
+def _at(times: Sequence[float], share: float) -> float:
+    points = list(zip(SHARES, times, strict=True))
+    for (low, first), (high, second) in zip(points, points[1:], strict=False):
         if share <= high:
-            part = (share - low) / (high - low)
-            return times[repr(low)] + part * (times[repr(high)] - times[repr(low)])
-    return times[repr(SHARES[-1])]
+            return first + (share - low) / (high - low) * (second - first)
+    return times[-1]

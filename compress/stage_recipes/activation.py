@@ -11,10 +11,13 @@ from ..mistakes import Mistake, checked
 from .base import BaseStage
 
 DEFAULT_ACTIVATION_SPARSITY = 0.5
+LARGE = 0.5  # a perplexity target beyond it is written with %
+COREINFER = ("guide", "refresh", "alpha", "keep", "drift", "layers")
+RSPARSE = ("rho", "population", "generations")
 
 
 class ActivationStage(BaseStage):
-    """An activation policy. Of `sparsity`, `target_ppl_increase` and `target_speedup` at most one is given."""
+    """An activation policy. Of `sparsity`, `keep`, `target_ppl_increase` and `target_speedup` at most one is given."""
 
     attaches: ClassVar[str | None] = "activation"
 
@@ -27,6 +30,13 @@ class ActivationStage(BaseStage):
     target_speedup: float | None = Field(None, description="of the linear maps at decode, by kernels measured here")
     guide: Literal["stability", "similarity"] | None = Field(None, description="how coreinfer chooses core neurons")
     refresh: int = Field(0, ge=0, description="coreinfer: tokens between two looks at drift; 0 = never")
+    alpha: float | None = Field(None, gt=0, le=1, description="coreinfer: share of a token's neurons that vote")
+    keep: float | None = Field(None, gt=0, lt=1, description="coreinfer: share of neurons that stay, for a sparsity")
+    drift: float | None = Field(None, ge=0, le=1, description="coreinfer: similarity below which a set is taken anew")
+    layers: tuple[int, int] | None = Field(None, description="coreinfer: first and last block that skips: 3-30, from 0")
+    rho: float | None = Field(None, gt=0, le=1, description="rsparse: share of the budget for channels")
+    population: int | None = Field(None, ge=2, description="rsparse: members of a generation of the search")
+    generations: int | None = Field(None, ge=0, description="rsparse: generations of the search")
     search: bool = Field(
         True, description="whether budgets (auto, threshold, wina) or shares (rsparse) are searched for"
     )
@@ -54,11 +64,40 @@ class ActivationStage(BaseStage):
     @field_validator("target_ppl_increase", mode="before")
     @classmethod
     def _percent(cls, value: Any) -> Any:
-        if isinstance(value, str) and value.strip().endswith("%"):
-            try:
-                return float(value.strip()[:-1]) / 100
-            except ValueError:
-                return value
+        percent = isinstance(value, str) and value.strip().endswith("%")
+        try:
+            number = float(value.strip()[:-1] if percent else value)
+        except (TypeError, ValueError):
+            return value
+        if percent:
+            return number / 100
+        if LARGE < number <= 100 and isinstance(value, (str, int)):  # a recipe that was written has 60% as 0.6
+            raise Mistake(
+                f"target_ppl_increase {value} is an increase by {number:.0%}",
+                hint=f"{number:g}%? One that large is written {100 * number:g}%",
+            )
+        return value
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _range(cls, value: Any) -> Any:
+        ends = value.split("-") if isinstance(value, str) else value
+        try:
+            first, last = (int(end) for end in ends)
+        except (TypeError, ValueError):
+            first, last = 0, -1
+        if value is not None and not 0 <= first <= last:
+            raise Mistake(f"layers {value!r} is no range of blocks", hint="3-30 is the fourth to the thirty-first")
+        return None if value is None else (first, last)
+
+    @field_validator("refresh")
+    @classmethod
+    def _sometimes(cls, value: int) -> int:
+        if value == 1:
+            raise Mistake(
+                "refresh 1 would compute all neurons of every token",
+                hint="a quarter of every period, and at least a token, is computed whole: 4 or more, or 0",
+            )
         return value
 
     @field_validator("target_ppl_increase")
@@ -77,20 +116,22 @@ class ActivationStage(BaseStage):
 
     @model_validator(mode="after")
     def _one_goal(self) -> ActivationStage:
-        goals = {
-            "sparsity": self.sparsity, "target_ppl_increase": self.target_ppl_increase,
-            "target_speedup": self.target_speedup,
-        }  # fmt: skip
-        given = [name for name, value in goals.items() if value is not None]
+        goals = ("sparsity", "keep", "target_ppl_increase", "target_speedup")
+        given = [name for name in goals if getattr(self, name) is not None]
         if len(given) > 1:
             raise Mistake(f"give one of {' and '.join(given)}", hint="each of them decides how much is skipped")
-        if (self.guide is not None or self.refresh) and self.method != "coreinfer":
-            raise Mistake(f"guide and refresh belong to coreinfer, the method is {self.method}")
+        for method, fields in (("coreinfer", COREINFER), ("rsparse", RSPARSE)):
+            foreign = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
+            if foreign and self.method != method:
+                verb = "belong" if len(foreign) > 1 else "belongs"
+                raise Mistake(f"{' and '.join(foreign)} {verb} to {method}, the method is {self.method}")
+        if not self.search and (self.population is not None or self.generations is not None):
+            raise Mistake("population and generations are of the search, and search is off", hint="leave them out")
         return self
 
     @property
     def goal(self) -> float | None:
-        """The sparsity asked for; None where a target decides."""
-        if self.target_ppl_increase is not None or self.target_speedup is not None:
+        """The sparsity asked for; None where a target or `keep` decides."""
+        if any(value is not None for value in (self.target_ppl_increase, self.target_speedup, self.keep)):
             return None
         return DEFAULT_ACTIVATION_SPARSITY if self.sparsity is None else self.sparsity

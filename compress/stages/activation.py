@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from ...errors import RecipeError
 from .. import distributed
 from ..activation.calibrate import Calibration
 from ..activation.file import FILE, write_policy
+from ..activation.methods import make_method, watched, with_watched
 from ..activation.parts import StoredParts
+from ..activation.products import measured, products, runtime_dtype
 from ..activation.speed import sparsity_for
 from ..activation.target import Found, highest_sparsity
+from ..activation.validation import two_parts
 from ..activation.walk import Walk, increase, prompt_length
 from ..needs import Needs, Peak, block_bytes, held, hidden_bytes
 from ..plan import Plan, Planning, StagePlan, evaluation_dtype, sequence_length
@@ -27,14 +31,15 @@ from ..recipe import DEFAULT_CALIBRATION
 from ..stage_recipes.activation import ActivationStage
 from .base import Context, StageReport
 
-VALIDATION = 1  # times as many windows as calibration has, beyond them: where a perplexity target is measured
+VALIDATION = 1  # times as many windows as calibration has, of other text: where a perplexity target is measured
 RESIDENT = 0.5  # of the memory limit: blocks of a model that takes less stay in memory
+NOT_SIMULATED = "perplexity and sparsity of the evaluation are those of the prompt's neurons, without refresh"
 HIDDEN_COPIES = 4  # of the hidden states: embedded, walking, dense inputs of the survey, gradients
 
 
 @dataclass(frozen=True)
 class ActivationPlan(StagePlan):
-    """`windows`: calibration text. `validation`: further windows, where a perplexity target is measured."""
+    """`windows`: calibration text. `validation`: windows of other text, where a perplexity target is measured."""
 
     stage: ActivationStage
     validation: Tensor | None = field(default=None, compare=False)
@@ -49,16 +54,20 @@ class Activation:
         get_policy_method(stage.method)
         seqlen = sequence_length(stage.seqlen, model.max_positions, "--seqlen")
         prompt_length(seqlen, stage.prompt)
+        if stage.layers is not None and stage.layers[1] >= model.num_blocks:
+            raise RecipeError(
+                f"layers ends at block {stage.layers[1]}, and the last of this model is {model.num_blocks - 1}",
+                hint="blocks are counted from 0",
+            )
         if not any(model.prunables(i) for i in range(model.num_blocks)):
             raise RecipeError("this model has no linear maps in its blocks: there is nothing to skip")
-        extra = 1 + max(4, int(stage.nsamples * VALIDATION)) if stage.target_ppl_increase is not None else 0
-        windows, source = planning.texts.calibration(
-            stage.calibration or DEFAULT_CALIBRATION, stage.nsamples + extra, seqlen
-        )
-        validation = windows[stage.nsamples + 1 :] if extra else None  # one in between: neighbours may overlap
-        return ActivationPlan(
-            index, stage, windows=windows[: stage.nsamples], calibration=source, validation=validation
-        )
+        data, validation = stage.calibration or DEFAULT_CALIBRATION, None
+        if stage.target_ppl_increase is None:
+            windows, source = planning.texts.calibration(data, stage.nsamples, seqlen)
+        else:
+            count = max(4, int(stage.nsamples * VALIDATION))
+            windows, validation, source = two_parts(planning.texts, data, stage.nsamples, count, seqlen)
+        return ActivationPlan(index, stage, windows=windows, calibration=source, validation=validation)
 
     def needs(self, plan: Plan, stage: ActivationPlan) -> Needs:
         """Hidden states up to the limit, one block with its float32 copy and the sample of its inputs."""
@@ -93,6 +102,7 @@ class _Run:
         path = self.context.attachment(self.plan, FILE.rpartition("/")[2])
         entry = distributed.on_main(lambda: write_policy(path, policy))
         result = summary(policy)
+        self._tell(result)
         if found is not None:
             result["validation"] = {
                 "target": self.stage.target_ppl_increase, "increase": found.increase, "standard_error": found.error,
@@ -102,18 +112,63 @@ class _Run:
         seconds = time.monotonic() - started
         return StageReport("activation", self.plan.index, seconds, result, entry=entry, files=files)
 
+    def _tell(self, result: dict[str, Any]) -> None:
+        """What no later stage will say."""
+        note = self.context.progress.note
+        if not any(stage.stage.stage == "evaluate" for stage in self.context.plan.stages):
+            note(f"the policy {result['method']} skips {result['sparsity']:.1%} of the linear weights at decode")
+        elif "note" in result:
+            note(result["note"])
+
     def _goal(self) -> float:
         if self.stage.goal is not None:
             return self.stage.goal
+        calibration = self._calibration(self._method(0))
+        if self.stage.keep is not None:
+            return (1 - self.stage.keep) * self._reachable(calibration)
+        return float(distributed.on_main(lambda: self._measured_goal(calibration)))
+
+    def _measured_goal(self, calibration: Calibration) -> float:
+        """By times on this machine. A resumed run goes on with what was measured first, and with its parts."""
         assert self.stage.target_speedup is not None
-        return sparsity_for(self.model, self.stage.target_speedup, self.context.progress.note)
+        unit = f"{self.plan.name}/speedup"
+        done = self.context.journal.done(unit)
+        if done is not None:
+            return float(done["sparsity"])
+        dtype = runtime_dtype(self.model.config.dtype)
+        found = [calibration.found[index] for index in range(self.model.num_blocks)]
+        counts = products(self.model, found, self.context.written(), self.stage.method, dtype)
+        goal = sparsity_for(
+            counts, partial(measured, dtype=dtype), self._reachable(calibration), self.stage.target_speedup,
+            self.context.progress.note, watched(calibration.method),
+        )  # fmt: skip
+        self.context.journal.finish(unit, {"sparsity": goal})
+        return goal
 
     def _policy(self, goal: float) -> Policy:
+        """The policy that skips `goal` of all weights. RecipeError when looks at drift leave too few tokens for it."""
         unit = f"{self.plan.name}/goal-{hashlib.sha256(repr(goal).encode()).hexdigest()[:8]}"
         shapes = {p.name: p.shape for i in range(self.model.num_blocks) for p in self.model.prunables(i)}
-        calibration = self._calibration(make_method(self.stage, self.context.plan.recipe.seed))
+        calibration = self._calibration(self._method(self.context.plan.recipe.seed))
         calibration.parts = StoredParts(self.context, self.folder, unit, shapes)
-        return calibration.run(goal)
+        whole = watched(calibration.method)
+        if not whole:
+            return calibration.run(goal)
+        highest = self._reachable(calibration)
+        if goal > highest + 1e-9:
+            raise RecipeError(
+                f"with refresh {self.stage.refresh}, {whole:.0%} of the tokens compute all neurons: {self.stage.method}"
+                f" can skip at most {highest:.1%} of this model's linear weights, asked for is {goal:.1%}",
+                hint=f"ask for at most {int(highest * 1000) / 1000}, or leave refresh out",
+            )
+        return with_watched(calibration.run(goal / (1 - whole)), whole)
+
+    def _method(self, seed: int) -> Method:
+        return make_method(self.stage, seed, self.model.num_blocks)
+
+    def _reachable(self, calibration: Calibration) -> float:
+        """The highest sparsity, over tokens that skip and those that are computed whole."""
+        return calibration.reachable * (1 - watched(calibration.method))
 
     def _calibration(self, method: Method) -> Calibration:
         assert self.plan.windows is not None
@@ -131,7 +186,7 @@ class _Run:
         assert self.plan.validation is not None
         folder = self.context.scratch / "validation"
         folder.mkdir(parents=True, exist_ok=True)
-        highest = self._calibration(make_method(self.stage, 0)).reachable
+        highest = self._reachable(self._calibration(self._method(0)))
         assert self.walk is not None
         walk = Walk(
             self.model, self.plan.validation, memory_bytes=self.memory // 4, scratch=folder,
@@ -148,20 +203,6 @@ class _Run:
         )
 
 
-def make_method(stage: ActivationStage, seed: int) -> Method:
-    """The stage's method with its options."""
-    kind: Any = get_policy_method(stage.method)
-    if stage.method == "coreinfer":
-        return kind(mode=stage.guide or "stability", refresh=stage.refresh, seed=seed)  # type: ignore[no-any-return]
-    if stage.method == "rsparse":
-        return kind(search=stage.search, seed=seed)  # type: ignore[no-any-return]
-    if stage.method in ("threshold", "wina"):
-        return kind(uniform=not stage.search)  # type: ignore[no-any-return]
-    if stage.method == "auto":
-        return kind(search=stage.search)  # type: ignore[no-any-return]
-    return kind()  # type: ignore[no-any-return]
-
-
 def usable(model: Any, windows: Tensor) -> Tensor:
     """bool like `windows`: tokens that are no padding. A pad token that ends texts, too, is not one."""
     config = model.config.get_text_config()
@@ -175,7 +216,7 @@ def usable(model: Any, windows: Tensor) -> Tensor:
 def summary(policy: Policy) -> dict[str, Any]:
     """What the report says of a policy."""
     facts = policy.facts
-    return {
+    found = {
         "method": policy.method,
         "target": facts.get("target"),
         "sparsity": facts.get("calibrated"),
@@ -185,3 +226,6 @@ def summary(policy: Policy) -> dict[str, Any]:
         "residual_ranks": {name: entry.rank for name, entry in policy.linears.items() if entry.rank},
         "vectors": sum(t.numel() for e in policy.linears.values() for t in e.tensors().values()),
     }
+    if "watched" in facts:
+        found |= {"watched": facts["watched"], "note": NOT_SIMULATED}
+    return found

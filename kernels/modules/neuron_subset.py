@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,10 @@ class NeuronSubsetMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         step = current_step()
         few = 1 <= x.shape[:-1].numel() <= MAX_ROWS and x.dim() in (2, 3)
-        if not few or step.dense or step.watched or wants_gradient(x) or torch.compiler.is_compiling():
+        if not few or step.dense or wants_gradient(x) or torch.compiler.is_compiling():
+            return self._whole(x, step)
+        if step.watched:
+            self._count_whole()
             return self._whole(x, step)
         if self.threshold is not None:
             return self._by_gate(x)
@@ -162,19 +165,20 @@ class NeuronSubsetMLP(nn.Module):
         return neuron_mlp(x.contiguous(), gate, up, self.down.packed, chosen, self.activation)
 
     def _count_whole(self) -> None:
-        self._note(lambda size: (size, size, size))
+        """All of gate and up; `down`, a layer of its own then, counts itself."""
+        self._note([(self.gate_name, self.neurons), (self.up_name, self.neurons)])
 
     def _count(self, chosen: Tensor, gate: int) -> None:
         n = chosen.numel()
-        self._note(lambda _: (gate, n, n))
+        self._note([(self.gate_name, gate), (self.up_name, n), (self.down_name, n)])
 
-    def _note(self, read: Callable[[int], tuple[int, int, int]]) -> None:
+    def _note(self, read: Sequence[tuple[str, int]]) -> None:
+        """Of each layer, by name, so many neurons were read. A fused layer has two halves."""
         counted = counts()
         if counted is None:
             return
         width, size = self.down.out_features, self.neurons
-        names = (self.gate_name, self.up_name, self.down_name)
-        for name, n in zip(names, read(size), strict=True):
+        for name, n in read:
             counted.of(self._modules[name]).add(n, width, size * width)
 
     def extra_repr(self) -> str:

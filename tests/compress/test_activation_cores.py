@@ -12,6 +12,7 @@ from exports import dense_twin, save_family_sparse
 import gossamer
 from gossamer.activation_sparsity.base import CoreNeurons
 from gossamer.activation_sparsity.cores import nearest_cluster, stable_core
+from gossamer.compress.activation.calls import speculative
 from gossamer.compress.activation.report import realised
 from gossamer.compress.generate import generate
 from gossamer.kernels.modules.counting import counting
@@ -130,7 +131,7 @@ def test_sequences_in_turns_and_copied_keep_their_own(tmp_path):
             model(step, past_key_values=second, use_cache=True)
             out = model(step, past_key_values=cache, use_cache=True)
             assert torch.equal(out.logits[:, -1], wanted[:, 0])
-    with torch.no_grad():  # several new tokens at once: each takes the sequence's neurons
+    with torch.no_grad(), speculative():  # several decoded tokens at once: each takes the sequence's neurons
         cache = model(one, use_cache=True).past_key_values
         block = model(ids(1, 3, seed=5), past_key_values=cache, use_cache=True).logits
         close(block, decode(model, torch.cat([one, ids(1, 3, seed=5)], 1), 9), 1e-4)
@@ -174,6 +175,16 @@ def test_a_refresh_takes_a_new_set_when_the_text_drifts(tmp_path):
     after = sets_of(cache)
     assert after != before
     assert all(len(one) == policy.mlps[name].keep for name, sets in after.items() for one in sets)
+
+
+def test_counted_with_a_refresh_are_all_steps(tmp_path):
+    """Of every four tokens, one computes all neurons."""
+    model = gossamer.load(family_with("llama", tmp_path / "m", core_policy("llama", 0.4, refresh=4)))
+    with counting() as counted:
+        decode(model, ids(1, 17), 9)
+    layers = realised(model, counted)["layers"]
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        assert layers[f"model.layers.0.mlp.{name}"] == pytest.approx(0.75 * (1 - 32 / 80))
 
 
 def test_counted_neurons_and_a_prompt_without_voters(tmp_path):

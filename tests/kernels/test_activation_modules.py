@@ -411,6 +411,17 @@ def test_neurons_by_their_gate():
     assert 0 < counted.of(module.up_proj).skipped == counted.of(module.down).skipped < 1
 
 
+@pytest.mark.parametrize("step", [Step(False, True, Known(CHOSEN)), Step(False, neurons=Known(None)), Step(False)])
+def test_a_step_that_computes_all_neurons_counts_each_layer_once(step):
+    module, _ = mlp()
+    with counting() as counted, stepping(step):
+        module(x_of(1, 1, HIDDEN))
+    for layer in (module.gate_proj, module.up_proj, module.down):
+        tally = counted.of(layer)
+        assert tally.skipped == 0
+        assert tally.every == tally.read == NEURONS * HIDDEN
+
+
 def test_a_gradient_takes_all_neurons():
     module, weights = mlp(torch.float32)
     gradients = []
