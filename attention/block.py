@@ -22,7 +22,8 @@ from transformers.cache_utils import Cache
 from .alike import alike
 from .decode import NAME, decode_attention
 from .mask import HeadMask
-from .ragged import RaggedCache, RaggedLayer
+from .ragged import RaggedCache
+from .raggedlayer import RaggedLayer
 from .shared import Rotation
 
 ROTATE = "apply_rotary_pos_emb"
@@ -86,7 +87,12 @@ def _layer(module: Any, hidden: Tensor, rotation: Any, mask: Any, past: Any) -> 
     ):
         return None
     layer = past.layers[module.layer_idx]
-    fits = layer.store is not None and layer.pending is None and layer.store.keys.dtype is hidden.dtype
+    fits = (
+        layer.store is not None
+        and layer.pending is None
+        and layer.store.keys.dtype is hidden.dtype
+        and layer.quick(hidden.dtype)
+    )
     return layer if fits else None
 
 

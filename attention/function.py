@@ -13,7 +13,7 @@ from ..errors import ModelError
 from .mask import HeadMask, head_mask
 from .masked import masked_attention
 from .plan import HeadPlan
-from .ragged import MARK, Held, RaggedLayer
+from .raggedlayer import MARK, Held, RaggedLayer
 
 NAME = "gossamer_heads"
 
@@ -51,6 +51,7 @@ def head_attention(
     mask = attention_mask
     if not isinstance(mask, HeadMask):
         mask = _mask_around(mask, query, key if layer is None else None)
+    mask.check_positions(rest.get("position_ids"))
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if layer is not None:
         out = layer.attend(query, mask, scale)
@@ -63,13 +64,17 @@ def head_attention(
 
 
 def _ragged_layer(key: Any, value: Any) -> RaggedLayer | None:
-    """The layer behind what `update` gave; None for keys of another cache, or changed ones."""
+    """The layer behind what `update` gave; None for keys of another cache, changed ones, or ones that layers share."""
     if isinstance(key, Held):
         return key.layer
-    layer: Any = getattr(key, MARK, None)
-    if not isinstance(layer, RaggedLayer) or getattr(value, MARK, None) is not layer:
+    layer: object = getattr(key, MARK, None)
+    same: bool = getattr(value, MARK, None) is layer
+    if not isinstance(layer, RaggedLayer) or not same:
         return None
-    return layer if layer.pending is not None else None  # type: ignore[union-attr]
+    if layer.pending is None:  # they were taken: by a layer that computed them, and this one reads them again
+        layer.share(key, value)
+        return None
+    return layer
 
 
 def _mask_around(mask: Tensor | None, query: Tensor, key: Tensor | None) -> HeadMask:
@@ -84,7 +89,6 @@ def _mask_around(mask: Tensor | None, query: Tensor, key: Tensor | None) -> Head
     return HeadMask(batch, length, key.shape[2], key.shape[2] - length, 0, query.device, other=seen.bool())
 
 
-def register() -> None:
-    """Makes the name known to transformers; any number of calls are one."""
-    AttentionInterface.register(NAME, head_attention)
-    AttentionMaskInterface.register(NAME, head_mask)
+# When this module is imported, so that torch.load of a whole model finds them too.
+AttentionInterface.register(NAME, head_attention)
+AttentionMaskInterface.register(NAME, head_mask)

@@ -13,8 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
+from transformers.masking_utils import (
+    causal_mask_function,
+    packed_sequence_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 
+from ..errors import ModelError
 from .plan import HeadPlan
 
 UNLIMITED = 2**31 - 1
@@ -41,6 +47,28 @@ class HeadMask:
     real: Tensor | None = None
     reach: int = UNLIMITED
     other: Tensor | None = None
+    checked: bool = False
+
+    def check_positions(self, positions: Tensor | None) -> None:
+        """ModelError where the position_ids of real tokens do not rise; int64 [batch or 1, queries], None: unknown.
+
+        Once for all layers: they are given the same.
+        """
+        if self.checked or self.queries == 1 or positions is None or positions.dim() != 2:
+            return
+        if torch.compiler.is_compiling():
+            return
+        self.checked = True
+        if self.new_tokens is None:
+            rising = bool((positions.diff(dim=1) > 0).all())
+        else:
+            real = self.new_tokens
+            known = torch.where(real, positions, -1)
+            before = known.cummax(1).values.roll(1, 1)
+            before[:, 0] = -1
+            rising = bool((~real | (known > before)).all())
+        if not rising:
+            raise _packed()
 
     @cached_property
     def new_tokens(self) -> Tensor | None:
@@ -104,6 +132,8 @@ def head_mask(
     if local_size is not None and _same(mask_function, sliding_window_causal_mask_function(local_size)):
         found.reach = local_size
         return found
+    if _holds(mask_function, packed_sequence_mask_function(torch.empty(0))):
+        raise _packed()
     found.other = sdpa_mask(
         batch_size, q_length, kv_length, int(q_offset), int(kv_offset), mask_function, attention_mask,
         allow_is_causal_skip=False, device=device, use_vmap=rest.get("use_vmap", False),
@@ -120,3 +150,20 @@ def _same(one: Any, other: Any) -> bool:
         held = [tuple(cell.cell_contents for cell in getattr(f, "__closure__", None) or ()) for f in (one, other)]
         return codes[0] is codes[1] and _same(*held)
     return bool(one == other)
+
+
+def _holds(function: Any, wanted: Any) -> bool:
+    """Whether a mask function is, or was put together from, another of the same code."""
+    if isinstance(function, (tuple, list)):
+        return any(_holds(one, wanted) for one in function)
+    if getattr(function, "__code__", None) is None:
+        return False
+    cells = getattr(function, "__closure__", None) or ()
+    return function.__code__ is wanted.__code__ or any(_holds(cell.cell_contents, wanted) for cell in cells)
+
+
+def _packed() -> ModelError:
+    return ModelError(
+        "the position_ids restart within a row, as of packed sequences; a head plan counts from the row's first token",
+        hint="give every sequence a row of its own with padding and an attention_mask, or take the plan off",
+    )

@@ -6,7 +6,7 @@ from 1) sees
     kept(n) = min(n, max(sink + block, floor(alpha + beta n)))
 
 keys: the first `sink` tokens of the sequence and the last kept(n) - sink ones, itself included; all n of them where
-kept(n) = n. The sinks are inside the span, so a rule's bytes do not depend on how it is divided.
+kept(n) = n. The sinks are inside the span: they add nothing to a rule's bytes unless sink + block exceeds the span.
 
 kept depends on the query's own position alone: prefill in one piece, prefill in chunks, several turns and decoding one
 token at a time are the same computation. With beta <= 1, kept(n + 1) <= kept(n) + 1: a key that has left the window

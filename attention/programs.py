@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
-from ..errors import RecipeError
-
 Array = NDArray[np.float64]
 GAP = 1e-5
+
+
+class OutOfTime(Exception):
+    """The relaxation was not solved in its time."""
 
 
 def scaled(coupling: Array, upper: Array) -> tuple[Array, Array]:
@@ -48,7 +50,9 @@ def _matrices(
 def relax(
     c: Array, coupling: Array, upper: Array, keep: NDArray[np.bool_], time_limit: float
 ) -> tuple[Array, float] | None:
-    """(x [heads, rules], value) of the LP relaxation at a vertex; None when it is infeasible."""
+    """(x [heads, rules], value) of the LP relaxation at a vertex; None when it is infeasible. OutOfTime."""
+    if time_limit <= 0:
+        raise OutOfTime
     heads, rules, cost, rows, ones = _matrices(c, coupling, keep)
     unit = max(float(np.abs(cost).max()), 1e-300)
     result = linprog(
@@ -57,9 +61,7 @@ def relax(
     )  # fmt: skip
     if result.x is None:
         if result.status == 1:
-            raise RecipeError(
-                f"the solver had no time to bound the plan ({time_limit:.0f} s)", hint="raise the time limit"
-            )
+            raise OutOfTime
         return None
     x = np.zeros(c.shape)
     x[heads, rules] = result.x
@@ -70,6 +72,8 @@ def integer(
     c: Array, coupling: Array, upper: Array, keep: NDArray[np.bool_], time_limit: float, gap: float
 ) -> tuple[NDArray[np.int64] | None, bool]:
     """(best choice found, whether it is proved optimal) of the integer program over these heads."""
+    if time_limit <= 0:
+        return None, False
     heads, rules, cost, rows, ones = _matrices(c, coupling, keep)
     unit = max(float(np.abs(cost).max()), 1e-300)
     result = milp(

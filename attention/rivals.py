@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from ..errors import DataError, ModelError, RecipeError
 from .plan import FULL, SLOPES, HeadRule
 from .programs import Array
-from .solver import Problem, solve
+from .solver import TIME_LIMIT_S, Problem, solve
 
 Rules = tuple[tuple[HeadRule, ...], ...]
 
@@ -29,20 +30,24 @@ def uniform(layers: int, kv_heads: int, density: float, sink: int) -> Rules:
     return ((rule,) * kv_heads,) * layers
 
 
-def masformer(tied: Problem, rules: Sequence[HeadRule], kv_heads: int) -> Rules:
+def masformer(tied: Problem, rules: Sequence[HeadRule], kv_heads: int, time_limit: float = TIME_LIMIT_S) -> Rules:
     """A few layers full and all others under one local rule: the local rule and the layers with the least loss.
 
-    `tied`: the problem with one rule per layer, whose last axis are `rules`, FULL among them. RecipeError when no local
-    rule leaves room for a single choice.
+    `tied`: the problem with one rule per layer, whose last axis are `rules`, FULL among them. Local rules that were not
+    tried in `time_limit` seconds are left out. RecipeError when none leaves room for a single choice.
     """
+    ends = time.monotonic() + time_limit
     full = rules.index(FULL)
     best: tuple[float, list[HeadRule]] | None = None
     for local in range(len(rules)):
         if local == full:
             continue
+        left = max(ends - time.monotonic(), 0.0)
+        if best is not None and not left:
+            break
         pair = [full, local]
         part = Problem(tied.losses[:, :, pair], tied.costs[:, :, pair], tied.budgets)
-        solution = solve(part, 1 / np.maximum(tied.losses.max(2).sum(1), 1e-300))
+        solution = solve(part, 1 / np.maximum(tied.losses.max(2).sum(1), 1e-300), time_limit=left)
         if solution is not None and (best is None or solution.objective < best[0]):
             best = solution.objective, [rules[pair[k]] for k in solution.choice]
     if best is None:

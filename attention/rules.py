@@ -3,8 +3,8 @@
 Spans alpha + beta N on MoA's grid: beta in eighths, alpha from -(shortest length) to the longest profiled one in steps
 of an eighth of the latter; a pair is left out when it would keep more than there is at the longest length or beyond it,
 or nothing at the shortest. With lengths 2048, 4096 and 8192, bounded at 16384, these are the 48 of the published search
-space. Every span is offered with every number of sinks, which lie inside it: the bytes are the same, so that sinks
-compete with recent tokens.
+space. Every span is offered with every number of sinks, which lie inside it: as long as the span has room for them the
+bytes are the same, so that sinks compete with recent tokens.
 """
 
 from __future__ import annotations

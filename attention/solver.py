@@ -7,7 +7,8 @@
 Its LP relaxation is nearly integral: a vertex has no more fractional heads than there are coupling constraints. The
 default is therefore the LP, and a small integer program over the fractional heads and some others around it; its gap to
 the LP bound is recorded. The whole integer program can be asked for instead. Both run in scipy's HiGHS; an incumbent
-that a time limit interrupts is kept.
+that a time limit interrupts is kept. HiGHS looks at the clock between its steps only, and the first steps of the whole
+program take several times as long as the relaxation: with less time than that it is not begun.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RecipeError
-from .programs import GAP, Array, integer, relax, scaled, undominated
+from .programs import GAP, Array, OutOfTime, integer, relax, scaled, undominated
 
 TIME_LIMIT_S = 60.0
 FIRST_REPAIR = 40  # heads that the repair may change beside the fractional ones; doubled until it is good enough
 BANDS = 4
 PARETO_GAP = 1e-4
+WHOLE = 4.0  # times the relaxation's: the least time that the whole integer program is begun with
 _SLACK = 1e-9
 
 
@@ -37,7 +39,7 @@ class Solution:
     Attributes:
         choice: int64 [heads], index of each head's rule.
         objective: its value of what was minimised.
-        bound: of the LP relaxation; no choice is below it.
+        bound: of the LP relaxation (without time for it: of each head's best rule); no choice is below it.
         losses: predicted loss of every objective, [M].
         status: "optimal" (proved, or as near to the bound as was asked), "feasible", or "time limit".
         seconds: of the solver.
@@ -95,6 +97,7 @@ def solve(
     *,
     full: bool = False,
     time_limit: float = TIME_LIMIT_S,
+    whole_limit: float = float("inf"),
     gap: float = GAP,
 ) -> Solution | None:
     """The choice with the least weighted loss; None when the limits leave none.
@@ -105,6 +108,7 @@ def solve(
         full: the whole integer program instead of LP and repair.
         gap: relative to the LP bound, that is good enough.
         time_limit: seconds for everything; what was found until then is returned with the status "time limit".
+        whole_limit: seconds of them for the whole integer program.
     """
     started = time.monotonic()
     weights = np.ones(len(problem.losses)) if weights is None else weights
@@ -116,23 +120,28 @@ def solve(
     coupling, upper = scaled(np.concatenate(rows), np.concatenate(bounds))
     c = np.tensordot(weights, problem.losses, 1)
     keep = undominated(c, coupling)
-    relaxed = relax(c, coupling, upper, keep, time_limit)
-    if relaxed is None:
-        return None
-    x, bound = relaxed
-    left = lambda: max(time_limit - (time.monotonic() - started), 0.1)
-    late = lambda: time.monotonic() - started >= time_limit
-    choice, proved = _repair(c, coupling, upper, keep, x, bound, left, late, gap)
-    if full:
-        better, whole = integer(c, coupling, upper, keep, left(), gap)
-        if better is not None and (choice is None or _value(c, better) < _value(c, choice)):
-            choice = better
-        proved = proved or whole
-    if choice is None:
-        if late():
-            choice = _cheapest(coupling, upper)
-        if choice is None:
+    left = lambda: max(time_limit - (time.monotonic() - started), 0.0)
+    x: Array | None
+    late = lambda: left() == 0
+    try:
+        relaxed = relax(c, coupling, upper, keep, time_limit)
+        if relaxed is None:
             return None
+        (x, bound), relaxing = relaxed, time.monotonic() - started
+        choice, proved = _repair(c, coupling, upper, keep, x, bound, left, late, gap)
+        whole_limit = min(left(), whole_limit)
+        if full and whole_limit >= WHOLE * relaxing:
+            better, whole = integer(c, coupling, upper, keep, whole_limit, gap)
+            if better is not None and (choice is None or _value(c, better) < _value(c, choice)):
+                choice = better
+            proved = proved or whole
+    except OutOfTime:
+        x, bound, choice, proved = None, float(c.min(1).sum()), None, False
+    stopped = x is None or late()
+    if choice is None and stopped:
+        choice = _last_resort(coupling, upper, x)
+    if choice is None:
+        return None
     objective = _value(c, choice)
     heads = np.arange(len(choice))
     good = objective - bound <= gap * abs(bound) + 1e-12
@@ -141,7 +150,7 @@ def solve(
         objective=objective,
         bound=bound,
         losses=problem.losses[:, heads, choice].sum(1),
-        status="optimal" if good or proved else "time limit" if late() else "feasible",
+        status="optimal" if good or proved else "time limit" if stopped else "feasible",
         seconds=time.monotonic() - started,
     )
 
@@ -150,13 +159,17 @@ def pareto(problem: Problem, *, full: bool = False, time_limit: float = TIME_LIM
     """Choices that no other found one beats at every length, by the sum of their losses in units of the best.
 
     Each objective alone, their normalised sum, and each objective under four bands of limits on the others (MoA's
-    epsilon constraints). `time_limit` is that of all; what was found until then is returned. Empty: nothing fits.
+    epsilon constraints). `time_limit` is that of all; the whole integer programs of the single objectives share it.
+    What was found until then is returned. Empty: nothing fits, or nothing was found in time.
     """
-    started = time.monotonic()
-    left = lambda: time_limit - (time.monotonic() - started)
+    ends = time.monotonic() + time_limit
+    left = lambda: max(ends - time.monotonic(), 0.0)
     m = len(problem.losses)
-    alone = [solve(problem, np.eye(m)[k], full=full, time_limit=time_limit, gap=PARETO_GAP) for k in range(m)]
-    found = [solution for solution in alone if solution is not None]
+    found: list[Solution] = []
+    for k in range(m):
+        share = left() / (m - k)
+        alone = solve(problem, np.eye(m)[k], full=full, time_limit=left(), whole_limit=share, gap=PARETO_GAP)
+        found += [alone] if alone is not None else []
     if not found or m == 1:
         return found
     table = np.stack([solution.losses for solution in found])
@@ -173,10 +186,7 @@ def pareto(problem: Problem, *, full: bool = False, time_limit: float = TIME_LIM
     for weights, upper in tasks:
         if left() <= 0:
             break
-        try:
-            solution = solve(problem, weights, upper, full=full, time_limit=left(), gap=PARETO_GAP)
-        except RecipeError:  # no time left even for the relaxation
-            break
+        solution = solve(problem, weights, upper, full=full, time_limit=left(), gap=PARETO_GAP)
         if solution is not None:
             found.append(solution)
     unique = list({tuple(solution.choice.tolist()): solution for solution in found}.values())
@@ -231,8 +241,10 @@ def _repair(
         wide *= 2
 
 
-def _cheapest(coupling: Array, upper: Array) -> NDArray[np.int64] | None:
-    """Each head's rule with the least sum of scaled costs, where that fits: the incumbent of last resort."""
-    choice = coupling.sum(0).argmin(1)
-    fits = (coupling[:, np.arange(len(choice)), choice].sum(1) <= upper + _SLACK).all()
-    return choice if fits else None
+def _last_resort(coupling: Array, upper: Array, x: Array | None) -> NDArray[np.int64] | None:
+    """What a relaxation settles, and the cheapest rules elsewhere; where that does not fit, the cheapest everywhere."""
+    cheapest = coupling.sum(0).argmin(1)
+    tries = [cheapest] if x is None else [np.where(x.max(1) > 1 - 1e-6, x.argmax(1), cheapest), cheapest]
+    heads = np.arange(len(cheapest))
+    fits = (choice for choice in tries if (coupling[:, heads, choice].sum(1) <= upper + _SLACK).all())
+    return next(fits, None)

@@ -122,4 +122,4 @@ def pick(tensor: Tensor, rows: list[int], heads: list[int], tokens: list[int]) -
 def put(out: Tensor, rows: list[int], heads: list[int], tokens: list[int], made: Tensor) -> None:
     """The inverse of `pick`: out [batch, heads, tokens, D] at three lists becomes `made`."""
     row, head, token = (torch.tensor(wanted, dtype=torch.int64, device=out.device) for wanted in (rows, heads, tokens))
-    out[row[:, None, None], head[None, :, None], token[None, None, :]] = made
+    out[row[:, None, None], head[None, :, None], token[None, None, :]] = made.to(out.dtype)

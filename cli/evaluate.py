@@ -63,5 +63,6 @@ def _lines(result: dict) -> list[str]:
         f"perplexity {result['perplexity']:.4f}",
         f"cross-entropy {result['cross_entropy']:.4f} nats per token, standard error {result['standard_error']:.4f}",
         f"protocol: {describe_protocol(result['protocol'])}",
+        *([f"run by its head plan: {result['head_plan']}"] if "head_plan" in result else []),
         f"peak memory {human_bytes(result['peak_memory_bytes'])}",
     ]

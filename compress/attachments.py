@@ -58,13 +58,36 @@ def attaching(wanted: bool) -> Iterator[None]:
         _WANTED.reset(token)
 
 
-def apply_attachments(model: Any, folder: Path) -> None:
-    """Apply what `model.config` speaks of; what is applied already (`model.gossamer_attached`) is left as it is."""
-    if not _WANTED.get():
+def note(model: Any, name: str, entry: dict[str, Any]) -> None:
+    """Says in `model.config` what `model` runs with from now on, so that it is saved, whichever way that is done."""
+    own = getattr(model.config, METADATA_KEY, None)
+    setattr(model.config, METADATA_KEY, (own if isinstance(own, dict) else {"format_version": 1}) | {name: entry})
+    model.__dict__.setdefault("gossamer_attached", set()).add(name)
+
+
+def forget(model: Any, name: str) -> None:
+    """The opposite of `note`."""
+    model.__dict__.get("gossamer_attached", set()).discard(name)
+    own = getattr(model.config, METADATA_KEY, None)
+    if not isinstance(own, dict) or name not in own:
         return
+    rest = {key: value for key, value in own.items() if key != name}
+    if rest.keys() <= {"format_version"}:
+        delattr(model.config, METADATA_KEY)
+    else:
+        setattr(model.config, METADATA_KEY, rest)
+
+
+def apply_attachments(model: Any, folder: Path) -> None:
+    """Apply what `model.config` speaks of; what is applied already (`model.gossamer_attached`) is left as it is.
+
+    Where they are not wanted they leave `model.config`: the model does not run with them, nor is it saved with them.
+    """
     applied: set[str] = model.__dict__.setdefault("gossamer_attached", set())
     for name, entry in entries(model.config).items():
-        if name not in applied:
+        if not _WANTED.get():
+            forget(model, name)
+        elif name not in applied:
             attachment(name).apply(model, folder, entry)
             applied.add(name)
 

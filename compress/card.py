@@ -32,7 +32,8 @@ def card_text(report: Report, recipe: str, file_format: str) -> str:
         _table(report),
         f"![error and sparsity of every kind of matrix]({PICTURE})" if report["layers"] else "",
         "## Load it",
-        _loading(file_format),
+        _attached(report),
+        _loading(file_format, bool(_attached(report))),
         "## How it was made",
         f"```bash\n{report['command']}\n```" if report["command"] else "Through the Python API, with this recipe:",
         f"```yaml\n{recipe}```",
@@ -60,13 +61,33 @@ def _table(report: Report) -> str:
     return "\n".join(rows) + "\n\n" + "\n".join(f"- {line}" for line in report.footer())
 
 
-def _loading(file_format: str) -> str:
+def _attached(report: Report) -> str:
+    """What the checkpoint holds beside its weights, and how it is run with that; empty where there is nothing."""
+    stages = {stage["stage"]: stage for stage in report["stages"]}  # of a kind, the last one counts
+    lines = []
+    if "activation" in stages:
+        made = stages["activation"]
+        lines.append(
+            f"- an activation policy ({made['method']}): decode skips {percent(made['sparsity'])} of the linear weights"
+        )
+    if "heads" in stages:
+        plan = stages["heads"]["plan"]
+        kept = ", ".join(f"{percent(share)} at {length} tokens" for length, share in plan["density"].items())
+        lines.append(f"- a head plan ({plan['made']['method']}): of the keys and values it keeps {kept}")
+    if not lines:
+        return ""
+    said = "Beside its weights this checkpoint has\n\n" + "\n".join(lines)
+    return said + "\n\nand runs with them by\n\n```python\nimport gossamer\n\nmodel = gossamer.load(PATH)\n```"
+
+
+def _loading(file_format: str, attached: bool) -> str:
     dense = (
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
         "model = AutoModelForCausalLM.from_pretrained(PATH)\n```"
     )
     if file_format == "dense":
-        return "This is an ordinary checkpoint with zeros in it:\n\n" + dense
+        lead = "Plain transformers loads the weights alone, and runs without them" if attached else ""
+        return (lead or "This is an ordinary checkpoint with zeros in it") + ":\n\n" + dense
     sparse = (
         "```python\nimport gossamer  # registers the sparse format with transformers\n"
         "from transformers import AutoModelForCausalLM\n\n"
@@ -75,7 +96,8 @@ def _loading(file_format: str) -> str:
         "transformers does not know the format by itself."
     )
     if file_format == "both":
-        return sparse + "\n\nThe dense file loads without Gossamer:\n\n" + dense
+        lead = ", and then runs with its weights alone" if attached else ""
+        return sparse + f"\n\nThe dense file loads without Gossamer{lead}:\n\n" + dense
     return sparse + "\n\nFor tools that know dense files only: `gossamer convert PATH DENSE --to dense`."
 
 

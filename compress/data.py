@@ -113,5 +113,5 @@ def _enough(tokens: int, seqlen: int, name: str) -> None:
     if tokens < seqlen:
         raise DataError(
             f"{name} gives {tokens} tokens, one window needs {seqlen}",
-            hint="give more text, or a smaller --seqlen",
+            hint="give more text, or ask for shorter windows: a smaller --seqlen, shorter --lengths of a head plan",
         )

@@ -11,7 +11,7 @@ import math
 import tempfile
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from . import distributed, memory
+from .attachments import entries
 from .blocks import BlockArgs, StreamedModel
 from .failpoint import failpoint
 from .hidden import HiddenStore
@@ -44,14 +45,19 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Score:
-    """Perplexity with the standard error of the mean cross-entropy over windows (nats)."""
+    """Perplexity with the standard error of the mean cross-entropy over windows (nats).
+
+    `head_plan`: what the model ran by, if anything.
+    """
 
     perplexity: float
     cross_entropy: float
     standard_error: float
+    head_plan: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Its fields; without the head plan where there is none."""
+        return {name: value for name, value in asdict(self).items() if name != "head_plan" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,33 @@ class Comparison:
 def score(
     model: StreamedModel, windows: Tensor, *, memory_bytes: int, progress: Progress, label: str, scratch: Path | None
 ) -> Score:
-    """Perplexity of one model over windows [n, length]; hidden states beyond `memory_bytes` spill below `scratch`."""
+    """Perplexity of one model over windows [n, length]; hidden states beyond `memory_bytes` spill below `scratch`.
+
+    A model whose config has a head plan runs by it, as `gossamer.load` would run it.
+    """
+    plan = run_by_plan(model, entries(model.config).get("heads"))
     with _final_states(model, windows, memory_bytes, progress, label, scratch) as (hidden, args), model.outer():
         losses = [
             _cross_entropy(model.logits(hidden.get(w), args, w), windows[w])
             for w in _reported(distributed.my_share(len(windows)), f"{label}, output", progress)
         ]
-    return summarise(distributed.gather(losses))
+    return replace(summarise(distributed.gather(losses)), head_plan=plan)
+
+
+def run_by_plan(model: StreamedModel, entry: dict[str, Any] | None) -> str | None:
+    """Lets `model` run by the head plan in `entry`, with masks, from now on; the plan in a few words. None: no plan.
+
+    CheckpointError or ModelError for a plan that is malformed or of another model.
+    """
+    if entry is None:
+        return None
+    from ..attention.plan import HeadPlan
+    from .heads import apply
+
+    plan = HeadPlan.from_json(entry)
+    apply(model._model, plan, cache="masked")  # blocks are copies of the skeleton's, and the masks are arguments
+    kept = ", ".join(f"{plan.density(length):.4g} at {length} tokens" for length in plan.lengths)
+    return f"{plan.made.get('method', 'head plan')}, density {kept}"
 
 
 def compare(

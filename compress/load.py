@@ -71,7 +71,7 @@ def load(
         model.gossamer_runtime = Placed(how)
         if packed:
             adopt(model)
-    if attachments:
+    with attaching(attachments):
         apply_attachments(model, folder)
     check_backend(model, backend)
     release()  # what loading needed: masks, staging, pieces of the file

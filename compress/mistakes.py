@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import GossamerError
 
-FALLBACK = "`gossamer compress --help` says what is allowed"
+FALLBACK = "the command's `--help` says what is allowed"
 Kinds = Mapping[str, type[BaseModel]]
 
 

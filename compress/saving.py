@@ -23,7 +23,7 @@ from ..kernels.bitmask.dispatch import compress
 from ..kernels.modules.state import lazy_weights
 from ..kernels.modules.weight import PackedWeight, ordinary
 from .attached import Attached, ModelMasks, Outgoing, outgoing
-from .attachments import save_attachments
+from .attachments import entries, note, save_attachments
 from .format import (
     BITMASK,
     METADATA_KEY,
@@ -69,11 +69,15 @@ def attach(
 
 
 def detach(model: Any) -> None:
-    """Back to an ordinary model: no masks, transformers' own `save_pretrained`, no word of ours in the config."""
+    """Back to an ordinary model: no masks, transformers' own `save_pretrained`, no word of ours in the config but for a
+    head plan that it runs by."""
+    plan = entries(model.config).get("heads") if "heads" in model.__dict__.get("gossamer_attached", ()) else None
     for name in ("gossamer_masks", "_gossamer", "save_pretrained"):
         model.__dict__.pop(name, None)
     if hasattr(model.config, METADATA_KEY):
         delattr(model.config, METADATA_KEY)
+    if plan is not None:
+        note(model, "heads", plan)
 
 
 def save_pretrained(

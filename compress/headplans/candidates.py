@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ...attention.plan import HeadRule
-from ...attention.programs import Array
 from ...attention.rivals import Rules, duo, masformer, uniform
 from ...attention.solver import Problem, Solution, pareto, solve
 from ...errors import RecipeError
@@ -47,27 +47,32 @@ def needs_profile(settings: Settings) -> bool:
 
 
 def candidates(settings: Settings, profiles: Mapping[int, Profile]) -> list[Candidate]:
-    """At least one plan within the budget, the most promising first. RecipeError when none is."""
+    """At least one plan within the budget, the most promising first. RecipeError when none is.
+
+    All searches together end at the stage's time limit: those for one plan get a sixth each, the first one the rest.
+    """
     method, facts = settings.stage.method, settings.facts
     if settings.imported is not None:
         return [Candidate(method, settings.imported)]
-    even = Candidate("uniform", uniform(facts.layers, facts.kv_heads, settings.stage.density, settings.sink))
     if method == "uniform":
-        return [even]
+        return [_even(settings)]
     if method == "duo":
         return [_by_mass(settings, profiles)]
+    limit = settings.stage.time_limit
+    ends = time.monotonic() + limit
+    left = lambda: max(ends - time.monotonic(), 0.0)
     losses = LOSSES if settings.stage.loss == "all" else (settings.stage.loss,)
     problem_of(settings, profiles, losses[0]).check_reachable(settings.budgeted)
     if method == "masformer":
         tied = _scaled(problem_of(settings, profiles, losses[0]).tied(facts.kv_heads))
-        return [Candidate(method, masformer(tied, settings.rules, facts.kv_heads))]
+        return [Candidate(method, masformer(tied, settings.rules, facts.kv_heads, limit))]
     if method == "per-layer":
-        return _search(settings, profiles, losses[0], facts.kv_heads)
-    found = _search(settings, profiles, losses[0], 1)
-    for loss in losses[1:]:
-        found += _search(settings, profiles, loss, 1, only_one=True)
+        return _search(settings, profiles, losses[0], facts.kv_heads, limit)
     # A plan that the influence does not lead to may still be the better one: validation decides.
-    return [*found, *_search(settings, profiles, losses[0], facts.kv_heads, only_one=True), even]
+    others = [(loss, 1) for loss in losses[1:]] + [(losses[0], facts.kv_heads)]
+    found = [_search(settings, profiles, *other, min(limit / 6, left()), only_one=True) for other in others]
+    first = _search(settings, profiles, losses[0], 1, left())
+    return [*first, *(candidate for some in found for candidate in some), _even(settings)]
 
 
 def problem_of(settings: Settings, profiles: Mapping[int, Profile], loss: str) -> Problem:
@@ -80,18 +85,24 @@ def problem_of(settings: Settings, profiles: Mapping[int, Profile], loss: str) -
 
 
 def _search(
-    settings: Settings, profiles: Mapping[int, Profile], loss: str, repeat: int, *, only_one: bool = False
-) -> list[Candidate]:
+    settings: Settings, profiles: Mapping[int, Profile], loss: str, repeat: int, seconds: float, *,
+    only_one: bool = False,
+) -> list[Candidate]:  # fmt: skip
     """Pareto plans where each run of `repeat` heads shares a rule, or the one with the least normalised sum."""
     problem = problem_of(settings, profiles, loss)
     problem = problem.tied(repeat) if repeat > 1 else problem
-    small, pick = best_sinks(problem, settings.rules)
-    full, limit = settings.stage.solver == "full", settings.stage.time_limit
+    small, pick = best_sinks(problem)
+    started, full = time.monotonic(), settings.stage.solver == "full"
     if only_one:
-        single = solve(small, 1 / np.maximum(small.losses.max(2).sum(1), 1e-300), full=full, time_limit=limit)
+        single = solve(small, 1 / np.maximum(small.losses.max(2).sum(1), 1e-300), full=full, time_limit=seconds)
         found = [single] if single is not None else []
     else:
-        found = pareto(small, full=full, time_limit=limit)[: settings.stage.candidates]
+        found = pareto(small, full=full, time_limit=seconds)[: settings.stage.candidates]
+    if not found and time.monotonic() - started >= seconds:
+        raise RecipeError(
+            f"no plan of density {settings.stage.density:g} was found in the time that the solver had",
+            hint="raise --time-limit, or ask for a larger density",
+        )
     if not found:
         raise RecipeError(
             f"no plan reaches density {settings.stage.density:g} at every length",
@@ -101,24 +112,18 @@ def _search(
     return [Candidate(name, rules_of(settings, pick, solution, repeat), solution, loss) for solution in found]
 
 
-def best_sinks(problem: Problem, rules: Sequence[HeadRule]) -> tuple[Problem, np.ndarray]:
-    """The problem with one rule per span, each head with the number of sinks that loses least, and the index of that
-    rule [heads, spans]. Sinks lie inside the span, so that they hardly matter to the budget."""
-    spans: dict[tuple[int, int], list[int]] = {}
-    for index, rule in enumerate(rules):
-        spans.setdefault((rule.alpha, rule.slope), []).append(index)
+def best_sinks(problem: Problem) -> tuple[Problem, np.ndarray]:
+    """The problem with one rule per cost, each head with the one that loses least, and the index of that rule [heads,
+    costs]. Rules of equal cost at every length differ in their sinks alone; costs are those of every head."""
+    alike: dict[bytes, list[int]] = {}
+    for index, cost in enumerate(problem.costs[:, 0].T):
+        alike.setdefault(cost.tobytes(), []).append(index)
     weight = 1 / np.maximum(problem.losses.max(2).sum(1), 1e-300)
     total = np.tensordot(weight, problem.losses, 1)  # [heads, rules]
-    share = (problem.costs / problem.budgets[:, None, None]).max(0)
-    pick = np.stack([_least(total, share, np.array(members)) for members in spans.values()], axis=1)
+    least = lambda members: np.array(members)[total[:, members].argmin(1)]
+    pick = np.stack([least(members) for members in alike.values()], axis=1)
     take = lambda x: np.take_along_axis(x, pick[None], axis=2)
     return Problem(take(problem.losses), take(problem.costs), problem.budgets), pick
-
-
-def _least(total: Array, share: Array, members: np.ndarray) -> np.ndarray:
-    """Of these rules, each head's with the least loss, and of equals the cheapest: [heads]."""
-    order = np.lexsort((share[:, members], total[:, members]), axis=1)
-    return members[order[:, 0]]
 
 
 def rules_of(settings: Settings, pick: np.ndarray, solution: Solution, repeat: int) -> Rules:
@@ -127,6 +132,13 @@ def rules_of(settings: Settings, pick: np.ndarray, solution: Solution, repeat: i
     chosen = [rules[pick[h, s]] for h, s in enumerate(solution.choice)]
     every = [rule for rule in chosen for _ in range(repeat)]
     return tuple(tuple(every[i * facts.kv_heads : (i + 1) * facts.kv_heads]) for i in range(facts.layers))
+
+
+def _even(settings: Settings) -> Candidate:
+    """The uniform plan, with as many sinks as fit beside the least that a head keeps, at most the usual number."""
+    stage, facts = settings.stage, settings.facts
+    room = int(stage.density * settings.budgeted[0] + 1e-9) - settings.least
+    return Candidate("uniform", uniform(facts.layers, facts.kv_heads, stage.density, max(min(settings.sink, room), 0)))
 
 
 def _scaled(problem: Problem) -> Problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,13 @@ def make_plan(
     if settings.stage.answers == "own":
         items, validation = own_answers(model, tokenizer, items, validation, cache, progress)
     profiles = measure(model, settings, items, progress)
+    started = time.monotonic()
     found = candidates(settings, profiles)
+    if time.monotonic() - started >= settings.stage.time_limit:
+        progress.note(
+            f"the search for plans was ended by its time limit of {settings.stage.time_limit:g} s: {len(found)} were "
+            "found until then, and more time may find better ones"
+        )
     if settings.stage.method == "gossamer" and settings.stage.refine:
         progress.working(f"measure up to {settings.stage.refine} variants of the best plan")
         found.insert(0, refined(model, settings, profiles, found, items[settings.lengths[-1]], seed))
@@ -55,9 +62,8 @@ def make_plan(
     best = min(range(len(found)), key=lambda i: verdicts[i].badness)
     solution = found[best].solution
     if solution is not None and solution.status == "time limit":
-        progress.note(
-            f"the plan solver was stopped by its time limit, {100 * solution.gap:.2g} % above its lower bound"
-        )
+        above = f"{100 * solution.gap:.2g} % above its lower bound" if solution.gap < 1 else "without a useful bound"
+        progress.note(f"the solver of the chosen plan was stopped by its time limit, {above}")
     made = _made(settings, texts, found[best], verdicts[best], seed)
     judged = [
         {"name": c.name, "density": _densities(settings, p), **v.as_dict()}

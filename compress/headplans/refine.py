@@ -32,7 +32,7 @@ def refine(
 ) -> Candidate:
     """`start`, or the best plan found in as many steps as the stage allows; `measure` gives what is to be small."""
     assert start.loss is not None
-    small, pick = best_sinks(problem_of(settings, profiles, start.loss), settings.rules)
+    small, pick = best_sinks(problem_of(settings, profiles, start.loss))
     even = 1 / np.maximum(small.losses.max(2).sum(1), 1e-300)
     draw = np.random.default_rng(seed)
     heads, lengths = np.zeros(small.losses.shape[1]), np.zeros(len(even))

@@ -63,11 +63,13 @@ def plan_lines(stage: dict[str, Any]) -> list[str]:
         f"dense loss {validation['dense_loss']:.4f}, with the plan {validation['loss']:.4f}",
     ]
     if made["solver"] is not None:
-        lines.append(f"solver: {made['solver']['status']}, {made['solver']['gap']:.1e} above the LP bound")
+        gap = made["solver"]["gap"]
+        said = f"{gap:.1e} above the LP bound" if gap < 1 else "without a useful bound"
+        lines.append(f"solver: {made['solver']['status']}, {said}")
     probe = validation["dense_probe"]
     if probe is not None:
-        said = "counts" if validation["probe_counts"] else "does not count: the dense model cannot do it"
-        lines.append(f"retrieval probe: dense {100 * probe['accuracy']:.0f} %; it {said}")
+        counts = "counts" if validation["probe_counts"] else "does not count: the dense model cannot do it"
+        lines.append(f"retrieval probe: dense {100 * probe['accuracy']:.0f} %; it {counts}")
     if "prefill" in made:
         found = made["prefill"]
         lines.append(

@@ -11,7 +11,8 @@ import torch
 from ...errors import ModelError
 from ..activation.file import read_file
 from ..activation.heldout import heldout
-from ..evaluate import compare
+from ..attachments import entries
+from ..evaluate import compare, run_by_plan
 from ..needs import Needs, evaluation_needs
 from ..plan import EvaluatePlan, Plan, Planning, evaluation_dtype, sequence_length
 from ..report import evaluation_entry
@@ -39,9 +40,11 @@ class Evaluate:
         """The dense model against what would be written now. ModelError when the dense model has no finite loss."""
         started = time.monotonic()
         dtype = evaluation_dtype(context.plan.machine)
+        model = context.open(context.written(), dtype, untie=context.untied)
+        plan = run_by_plan(model, _head_plan(context))
         comparison = compare(
             context.open(context.plan.source, dtype),
-            context.open(context.written(), dtype, untie=context.untied),
+            model,
             stage.windows,
             memory_bytes=context.plan.machine.max_memory_bytes // 2,
             progress=context.progress,
@@ -53,10 +56,21 @@ class Evaluate:
                 "the dense model's loss is not finite", hint="try --dtype float32, or check the checkpoint"
             )
         entry = evaluation_entry(comparison, stage.protocol)
+        if plan is not None:
+            entry["head_plan"] = plan
+            context.progress.note(f"the perplexity after is that of the model with its head plan ({plan})")
         skipped = _decode(context, stage, dtype)
         if skipped is not None:
             entry["activation"] = skipped
+            if plan is not None:
+                context.progress.note("the perplexity at decode is that of the activation policy without the head plan")
         return StageReport("evaluate", stage.index, time.monotonic() - started, entry)
+
+
+def _head_plan(context: Context) -> dict[str, Any] | None:
+    """The head plan that the checkpoint will have: of an earlier stage, else the model's own."""
+    made = next((report for report in reversed(context.attached) if report.kind == "heads"), None)
+    return entries(context.plan.source.config).get("heads") if made is None else made.entry
 
 
 def _decode(context: Context, stage: EvaluatePlan, dtype: torch.dtype) -> dict[str, Any] | None:

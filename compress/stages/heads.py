@@ -49,8 +49,8 @@ class Heads:
             )
         settings = settle(stage, head_facts(planning.skeleton.config, planning.skeleton.attention_is_replaceable))
         settings = _with_file(settings)
-        if settings.imported is None and stage.method != "uniform":
-            check_density(settings, [streaming_rule(settings)] if stage.method == "duo" else settings.rules)
+        if settings.imported is None:
+            check_density(settings, _cheapest(settings))
         texts = head_texts(
             planning.texts, stage.calibration or DEFAULT_CALIBRATION, stage.validation, settings.lengths,
             settings.validation, stage.nsamples, stage.validation_samples, planning.recipe.seed,
@@ -86,6 +86,15 @@ def layer_densities(plan: HeadPlan) -> list[dict[str, float]]:
         {str(n): sum(r.kept(n, plan.block) for r in layer) / (plan.kv_heads * n) for n in plan.lengths}
         for layer in plan.heads
     ]
+
+
+def _cheapest(settings: Settings) -> list[HeadRule]:
+    """Rules among which is the cheapest that the method may give a head."""
+    if settings.stage.method == "duo":
+        return [streaming_rule(settings)]
+    if settings.stage.method == "uniform":
+        return [HeadRule(0, 0, 0.0)]  # its sinks are lowered until they fit
+    return settings.rules
 
 
 def _with_file(settings: Settings) -> Settings:

@@ -39,6 +39,9 @@ def test_masformer_takes_the_layers_that_lose_most():
     assert len({layer[0] for layer in chosen if layer[0] != FULL}) == 1
     with pytest.raises(RecipeError, match="larger density"):
         masformer(Problem(losses, costs, np.array([1.0])), rules, 2)
+    tried = masformer(Problem(losses, costs, np.array([0.56 * 256 * 8])), rules, 2, time_limit=0.0)
+    spent = sum(rule.kept(256, 16) for layer in tried for rule in layer)
+    assert spent <= 0.56 * 256 * 8  # the first local rule that fits, without a search
 
 
 def test_duo_keeps_the_highest_scores_within_the_tightest_length():

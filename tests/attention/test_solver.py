@@ -122,3 +122,49 @@ def test_tied_heads_share_their_rule():
     spread = np.repeat(tied.choice, 4)
     assert problem.losses[:, np.arange(12), spread].sum() == pytest.approx(tied.objective)
     assert free.objective <= tied.objective + 1e-9
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_without_time_for_the_relaxation_the_cheapest_rules_are_taken(full):
+    problem = realistic(64)
+    (found,) = pareto(problem, full=full, time_limit=0.0)
+    assert found.status == "time limit"
+    assert found.bound <= found.objective
+    assert (problem.costs[:, np.arange(64), found.choice].sum(1) <= problem.budgets).all()
+    assert pareto(realistic(64, density=0.001), time_limit=0.0) == []
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_one_deadline_for_all_objectives(full, monkeypatch):
+    """What was found is kept although a later objective has no time; no call is given more than what is left."""
+    from gossamer.attention import solver
+
+    problem, clock, asked = realistic(32), [0.0], []
+    monkeypatch.setattr(solver.time, "monotonic", lambda: clock[0])
+    for name in ("relax", "integer"):
+        usual = getattr(solver, name)
+
+        def slow(*args, usual=usual, name=name):
+            left = args[4]
+            asked.append((name, left, 10.0 - clock[0]))
+            result = usual(*args[:4], 60.0 if left > 0 else 0.0, *args[5:])
+            clock[0] += min(1.5, left)
+            return result
+
+        monkeypatch.setattr(solver, name, slow)
+    found = pareto(problem, full=full, time_limit=10.0)
+    assert found
+    assert clock[0] <= 10.0
+    assert all(given <= left + 1e-9 for _, given, left in asked)
+
+
+def test_the_whole_program_is_not_begun_without_time_for_its_first_steps(monkeypatch):
+    from gossamer.attention import solver
+
+    sizes = []
+    monkeypatch.setattr(solver, "integer", lambda *args: (sizes.append(len(args[0])), (None, False))[1])
+    monkeypatch.setattr(solver, "_repair", lambda *args: (None, False))
+    for times, begun in ((1e9, []), (0.0, [20])):
+        monkeypatch.setattr(solver, "WHOLE", times)
+        solve(realistic(20), full=True)
+        assert sizes == begun

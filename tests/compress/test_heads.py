@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,7 @@ from gossamer.attention.plan import HeadPlan, HeadRule
 from gossamer.attention.ragged import RaggedCache
 from gossamer.compress import benchmodel
 from gossamer.compress.generate import generate
-from gossamer.compress.heads import applied, apply
+from gossamer.compress.heads import applied, apply, remove
 from gossamer.errors import CheckpointError
 
 
@@ -90,8 +94,11 @@ def test_a_plan_of_another_model(tmp_path):
         ({"sink": [[1]]}, "field sink"),
     ):
         path.write_text(json.dumps(good | {"gossamer": {"heads": good["gossamer"]["heads"] | change}}))
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(CheckpointError, match=message) as caught:
             gossamer.load(folder)
+        assert str(folder) in caught.value.message
+        assert "attachments=False loads the model without it" in caught.value.hint
+        assert "None" not in caught.value.hint
     gossamer.load(folder, attachments=False)
 
 
@@ -117,3 +124,86 @@ def test_the_benchmark_of_models_runs_it(tmp_path):
     report = benchmodel.bench_models([str(folder)], prompt_tokens=20, new_tokens=6, rounds=1)
     assert [row["name"] for row in report["contenders"]] == ["ours, sparse, head plan"]
     assert report["wrong"] == []
+
+
+@pytest.fixture(params=["dense", "sparse"])
+def planned(request, tmp_path):
+    """A checkpoint with a plan."""
+    save = save_family if request.param == "dense" else save_family_sparse
+    folder = save("llama", tmp_path / "model")
+    with_plan(folder)
+    return folder
+
+
+def other_plan(plan: HeadPlan) -> HeadPlan:
+    return replace(plan, heads=((HeadRule(0, 5, 0.0),) * plan.kv_heads,) * plan.layers)
+
+
+def saved(model, folder: Path) -> HeadPlan | None:
+    model.save_pretrained(folder)
+    entry = json.loads((folder / "config.json").read_text()).get("gossamer", {}).get("heads")
+    found = gossamer.load(folder)
+    assert (entry is None) == (not hasattr(found, "gossamer_heads"))
+    return None if entry is None else HeadPlan.from_json(entry)
+
+
+def test_what_is_saved_is_the_plan_that_runs(planned, tmp_path):
+    model = gossamer.load(planned)
+    first = model.gossamer_heads.plan
+    second = other_plan(first)
+    apply(model, second)
+    with applied(model, first):  # for a while only
+        assert saved(model, tmp_path / "second") == second
+    remove(model)
+    assert not hasattr(model, "gossamer_heads")
+    assert saved(model, tmp_path / "removed") is None
+    without = gossamer.load(planned)
+    remove(without)
+    apply(without, second)
+    assert saved(without, tmp_path / "again") == second
+
+
+@pytest.mark.parametrize("save", [save_family, save_family_sparse])
+def test_a_plan_for_a_model_that_had_none_is_saved(save, tmp_path):
+    model = gossamer.load(save("llama", tmp_path / "model"))
+    plan = plan_of(model.config)
+    apply(model, plan)
+    assert saved(model, tmp_path / "out") == plan
+    with applied(remove(model), plan):
+        assert saved(model, tmp_path / "unplanned") is None
+
+
+def test_expanded_weights_keep_the_plan(tmp_path):
+    folder = save_family_sparse("llama", tmp_path / "model")
+    plan = with_plan(folder)
+    model = gossamer.load(folder)
+    model.dequantize()
+    assert saved(model, tmp_path / "out") == plan
+
+
+def test_attachments_that_are_not_wanted_are_not_saved(tmp_path):
+    folder = save_family_sparse("llama", tmp_path / "model")
+    with_plan(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["gossamer"]["activation"] = {"schema_version": 1}  # of a file that is not copied
+    path.write_text(json.dumps(config))
+    assert saved(gossamer.load(folder, attachments=False), tmp_path / "out") is None
+
+
+@torch.no_grad()
+def test_a_whole_model_is_pickled_and_copied(tmp_path):
+    folder = save_family("llama", tmp_path / "model")
+    with_plan(folder)
+    model = gossamer.load(folder)
+    wanted = model.generate(IDS, max_new_tokens=12, do_sample=False)
+    torch.save(model, tmp_path / "whole.pt")
+    for found in (torch.load(tmp_path / "whole.pt", weights_only=False), copy.deepcopy(model)):
+        assert found._prepare_cache_for_generation.args == (found,)
+        result = found.generate(IDS, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+        assert isinstance(result.past_key_values, RaggedCache)
+        assert torch.equal(result.sequences, wanted)
+    read = f"torch.load({str(tmp_path / 'whole.pt')!r}, weights_only=False)"
+    code = f"import torch; print({read}(torch.tensor({IDS.tolist()})).logits.sum().item())"
+    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(fresh.stdout) == pytest.approx(model(IDS).logits.sum().item(), rel=1e-4)

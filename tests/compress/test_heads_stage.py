@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import gossamer
 from gossamer.attention.observe import observing
 from gossamer.attention.plan import FULL, HeadPlan, HeadRule
 from gossamer.compress.headplans.validate import judge
-from gossamer.compress.recipe import EvaluateStage, ExportStage, HeadsStage, PruneStage, Recipe, build
+from gossamer.compress.progress import Progress
+from gossamer.compress.recipe import ActivationStage, EvaluateStage, ExportStage, HeadsStage, PruneStage, Recipe, build
 from gossamer.compress.run import compress, plan
+from gossamer.compress.score import evaluate_model
 from gossamer.errors import DataError, ModelError, RecipeError
 
 QUICK = {
@@ -83,6 +86,43 @@ def test_rivals_keep_to_the_budget(folder, tmp_path, method):
         assert len({rule for layer in saved.heads for rule in layer}) == 2
 
 
+@pytest.mark.parametrize("method", ["gossamer", "per-layer", "uniform"])
+def test_sinks_that_cost_more_than_they_gain_hide_no_cheap_rule(folder, tmp_path, method):
+    """12 sinks always lose less than none and keep 13 of 16 tokens at least, where 6 are allowed."""
+    report = run(folder, tmp_path / "out", method=method, sinks=(0, 12), density=0.375)
+    saved = HeadPlan.from_json(entry(tmp_path / "out"))
+    assert all(saved.density(n) <= 0.375 + 1e-9 for n in (16, 32, 64))
+    for candidate in report["stages"][0]["candidates"]:  # the uniform plan among them
+        assert max(candidate["density"].values()) <= 0.375 + 1e-9
+
+
+def test_a_time_limit_that_is_over_at_once(folder, tmp_path):
+    notes = []
+    progress = Progress()
+    progress.note = notes.append
+    recipe = Recipe(stages=(stage(folder, time_limit=1e-6), ExportStage(format="dense")))
+    compress(str(folder), tmp_path / "out", recipe, progress=progress)
+    assert HeadPlan.from_json(entry(tmp_path / "out")).density(64) <= 0.5 + 1e-9
+    assert any("the search for plans was ended by its time limit of 1e-06 s" in note for note in notes)
+
+
+def test_the_card_says_what_is_beside_the_weights(folder, tmp_path):
+    activation = ActivationStage(
+        method="threshold", sparsity=0.4, calibration=str(folder / "calibration.txt"), seqlen=32
+    )
+    run(folder, tmp_path / "out", activation, method="uniform")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "a head plan (uniform): of the keys and values it keeps 50.00 % at 16 tokens, 50.00 % at 32 tokens" in card
+    assert "an activation policy (threshold): decode skips " in card
+    assert "gossamer.load(PATH)" in card
+    assert "ordinary checkpoint" not in card
+    prune = PruneStage(method="magnitude", sparsity=0.5)
+    compress(str(folder), tmp_path / "plain", Recipe(stages=(prune, ExportStage(format="dense"))))
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert "ordinary checkpoint" in card
+    assert "gossamer.load" not in card
+
+
 def test_imported_plans(folder, tmp_path):
     path = tmp_path / "moa.json"
     path.write_text(json.dumps({"alphas": np.zeros((3, 4)).tolist(), "betas": np.full((3, 4), 0.25).tolist()}))
@@ -147,6 +187,7 @@ def test_a_plan_that_keeps_everything_changes_nothing(folder):
     ("changes", "error", "words"),
     [
         ({"density": 0.01}, RecipeError, "no plan reaches density 0.01 at length 16"),
+        ({"density": 0.01, "method": "uniform"}, RecipeError, "no plan reaches density 0.01 at length 16"),
         ({"density": 0.0}, RecipeError, "density must be in"),
         ({"density": 1.5}, RecipeError, "density must be in"),
         ({"lengths": (32, 128)}, RecipeError, "--lengths 128 is beyond the model's 64 positions"),
@@ -156,12 +197,19 @@ def test_a_plan_that_keeps_everything_changes_nothing(folder):
         ({"method": "moa", "plan_file": "absent.json"}, DataError, "no MoA plan"),
         ({"plan_file": "x"}, RecipeError, "reads no plan file"),
         ({"calibration": "absent.txt"}, DataError, "absent.txt"),
+        ({"calibration": "short.txt"}, DataError, "tokens, one window needs 16"),
         ({"sinks": (-1,)}, RecipeError, "sinks are numbers"),
+        ({"method": "best"}, RecipeError, "method must be 'gossamer'"),
     ],
 )
 def test_bad_input_is_found_before_a_weight_is_read(folder, tmp_path, changes, error, words):
-    with pytest.raises(error, match=words):
+    if "calibration" in changes:
+        changes = {"calibration": str(tmp_path / changes["calibration"])}
+        (tmp_path / "short.txt").write_text("one two")
+    with pytest.raises(error, match=words) as caught:
         plan(str(folder), tmp_path / "out", Recipe(stages=(stage(folder, **changes),)))
+    assert "gossamer compress" not in (caught.value.hint or "")
+    assert "window needs" not in words or "--lengths of a head plan" in caught.value.hint
     assert not (tmp_path / "out").exists()
 
 
@@ -185,3 +233,27 @@ def test_prefill_patterns_are_saved_per_query_head(folder, tmp_path):
     assert kinds <= {"a-shape", "vertical-slash"}
     assert 0 < found["density"] < 1
     assert 0 < found["recall"] < 1
+
+
+def test_perplexity_is_that_of_the_model_with_its_plan(folder, tmp_path):
+    """Block by block with masks, and the whole model as it is loaded; the stage and the command agree."""
+    evaluate = EvaluateStage(data=str(folder / "heldout.txt"), seqlen=48)
+    heads = stage(folder, method="uniform", density=0.25)
+    report = compress(str(folder), tmp_path / "out", Recipe(stages=(heads, evaluate, ExportStage(format="dense"))))
+    found = report["evaluation"]
+    assert found["head_plan"] == "uniform, density 0.25 at 16 tokens, 0.25 at 32 tokens"
+    assert any("the perplexity after is that of the model with its head plan" in note for note in report["notes"])
+    alone = evaluate_model(tmp_path / "out", evaluate)
+    assert alone["head_plan"] == found["head_plan"]
+    assert alone["cross_entropy"] == pytest.approx(found["after"]["cross_entropy"], rel=1e-6)
+    dense = evaluate_model(folder, evaluate)
+    assert "head_plan" not in dense
+    assert found["before"]["cross_entropy"] == pytest.approx(dense["cross_entropy"], rel=1e-6)
+    assert abs(alone["cross_entropy"] - dense["cross_entropy"]) > 1e-5
+    model, tokenizer = gossamer.load(tmp_path / "out"), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer((folder / "heldout.txt").read_text(), return_tensors="pt")["input_ids"][0]
+    windows = ids[: len(ids) // 48 * 48].view(-1, 48)
+    with torch.no_grad():
+        logits = [model(window[None], use_cache=False).logits[0, :-1] for window in windows]
+    losses = [float(torch.nn.functional.cross_entropy(x, y[1:])) for x, y in zip(logits, windows, strict=True)]
+    assert alone["cross_entropy"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
