@@ -13,14 +13,17 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import CheckpointError, RecipeError
+from ..finetune.spiel.base import UNCHECKED
 from ..finetune.spiel.delta import Delta, compare, weighted_sum
+from ..finetune.spiel.layout import COLUMNS, COUNTS, VALUES, decode
 from .checkpoint import atomic_write_text
 from .safefile import SafeFile
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SPIEL = "SPIEL"
-_PARTS = ("spiel_values", "spiel_columns", "spiel_counts")
-_PREFIX = "base_model.model."
+_PARTS = (VALUES, COLUMNS, COUNTS)
+_MOST_INPUTS = 2**31 - 1
+PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,18 @@ class Adapter:
         return str(self.config.get("peft_type"))
 
     def layers(self) -> list[str]:
-        """Names of the layers with sparse deltas, in the file's order."""
-        end = f".{_PARTS[0]}"
-        return [key.removesuffix(end) for key in self.file.entries if key.endswith(end)]
+        """Names of the layers with sparse deltas, or with a part of one, in the file's order."""
+        return list(dict.fromkeys(key.rpartition(".")[0] for key in self.file.entries if key.endswith(_PARTS)))
 
     def delta(self, layer: str) -> Delta:
-        """One layer's entries. CheckpointError for a tensor that is missing."""
-        missing = [part for part in _PARTS if f"{layer}.{part}" not in self.file.entries]
-        if missing:
-            raise CheckpointError(f"{self.file.path}: {layer} has no {missing[0]}", hint="the file is damaged")
-        values, columns, counts = (self.file.read(f"{layer}.{part}") for part in _PARTS)
-        if len(values) != len(columns) or int(counts.to(torch.int64).sum()) != len(values):
-            raise CheckpointError(f"{self.file.path}: tensors of {layer} do not fit each other")
-        return Delta(values, columns, counts)
+        """One layer's entries, checked as when they are loaded, but for the number of inputs, which no file says.
+
+        CheckpointError for a tensor that is missing or damaged.
+        """
+        name = f"{self.file.path}: {layer.removeprefix(PREFIX)}"
+        stored = {p: self.file.read(f"{layer}.{p}") for p in _PARTS if f"{layer}.{p}" in self.file.entries}
+        decode(stored, stored[COUNTS].numel() if COUNTS in stored else 0, _MOST_INPUTS, name)
+        return Delta(*(stored[part] for part in _PARTS))
 
     def others(self) -> Iterator[str]:
         """Names of the tensors that belong to no sparse delta, such as those of modules_to_save."""
@@ -83,7 +85,7 @@ def adapter_info(folder: str | Path) -> dict[str, Any]:
         values = delta.values.float()
         rows.append(
             {
-                "layer": layer.removeprefix(_PREFIX),
+                "layer": layer.removeprefix(PREFIX),
                 "rows": len(delta.counts),
                 "entries": len(values),
                 "bytes": sum(adapter.file.entries[f"{layer}.{part}"].nbytes for part in _PARTS),
@@ -111,7 +113,7 @@ def diff_adapters(first: str | Path, second: str | Path, out: Path | None = None
     rows = []
     for layer in dict.fromkeys([*a.layers(), *b.layers()]):
         one, other = (_delta_or_none(adapter, layer, b if adapter is a else a) for adapter in (a, b))
-        rows.append({"layer": layer.removeprefix(_PREFIX), **compare(one, other)})
+        rows.append({"layer": layer.removeprefix(PREFIX), **compare(one, other)})
     entries = tuple(sum(row["entries"][i] for row in rows) for i in (0, 1))
     squares = tuple(math.fsum(row["squares"][i] for row in rows) for i in (0, 1))
     shared, norm = sum(row["shared"] for row in rows), math.sqrt(squares[0] * squares[1])
@@ -146,7 +148,7 @@ def combine(parts: Sequence[tuple[str | Path, float]], out: Path) -> dict[str, A
     entries = 0
     for layer in dict.fromkeys(layer for adapter, _ in opened for layer in adapter.layers()):
         found = [(adapter.delta(layer), weight) for adapter, weight in opened if layer in adapter.layers()]
-        made = weighted_sum(found, layer.removeprefix(_PREFIX))
+        made = weighted_sum(found, layer.removeprefix(PREFIX))
         entries += len(made.values)
         tensors |= dict(zip((f"{layer}.{p}" for p in _PARTS), (made.values, made.columns, made.counts), strict=True))
     out.mkdir(parents=True, exist_ok=True)
@@ -156,8 +158,9 @@ def combine(parts: Sequence[tuple[str | Path, float]], out: Path) -> dict[str, A
         config[name] = None
     targets: set[str] = set()
     for adapter, _ in opened:
-        targets |= {layer.removeprefix(_PREFIX) for layer in adapter.layers()}
+        targets |= {layer.removeprefix(PREFIX) for layer in adapter.layers()}
     config |= {"num_weights": max(1, entries), "target_modules": sorted(targets)}
+    config |= _fingerprints([adapter for adapter, _ in opened])
     atomic_write_text(out / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return {"output": str(out), "entries": entries, "bytes": (out / WEIGHTS).stat().st_size}
 
@@ -181,8 +184,45 @@ def _delta_or_none(adapter: Adapter, layer: str, other: Adapter) -> Delta:
 
 
 def _check_same_base(adapters: Sequence[Adapter]) -> None:
-    known = {a.config.get("base_fingerprint") for a in adapters} - {None, "unchecked"}
-    if len(known) > 1 and len({tuple(a.layers()) for a in adapters}) == 1:
-        raise CheckpointError(
-            "the adapters were trained on different weights", hint="their deltas do not add up to anything"
-        )
+    """CheckpointError for adapters of different weights, as far as their files tell.
+
+    By the fingerprints of the layers that they have in common; without any, by those of all layers where these are the
+    same, and else by the names of the models.
+    """
+    known: dict[str, str] = {}
+    compared = False
+    for adapter in adapters:
+        each = adapter.config.get("layer_fingerprints") or {}
+        wrong = [layer for layer in each if known.get(layer, each[layer]) != each[layer]]
+        if wrong:
+            raise _different(f"{wrong[0]} had others")
+        compared = compared or not known.keys().isdisjoint(each)
+        known |= each
+    if not compared and _same_layers(adapters):
+        whole = {adapter.config.get("base_fingerprint") or UNCHECKED for adapter in adapters}
+        if len(whole - {UNCHECKED}) > 1:
+            raise _different("their fingerprints differ")
+        compared = UNCHECKED not in whole
+    names = {adapter.config.get("base_model_name_or_path") for adapter in adapters} - {None, ""}
+    if len(names) > 1 and not compared:
+        raise _different(f"of {' and '.join(sorted(map(str, names)))}")
+
+
+def _different(why: str) -> CheckpointError:
+    return CheckpointError(
+        f"the adapters were trained on different weights: {why}", hint="their deltas do not add up to anything"
+    )
+
+
+def _same_layers(adapters: Sequence[Adapter]) -> bool:
+    return len({tuple(adapter.layers()) for adapter in adapters}) == 1
+
+
+def _fingerprints(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """What the sum knows of its base: of every layer what any of them knows, of all together if they have the same."""
+    each: dict[str, str] = {}
+    for adapter in adapters:
+        each |= adapter.config.get("layer_fingerprints") or {}
+    whole = {adapter.config.get("base_fingerprint") or UNCHECKED for adapter in adapters}
+    kept = whole.pop() if len(whole) == 1 and _same_layers(adapters) else UNCHECKED
+    return {"base_fingerprint": kept, "layer_fingerprints": each or None}

@@ -17,6 +17,7 @@ import torch
 
 from ..errors import TrainingError
 from ..finetune.losses import LossConfig, row_losses
+from ..finetune.packing import apart
 from ..finetune.tokens import TokenRows
 from ..finetune.training import Metrics, Retrain, StepDone, TrainingConfig, train
 from . import distributed
@@ -98,7 +99,7 @@ def retrainer(context: Context, plan: TrainingPlan, teacher: Any | None = None) 
 
     def retrain(model: Any, config: TrainingConfig, masks: Any = None) -> Metrics:
         with torch.enable_grad(), distributed.shared(TrainingError):
-            return train(model, config, masks, data=plan.text.train, teacher=teacher)
+            return train(model, config, masks, data=apart(model, plan.text.train), teacher=teacher)
 
     return retrain
 
@@ -115,8 +116,8 @@ def heldout_rows(plan: TrainingPlan) -> TokenRows:
 
 
 def heldout_loss(model: Any, plan: TrainingPlan) -> torch.Tensor:
-    """Mean loss of every measured held-out row, float32 [rows]."""
-    return row_losses(model, heldout_rows(plan), plan.stage.batch)
+    """Mean loss of every measured held-out row, float32 [rows]; none where nothing is held out."""
+    return row_losses(model, apart(model, heldout_rows(plan)), micro_rows(plan))
 
 
 def metrics_entry(metrics: Metrics, name: str = "") -> dict[str, Any]:
@@ -133,10 +134,14 @@ def metrics_entry(metrics: Metrics, name: str = "") -> dict[str, Any]:
     }
 
 
+def micro_rows(stage: TrainingPlan) -> int:
+    """Rows that one process looks at in one forward pass."""
+    return -(-stage.stage.batch // stage.stage.accumulation // max(1, distributed.world()))
+
+
 def micro_tokens(stage: TrainingPlan) -> int:
-    """Tokens that one process looks at in one forward pass."""
-    rows = -(-stage.stage.batch // stage.stage.accumulation // max(1, distributed.world()))
-    return rows * stage.text.train.length
+    """Their tokens."""
+    return micro_rows(stage) * stage.text.train.length
 
 
 def training_needs(plan: Plan, stage: TrainingPlan, *, trained: float = 1.0, models: int = 1) -> Needs:

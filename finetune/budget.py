@@ -18,7 +18,7 @@ FLOOR = 0.1
 
 
 def check_budget(density: float | None, num_weights: int | None, rank_equivalent: float | None) -> None:
-    """RecipeError unless at most one is given and it is positive; a density at most 1."""
+    """RecipeError unless at most one is given and it is positive; a density at most 1, a count a whole number."""
     given = {"density": density, "num_weights": num_weights, "rank_equivalent": rank_equivalent}
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
@@ -34,6 +34,10 @@ def check_budget(density: float | None, num_weights: int | None, rank_equivalent
     for name, value in (("num_weights", num_weights), ("rank_equivalent", rank_equivalent)):
         if value is not None and not 0 < value < math.inf:
             raise RecipeError(f"{name} must be greater than 0, got {value:g}")
+    if num_weights is not None and not isinstance(num_weights, int):
+        raise RecipeError(
+            f"num_weights must be a whole number, got {num_weights!r}", hint="density takes a share of the weights"
+        )
 
 
 def total(

@@ -126,4 +126,4 @@ def row_losses(model: Any, rows: TokenRows, batch: int = 8) -> Tensor:
         losses = functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         found.append((losses.sum(1) / (labels != IGNORED).sum(1).clamp_min(1)).cpu())
     model.train(was_training)
-    return torch.cat(found)
+    return torch.cat(found) if found else torch.empty(0)

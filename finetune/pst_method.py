@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import RecipeError
-from ..pruning.pattern import Pattern, parse_pattern
+from ..pruning.pattern import Pattern, Unstructured, parse_pattern
 from .biasnorm import bias_and_norm_names, train_only
 from .methods import Attached, Method
 from .pst import PstConfig, PstWeight
@@ -52,10 +52,9 @@ class Pst(Method):
             raise RecipeError("no matrix of the model can be pruned by PST", hint="it knows nn.Linear and Conv1D")
         others = {name: mask for name, mask in masks.items() if name not in run.weights}
         notes = [f"{len(skipped)} fused expert parameters are not pruned by PST and stay as they are"]
-        text = str(pattern)
         return Attached(
             others, run.finish, callbacks=(run,), kept=lambda: others | run.masks, notes=notes if skipped else [],
-            patterns=dict.fromkeys(run.weights, text),
+            patterns=run.patterns,
         )  # fmt: skip
 
 
@@ -72,6 +71,7 @@ class _Run(TrainerCallback):
     def __init__(self) -> None:
         self.weights: dict[str, tuple[Any, PstWeight]] = {}
         self.masks: dict[str, Tensor] = {}
+        self.patterns: dict[str, str] = {}
 
     def add(self, name: str, module: Any, pattern: Pattern, config: PstConfig, mask: Tensor | None, seed: int) -> None:
         transposed = isinstance(module, Conv1D)
@@ -80,6 +80,7 @@ class _Run(TrainerCallback):
         made = PstWeight(module.weight, pattern, config, transposed=transposed, allowed=allowed, seed=seed, name=name)
         parametrize.register_parametrization(module, "weight", made, unsafe=True)
         self.weights[name] = (module, made)
+        self.patterns[name] = str(pattern)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         for module, made in self.weights.values():
@@ -99,5 +100,8 @@ class _Run(TrainerCallback):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
             module.weight.data = weight
             self.masks[name] = keep
+            zeros = int((~keep).sum())
+            if isinstance(made.pattern, Unstructured) and zeros != made.pattern.zeros(*keep.shape):  # had more before
+                self.patterns[name] = str(Unstructured.for_count(zeros, *keep.shape))
             trained += made.trainable
         return {"trained": trained, "adapted": len(self.weights)}

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ...errors import RecipeError
 from ...finetune.methods import Attached, get_method
+from ...finetune.packing import apart
+from ...finetune.spiel.method import Adapting
 from .. import distributed
 from ..jobs import MatrixJob, matrix_jobs
 from ..needs import Needs
@@ -32,6 +34,7 @@ from ..training import (
     training_plan,
 )
 from ..whole import kept_of, open_whole, write_matrices, write_whole
+from .adapterchecks import masked_before, room_of
 from .base import Context, StageReport
 
 _COMMON = {*TrainingStage.model_fields, "stage", "method"}
@@ -75,7 +78,8 @@ class Finetune:
                 f"{stage.method} has an optimizer of its own; {stage.optimizer} means nothing to it",
                 hint=f"optimizers that it knows: {', '.join(sorted(method.optimizers))}",
             )
-        if method.needs_masks and not _masked_before(index, planning):
+        masked = masked_before(index, planning)
+        if method.needs_masks and not masked:
             raise RecipeError(
                 f"{stage.method} moves masks, and the model has none",
                 hint="put a prune stage before it, or start from a sparse checkpoint",
@@ -86,6 +90,10 @@ class Finetune:
         targets = tuple(p for i in range(model.num_blocks) for p in model.prunables(i))
         if stage.base_quant is not None:
             check_base(stage.base_quant, planning, targets)
+        if isinstance(method, Adapting):
+            linear = [target for target in targets if target.kind != "expert"]
+            shapes = [target.shape for target in linear]
+            method.check(stage.model_dump(), shapes, masked, room_of(index, planning, linear))
         pattern = method.prunes(stage.model_dump())
         pruned = [target for target in targets if target.kind != "expert"]
         jobs = () if pattern is None else matrix_jobs(pattern, pruned, model)
@@ -110,13 +118,20 @@ class Finetune:
         retrain = retrainer(context, stage)
         names = list(dict.fromkeys(target.parameter for target in stage.targets))
         method = get_method(stage.stage.method)
-        options = stage.stage.model_dump() | {"steps": stage.steps, "stored": context.plan.skeleton.dtype}
+        options = stage.stage.model_dump() | {
+            "steps": stage.steps,
+            "stored": context.plan.skeleton.dtype,
+            "base": _public_name(context.plan.model),
+        }
         attached = method.attach(model, masks, names, options, context.plan.recipe.seed)
         for note in attached.notes:
             context.progress.note(note)
         config = training_config(context, stage, callbacks=attached.callbacks, make_optimizer=attached.make_optimizer)
+        rows = apart(model, stage.text.train)
+        if rows is not stage.text.train:
+            context.progress.note("packed examples would see each other in this model: each has a row of its own")
         if attached.prepare is not None:
-            attached.prepare(stage.text.train)
+            attached.prepare(rows)
         metrics = retrain(model, config, attached.masks)
         files = _save(context, stage, attached)
         folder = context.part_folder(stage)
@@ -153,6 +168,12 @@ class Finetune:
         )
 
 
+def _public_name(model: str) -> str:
+    """What an adapter says of its base: an id as it is, of a folder the last name alone, as it may be passed on."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model
+
+
 def _opened(context: Context, stage: FinetunePlan) -> Any:
     kind = stage.stage.base_quant
     return open_whole(context) if kind is None else open_quantised(context, stage.targets, kind, stage.dtype)
@@ -179,10 +200,3 @@ def _save(context: Context, stage: FinetunePlan, attached: Attached) -> list[str
     save, folder = attached.save, context.attachment(stage, f"adapter-{stage.index}")
     names = distributed.on_main(lambda: save(folder))
     return [str((folder / name).relative_to(context.work)) for name in names]
-
-
-def _masked_before(index: int, planning: Planning) -> bool:
-    """Whether the source has masks, or an earlier stage makes some."""
-    earlier = planning.recipe.stages[:index]
-    pst = any(isinstance(s, FinetuneStage) and get_method(s.method).prunes(s.model_dump()) for s in earlier)
-    return bool(planning.source.records()) or pst or any(s.makes_masks for s in earlier)

@@ -9,16 +9,17 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 
-from ...errors import RecipeError
+from ...errors import CheckpointError
 from ...finetune.spiel.config import SpielConfig
 from ...finetune.spiel.layer import Linear
 from .. import distributed
-from ..adapters import SPIEL, Adapter, open_adapter
+from ..adapters import Adapter, open_adapter
 from ..jobs import MatrixJob
 from ..needs import Needs, whole_needs
 from ..plan import Plan, Planning, StagePlan
 from ..stage_recipes.merge import MergeStage
 from ..whole import kept_of, open_whole, write_whole
+from .adapterchecks import check_adapter, masked_before
 from .base import Context, StageReport
 
 
@@ -42,8 +43,10 @@ class Merge:
     """An adapter into the weights."""
 
     def plan(self, index: int, stage: MergeStage, planning: Planning) -> MergePlan:
-        """CheckpointError for a folder without an adapter."""
-        return MergePlan(index, stage, adapter=open_adapter(stage.adapter))
+        """CheckpointError for a folder without an adapter, or of another model; RecipeError if it undoes pruning."""
+        adapter = open_adapter(stage.adapter)
+        check_adapter(adapter, masked_before(index, planning), planning)
+        return MergePlan(index, stage, adapter=adapter)
 
     def needs(self, plan: Plan, stage: MergePlan) -> Needs:
         return whole_needs(plan, stage, 0.0, 1, 1)
@@ -53,15 +56,7 @@ class Merge:
         context.progress.working("open the model")
         model = open_whole(context)
         masks = kept_of(model)
-        if masks and stage.adapter.kind != SPIEL:
-            raise RecipeError(
-                f"an adapter of method {stage.adapter.kind} would undo the pruning of {len(masks)} matrices",
-                hint="merge it before pruning",
-            )
-        config = PeftConfig.from_pretrained(str(stage.adapter.folder))
-        if isinstance(config, SpielConfig):
-            config.check_base = stage.stage.check_base
-        wrapped = PeftModel.from_pretrained(model, str(stage.adapter.folder), config=config)
+        wrapped = _wrapped(model, stage)
         for layer in wrapped.modules():
             if isinstance(layer, Linear):
                 layer.stored = context.plan.skeleton.dtype
@@ -74,6 +69,21 @@ class Merge:
         distributed.on_main(lambda: write_whole(context, model, masks, {}, folder))
         result: dict[str, Any] = {"adapter": stage.stage.adapter, "method": stage.adapter.kind, **_account(model)}
         return StageReport("merge", stage.index, time.monotonic() - started, result)
+
+
+def _wrapped(model: Any, stage: MergePlan) -> Any:
+    """The model with its adapter. CheckpointError for one that does not fit, in peft's words."""
+    folder = str(stage.adapter.folder)
+    try:
+        config = PeftConfig.from_pretrained(folder)
+        if isinstance(config, SpielConfig):
+            config.check_base = stage.stage.check_base
+        return PeftModel.from_pretrained(model, folder, config=config)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"the adapter in {folder} cannot be put on the model: {reason}", hint="it was made for another model"
+        ) from error
 
 
 def _account(model: Any) -> dict[str, Any]:

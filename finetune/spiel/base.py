@@ -82,20 +82,21 @@ def writable_weight(layer: nn.Module, base: Base, name: str) -> Tensor:
     return weight
 
 
-def fingerprint(layers: Iterable[tuple[str, nn.Module, Base]]) -> str:
-    """Digest of names, shapes and a sample of the weights rounded to bfloat16; UNCHECKED where one is not readable.
+def fingerprints(layers: Iterable[tuple[str, nn.Module, Base]]) -> tuple[str, dict[str, str]]:
+    """Digest of names, shapes and a sample of the weights rounded to bfloat16: of all layers, and of each, shortened.
 
     The same in float32 and bfloat16, so an adapter of one loads on the other; of layers that `quantise` replaced, that
-    of the weights before.
+    of the weights before. (UNCHECKED, {}) where a weight is not readable.
     """
-    digest = hashlib.sha256()
+    digest, each = hashlib.sha256(), {}
     for name, layer, base in layers:
         origin = origin_of(layer)
         if origin is None and (base.quantization is not None or isinstance(layer, SparseLinear)):
-            return UNCHECKED
+            return UNCHECKED, {}
         if origin is None and layer.weight.device.type == "meta":  # type: ignore[union-attr]
-            return UNCHECKED
+            return UNCHECKED, {}
         taken = sample_of(layer.weight) if origin is None else origin.sample  # type: ignore[arg-type]
-        digest.update(f"{name} {base.rows} {base.cols};".encode())
-        digest.update(taken.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+        said = f"{name} {base.rows} {base.cols};".encode() + taken.view(torch.int16).numpy().tobytes()
+        digest.update(said)
+        each[name] = hashlib.sha256(said).hexdigest()[:16]
+    return digest.hexdigest(), each

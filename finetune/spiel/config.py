@@ -61,7 +61,9 @@ class SpielConfig(PeftConfig):
         slots: growth candidates that are followed, per entry to be replaced.
         backend: "csr", "dense" or "weight" instead of the choice by device, dtype and density.
         file_dtype: of the values in the adapter's file, "float32" or "bfloat16". They are trained in float32.
-        base_fingerprint: of the weights that the adapter was trained on; written when it is saved.
+        base_fingerprint: of the weights that the adapter was trained on; written when it is saved, into the model's own
+            copy of the configuration.
+        layer_fingerprints: the same of every layer by itself: layer name -> digest.
         check_base: refuse to load on other weights.
         gossamer_version: of the library that wrote it.
     """
@@ -88,11 +90,13 @@ class SpielConfig(PeftConfig):
     backend: str | None = None
     file_dtype: str = "float32"
     base_fingerprint: str | None = None
+    layer_fingerprints: dict[str, str] | None = None
     check_base: bool = True
     gossamer_version: str | None = field(default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._from_file = self.base_fingerprint is not None
         self.peft_type = SPIEL  # type: ignore[assignment]
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
@@ -120,7 +124,7 @@ class SpielConfig(PeftConfig):
     @property
     def is_loaded(self) -> bool:
         """Whether it comes from a saved adapter: its layers wait for positions instead of choosing some."""
-        return self.base_fingerprint is not None
+        return self._from_file
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -41,7 +41,7 @@ def weighted_sum(parts: Sequence[tuple[Delta, float]], name: str) -> Delta:
     Entries that come out as zero are left out. `name`: of the layer, for the error.
 
     Raises:
-        CheckpointError: layers of different size.
+        CheckpointError: layers of different size, or a sum that is not finite.
     """
     rows = {len(delta.counts) for delta, _ in parts}
     if len(rows) > 1:
@@ -52,6 +52,8 @@ def weighted_sum(parts: Sequence[tuple[Delta, float]], name: str) -> Delta:
     every = torch.cat([delta.values.to(torch.float32) * weight for delta, weight in parts])
     first = parts[0][0]
     total = torch.zeros(len(keys)).index_add_(0, place, every).to(first.values.dtype)
+    if not bool(torch.isfinite(total).all()):
+        raise CheckpointError(f"{name}: the sum is not finite", hint="take smaller weights, or float32 adapters")
     keys, total = keys[total != 0], total[total != 0]
     counts = torch.bincount(keys // _STRIDE, minlength=len(first.counts))
     return Delta(total, (keys % _STRIDE).to(_wider(parts, "columns")), counts.to(_wider(parts, "counts")))

@@ -15,7 +15,7 @@ from ...pruning.mask import Mask
 from ..quantised import is_quantised, plain
 from .base import describe, has_hooks, writable_weight
 from .config import SpielConfig
-from .merge import MergeReport, Overwritten, add, check_zeros, prune_again, restore
+from .merge import MergeReport, Overwritten, add, check_zeros, prune_again, restore, summed
 from .positions import inverted, to_csr, to_flat
 from .product import Watch, choose, delta_product
 
@@ -167,13 +167,9 @@ class Linear(nn.Module, SpielLayer):
         Raises:
             ModelError: the base is quantised or packed, the sum is not finite, or a pruned weight would come back.
         """
-        names = check_adapters_to_merge(self, adapter_names)
-        self._check_arrived()
-        for name in [name for name in names if name in self.spiel_values]:
+        self.check_merge(adapter_names)
+        for name in self._to_merge(adapter_names):
             weight, flat = writable_weight(self.get_base_layer(), self.base, self.name), self.flat(name)
-            if self.places[name] == "kept":
-                assert self.mask is not None
-                check_zeros(self.mask, flat, self.name)
             values = self.spiel_values[name].detach()
             written, self.reports[name] = add(weight, self.base.transposed, flat, values, self.stored)
             done = [written]
@@ -183,6 +179,21 @@ class Linear(nn.Module, SpielLayer):
                 done.append(pruned)
             self._overwritten.append(done)
             self.merged_adapters.append(name)
+
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Raises what `merge` would raise, and changes nothing."""
+        names = self._to_merge(adapter_names)
+        if names:
+            self._check_arrived()
+        for name in names:
+            weight, flat = writable_weight(self.get_base_layer(), self.base, self.name), self.flat(name)
+            if self.places[name] == "kept":
+                assert self.mask is not None
+                check_zeros(self.mask, flat, self.name)
+            summed(weight, self.base.transposed, flat, self.spiel_values[name].detach())
+
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        return [name for name in check_adapters_to_merge(self, adapter_names) if name in self.spiel_values]
 
     def dequantise(self) -> None:
         """Put an ordinary float32 layer in the place of a base of bitsandbytes: the one that deltas can merge into.

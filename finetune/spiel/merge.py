@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,12 +52,8 @@ def add(
         values: float32 [K].
         stored: the dtype that the weight will be written in, where that is not its own; the account is of that.
     """
-    place = _place(weight, transposed, flat)
-    old = weight[place].clone()
+    place, old, new = summed(weight, transposed, flat, values)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    new = (old.to(wide) + values.to(wide)).to(weight.dtype)
-    if not bool(torch.isfinite(new).all()):
-        raise ModelError("merging gives weights that are not finite", hint="the delta or the weight overflows")
     weight[place] = new
     written, before = (new, old) if stored is None else (new.to(stored), old.to(stored))
     used = values != 0
@@ -64,6 +61,19 @@ def add(
     norm = float(torch.linalg.vector_norm(values.to(wide)))
     error = float(torch.linalg.vector_norm(applied - values.to(wide))) / norm if norm else 0.0
     return Overwritten(flat, old), MergeReport(int(used.sum()), int((used & (written == before)).sum()), error)
+
+
+def summed(
+    weight: Tensor, transposed: bool, flat: Tensor, values: Tensor
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """(index of the entries, the weights there, weights plus delta) with nothing written. ModelError if not finite."""
+    place = _place(weight, transposed, flat)
+    old = weight[place].clone()
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    new = (old.to(wide) + values.to(wide)).to(weight.dtype)
+    if not bool(torch.isfinite(new).all()):
+        raise ModelError("merging gives weights that are not finite", hint="the delta or the weight overflows")
+    return place, old, new
 
 
 def restore(weight: Tensor, transposed: bool, overwritten: Overwritten) -> None:
@@ -97,6 +107,15 @@ def prune_again(weight: Tensor, transposed: bool, mask: Mask) -> tuple[Overwritt
     old = weight[place].clone()
     weight[place] = 0.0
     return Overwritten(gone, old), fresh
+
+
+def renewed(held: Any, mask: Mask) -> Any:
+    """`mask` in the form in which a model holds its masks: a Mask, or an object of `bits` and a `record` of them."""
+    if not hasattr(held, "record"):
+        return mask
+    size = mask.shape[0] * mask.cols
+    record = replace(held.record, nnz=size - mask.zeros, mask_sha256=mask.sha256())
+    return replace(held, bits=mask.bits, record=record)
 
 
 def _pattern(mask: Mask) -> Pattern:

@@ -3,41 +3,54 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.save_and_load import get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from ...errors import RecipeError
-from ..budget import total
+from ..budget import share_out, total
 from ..losses import LossConfig, loss_sum
 from ..methods import Attached, Method
-from ..quantised import is_quantised, origin_of, plain
+from ..quantised import is_quantised
 from ..tokens import TokenRows, order
-from .base import describe, writable_weight
+from .base import describe
+from .churn import ChurnLog
 from .config import BY_DATA, SpielConfig
 from .layer import Linear
-from .model import PREFIX, SpielModel
+from .model import SpielModel
 from .optimizer import SpielOptimizer
 from .select import selecting
+from .written import ADAPTER, lost, merged, oriented, save_adapter
 
-ADAPTER = "default"
 BUDGET = ("density", "num_weights", "rank_equivalent")
 SCORED_ROWS = 64  # of the training text, for a selection by data
 
 
-class _Adapter(Method):
+class Adapting(Method):
     """What methods of peft have in common here. `options` below are the fields of the finetune stage."""
 
     beside = True
+
+    @abstractmethod
+    def check(
+        self,
+        options: Mapping[str, Any],
+        shapes: Sequence[tuple[int, int]],
+        masked: bool,
+        room: Sequence[int | None] | None,
+    ) -> None:
+        """RecipeError for options that the masks of the model do not allow; from headers alone.
+
+        Args:
+            shapes: (out, in) of the matrices that may be adapted.
+            masked: whether the model has masks by then.
+            room: kept weights of each matrix, None without a mask; None: not known yet.
+        """
 
     @abstractmethod
     def tuner(self, model: Any, names: list[str], options: Mapping[str, Any], seed: int) -> BaseTuner:
@@ -66,24 +79,25 @@ class _Adapter(Method):
         def finish() -> dict[str, Any]:
             if not quantised:
                 tuner.merge_and_unload()
-            return {"trained": trained, "adapted": len(names), **log.figures(), **_lost(model)}
+            return {"trained": trained, "adapted": len(names), **log.figures(), **lost(model)}
 
         def kept() -> Mapping[str, Tensor]:
             fresh = getattr(model, "spiel_masks", {})
             return {
-                name: _oriented(fresh[name].to_bool(), mask) if name in fresh else mask for name, mask in masks.items()
+                name: oriented(fresh[name].to_bool(), mask) if name in fresh else mask for name, mask in masks.items()
             }
 
         return Attached(
             now, finish, (log,), log.make if log.inner else None, kept,
             [f"{skipped} fused expert parameters have no adapter and stay as they are"] if skipped else [],
-            prepare=lambda rows: _prepare(model, rows, options["batch"], seed),
-            save=lambda folder: save_adapter(model, folder),
+            # not divided by the processes: each scores all rows, so that their number does not change the choice
+            prepare=lambda rows: _prepare(model, rows, options["batch"] // options["accumulation"], seed),
+            save=lambda folder: save_adapter(model, folder, options["base"]),
             merged=(lambda: merged(model, names)) if quantised else None,
         )  # fmt: skip
 
 
-class _Spiel(_Adapter):
+class _Spiel(Adapting):
     reads = frozenset(
         (*BUDGET, "allocation", "selection", "where", "interval", "window", "replace", "anneal")
         + ("adapter_dtype", "base_quant")
@@ -94,6 +108,33 @@ class _Spiel(_Adapter):
 
     def share(self, parameters: int, shapes: Sequence[tuple[int, int]], options: Mapping[str, Any]) -> float:
         return total(shapes, *(options[name] for name in BUDGET)) / parameters
+
+    def check(
+        self,
+        options: Mapping[str, Any],
+        shapes: Sequence[tuple[int, int]],
+        masked: bool,
+        room: Sequence[int | None] | None,
+    ) -> None:
+        where = options["where"]
+        if masked and where == "all":
+            raise RecipeError(
+                "where=all would bring pruned weights of the model back",
+                hint="where=kept leaves them zero; where=seft trains anywhere and prunes to the same pattern again",
+            )
+        if where in ("kept", "seft") and (not masked or (room is not None and None in room)):
+            missing = (
+                "the model has none" if not masked or room is None else f"{room.count(None)} of its matrices have none"
+            )
+            raise RecipeError(
+                f"where={where} needs masks, and {missing}",
+                hint="leave where out: then each matrix is trained where its mask allows",
+            )
+        count = total(shapes, *(options[name] for name in BUDGET))
+        if room is not None and where != "seft":
+            sizes = [rows * cols for rows, cols in shapes]
+            rooms = [size if one is None else one for one, size in zip(room, sizes, strict=True)]
+            share_out(count, shapes, rooms, options["allocation"])
 
     def tuner(self, model: Any, names: list[str], options: Mapping[str, Any], seed: int) -> SpielModel:
         config = SpielConfig(
@@ -137,7 +178,7 @@ class Static(_Spiel):
     selection = "gradient"
 
 
-class Lora(_Adapter):
+class Lora(Adapting):
     """peft's LoRA, the rival. Merging makes a pruned model dense, so it is refused there."""
 
     reads = frozenset({"rank", "alpha", "base_quant"})
@@ -145,83 +186,23 @@ class Lora(_Adapter):
     def share(self, parameters: int, shapes: Sequence[tuple[int, int]], options: Mapping[str, Any]) -> float:
         return min(1.0, options["rank"] * sum(rows + cols for rows, cols in shapes) / parameters)
 
-    def tuner(self, model: Any, names: list[str], options: Mapping[str, Any], seed: int) -> BaseTuner:
-        if getattr(model, "gossamer_masks", None):
+    def check(
+        self,
+        options: Mapping[str, Any],
+        shapes: Sequence[tuple[int, int]],
+        masked: bool,
+        room: Sequence[int | None] | None,
+    ) -> None:
+        if masked:
             raise RecipeError(
                 "method lora cannot keep the zeros of a pruned model",
                 hint="use masklora or spiel-ag, or fine-tune first",
             )
+
+    def tuner(self, model: Any, names: list[str], options: Mapping[str, Any], seed: int) -> BaseTuner:
         torch.manual_seed(seed)
         config = LoraConfig(r=options["rank"], lora_alpha=options["alpha"], target_modules=names, task_type="CAUSAL_LM")  # type: ignore[arg-type]
         return LoraModel(model, config, ADAPTER)
-
-
-class ChurnLog(TrainerCallback):
-    """Makes the optimizer, and writes how many entries the last choice of positions replaced into the metrics."""
-
-    def __init__(self, inner: Callable[[Any], Any] | None) -> None:
-        self.inner = inner
-        self._made: Any = None
-        self._told = 0
-
-    def make(self, model: Any) -> Any:
-        assert self.inner is not None
-        self._made = self.inner(model)
-        return self._made
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        new = self._history()[self._told :]
-        self._told += len(new)
-        if new and logs is not None:
-            logs["churn"] = sum(one["replaced"] for one in new) / new[-1]["entries"]
-
-    def figures(self) -> dict[str, Any]:
-        return {"reselections": self._history()} if self._history() else {}
-
-    def _history(self) -> list[dict[str, Any]]:
-        return [] if self._made is None else list(self._made.history)
-
-
-def save_adapter(model: Any, folder: Path) -> list[str]:
-    """Writes adapter_model.safetensors and adapter_config.json, as peft reads them; their names."""
-    config: PeftConfig = model.peft_config[ADAPTER]
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    named = {PREFIX + key.removeprefix(PREFIX): tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.inference_mode = True
-    config.save_pretrained(str(folder))
-    return ["adapter_model.safetensors", "adapter_config.json"]
-
-
-@torch.no_grad()
-def merged(model: Any, names: Sequence[str]) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """(parameter name, base plus delta in float32, new mask or None) of adapted layers, in the parameter's shape.
-
-    A quantised base counts as the matrix that it stands for. Each layer is emptied when the next one is asked for: two
-    float32 matrices exist at a time. What merging reports is left on the model, as by `SpielModel`.
-    """
-    model.spiel_reports, model.spiel_masks = {}, {}
-    for name in names:
-        layer: Any = model.get_submodule(name)
-        base, mask = layer.get_base_layer(), None
-        matrix: Tensor
-        origin = origin_of(base)
-        if isinstance(layer, Linear):
-            layer.dequantise()
-            layer.merge()
-            matrix = writable_weight(layer.get_base_layer(), layer.base, name)
-            model.spiel_reports[name] = dict(layer.reports)
-            if layer.merged_mask is not None:
-                model.spiel_masks[f"{name}.weight"] = layer.merged_mask
-                mask = _oriented(layer.merged_mask.to_bool(), matrix)
-        else:
-            matrix = plain(base).weight.data if is_quantised(base) else base.weight.data.float()
-            matrix = matrix + layer.get_delta_weight(ADAPTER).float()
-        if origin is not None and origin.transposed:
-            matrix, mask = matrix.t(), None if mask is None else mask.t()
-        yield f"{name}.weight", matrix, mask
-        layer.base_layer = nn.Identity()
 
 
 def _prepare(model: Any, rows: TokenRows, batch: int, seed: int) -> None:
@@ -258,15 +239,3 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _inner(name: str) -> str:
     return f"{name.removesuffix('weight')}base_layer.weight"
-
-
-def _oriented(rows: Tensor, like: Tensor) -> Tensor:
-    """A mask in the [out, in] view, in the orientation of the parameter's own mask."""
-    return (rows if rows.shape == like.shape else rows.t()).to(like.device)
-
-
-def _lost(model: Any) -> dict[str, Any]:
-    """Share of the entries that merging lost to the rounding of the weights."""
-    reports = [one for found in getattr(model, "spiel_reports", {}).values() for one in found.values()]
-    entries = sum(one.entries for one in reports)
-    return {"lost_in_merging": sum(one.lost for one in reports) / entries} if entries else {}

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from ... import __version__
-from ...errors import CheckpointError, RecipeError
+from ...errors import CheckpointError
 from ...pruning.mask import Mask
 from ..budget import share_out, total
-from .base import UNCHECKED, fingerprint
+from .base import UNCHECKED, fingerprints
 from .config import SpielConfig
 from .layer import Linear, SpielLayer, layers_of, named_layers
 from .layout import COLUMNS, COUNTS, ROWPTR, VALUES, decode, encode
+from .merge import renewed
 from .positions import draw, generator
 from .select import strongest_weights
+from .targets import EVERY_LINEAR, check_targets, include_packed
 
 PREFIX = "base_model.model."
-EVERY_LINEAR = "all-linear"
 
 
 class SpielModel(BaseTuner):
@@ -34,9 +36,15 @@ class SpielModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As peft does it; then the budget is shared out, unless the positions come from a file."""
-        config: SpielConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
-        _check_targets(config, model)
+        """As peft does it; then the budget is shared out, unless the positions come from a file.
+
+        The model keeps a copy of the configuration, as saving writes into it: the caller's can be used again.
+        """
+        config: SpielConfig = copy.copy(self.peft_config[adapter_name])  # type: ignore[assignment]
+        self.peft_config[adapter_name] = config
+        self._prepare_adapter_config(config, {})
+        check_targets(config, model)
+        include_packed(config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if not config.is_loaded:
             place_entries(layers_of(model, adapter_name), adapter_name, config)
@@ -74,14 +82,39 @@ class SpielModel(BaseTuner):
             return None
         return Mask(found.bits, _inputs(layer), found.pattern)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        """As peft does it. What merging reports per layer is left on the model: `spiel_reports`, and where a merge
-        pruned again, the masks that hold from then on: `spiel_masks` (parameter name -> Mask)."""
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As peft does it; what cannot be merged is found before the first layer is changed."""
+        self._check_merges(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_merges(self, adapter_names: list[str] | None) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, Linear):
+                with onload_layer(layer):
+                    layer.check_merge(adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        """As peft does it, with all layers checked before the first is changed.
+
+        What merging reports per layer is left on the model: `spiel_reports`, and where a merge pruned again, the masks
+        that hold from then on: `spiel_masks` (parameter name -> Mask); they take their place in `gossamer_masks` too.
+        """
+        if merge:
+            self._check_merges(adapter_names)
         layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, Linear)}
-        merged: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
+        merged: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[func-returns-value]
         merged.spiel_reports = {name: dict(layer.reports) for name, layer in layers.items() if layer.reports}
         masks = {f"{name}.weight": layer.merged_mask for name, layer in layers.items() if layer.merged_mask is not None}
         merged.spiel_masks = masks
+        held = getattr(merged, "gossamer_masks", None) or {}
+        for name in masks.keys() & held.keys():
+            held[name] = renewed(held[name], masks[name])
         lost = sum(r.lost for reports in merged.spiel_reports.values() for r in reports.values())
         entries = sum(r.entries for reports in merged.spiel_reports.values() for r in reports.values())
         if lost > entries / 2:
@@ -112,7 +145,7 @@ class SpielModel(BaseTuner):
             taken |= {f"{name}.{key}.{adapter_name}": tensor for key, tensor in stored.items()}
         layers = layers_of(model, adapter_name)
         if not any(layer.merged for layer in layers):
-            config.base_fingerprint = fingerprint_of(layers)
+            config.base_fingerprint, config.layer_fingerprints = fingerprints_of(layers)
         config.gossamer_version = __version__
         return taken
 
@@ -172,34 +205,25 @@ def place_entries(layers: list[Linear], adapter_name: str, config: SpielConfig) 
         layer.set_delta(adapter_name, flat, torch.zeros(len(flat)))
 
 
-def fingerprint_of(layers: list[Linear]) -> str:
-    """Digest of the weights below these layers."""
-    return fingerprint((layer.name, layer.get_base_layer(), layer.base) for layer in layers)
-
-
-def _check_targets(config: SpielConfig, model: nn.Module) -> None:
-    """RecipeError for a target name that fits no module; peft only complains when none of them does."""
-    if not isinstance(config.target_modules, (set, list, tuple)):
-        return
-    names = [name for name, _ in model.named_modules()]
-    unknown = sorted(t for t in config.target_modules if not any(n == t or n.endswith(f".{t}") for n in names))
-    if unknown:
-        linear = sorted({n.rpartition(".")[2] for n, module in model.named_modules() if isinstance(module, nn.Linear)})
-        raise RecipeError(
-            f"target module {', '.join(repr(t) for t in unknown)} is not in the model",
-            hint=f"its linear layers are called {', '.join(linear)}" if linear else None,
-        )
+def fingerprints_of(layers: list[Linear]) -> tuple[str, dict[str, str]]:
+    """Digests of the weights below these layers, as `base.fingerprints`."""
+    return fingerprints((layer.name, layer.get_base_layer(), layer.base) for layer in layers)
 
 
 def _check_base(config: SpielConfig, layers: list[Linear]) -> None:
-    known = config.base_fingerprint
-    if not config.check_base or known in (None, UNCHECKED) or any(layer.merged for layer in layers):
+    """CheckpointError for other weights than those of training, layer by layer where the file says so much."""
+    known, parts = config.base_fingerprint, config.layer_fingerprints or {}
+    checkable = bool(parts) or known not in (None, UNCHECKED)
+    if not config.check_base or not checkable or any(layer.merged for layer in layers):
         return
-    found = fingerprint_of(layers)
+    found, each = fingerprints_of(layers)
+    if parts:
+        known, found = next(((parts[n], each[n]) for n in each if parts.get(n, each[n]) != each[n]), ("", ""))
     if found not in (known, UNCHECKED):
         raise CheckpointError(
-            f"the adapter was trained on other weights: fingerprint {known[:12]}, this model has {found[:12]}",  # type: ignore[index]
-            hint="load the model named in adapter_config.json, or pass a config with check_base=False",
+            f"the adapter was trained on other weights: fingerprint {str(known)[:12]}, this model has {found[:12]}",
+            hint="take the model named in adapter_config.json, or say that it does not matter: --any-base of "
+            "gossamer adapter merge, a config with check_base=False in Python",
         )
 
 

@@ -148,6 +148,23 @@ def test_save_and_load_are_exact(tmp_path, low_memory, trainable):
     assert written["gossamer_version"]
 
 
+def test_a_configuration_can_be_used_again_after_saving(tmp_path):
+    config = SpielConfig(target_modules=["first"], density=0.1)
+    model = get_peft_model(Net(), config)
+    fill(model)
+    model.save_pretrained(tmp_path)
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    again = get_peft_model(Net(), config)
+    for one in (model, again):
+        torch.testing.assert_close(one(X), Net()(X))
+        assert all(len(layer.spiel_values["default"]) for layer in layers_of(one, "default"))
+    assert config.base_fingerprint is None
+    loaded = SpielConfig.from_pretrained(tmp_path)
+    assert loaded.is_loaded
+    assert loaded.layer_fingerprints.keys() == {"first"}
+
+
 def test_the_file_has_4_2_bytes_per_entry(tmp_path):
     net = nn.Sequential(nn.Linear(2048, 2048, bias=False))
     model = get_peft_model(net, SpielConfig(target_modules=["0"], density=0.01, file_dtype="bfloat16"))
@@ -209,6 +226,7 @@ def test_a_damaged_file_is_refused(tmp_path, change, message):
         ({"density": 1.01}, "density must be in"),
         ({"density": 0.1, "rank_equivalent": 2}, "are both given"),
         ({"num_weights": -3}, "num_weights must be greater"),
+        ({"num_weights": 2.5}, "num_weights must be a whole number"),
         ({"policy": "sgd"}, "allowed: static, ag, ma"),
         ({"selection": "best"}, "allowed: random"),
         ({"allocation": "global"}, "compares scores"),

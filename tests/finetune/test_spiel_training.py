@@ -353,7 +353,7 @@ def pruned(pattern):
         keep = one.mask(layer.weight.detach().abs())
         layer.weight.data.masked_fill_(~keep, 0.0)
         masks[f"{name}.weight"] = Mask.from_bool(keep, str(one))
-    net.gossamer_masks = masks
+    net.gossamer_masks = dict(masks)
     return net, masks
 
 
@@ -422,3 +422,4 @@ def test_seft_revives_and_prunes_to_the_exact_pattern():
         assert torch.equal(gone.view(torch.int32), torch.zeros_like(gone).view(torch.int32))
     assert bool((fresh["first.weight"].to_bool().view(17, 4, 4).sum(-1) == 2).all())
     assert fresh["first.weight"] != masks["first.weight"]
+    assert merged.gossamer_masks == fresh
