@@ -18,7 +18,7 @@ EXAMPLES = o.examples(
     "gossamer finetune OUT -o OUT2 --method bias-norm --data train.txt --eval test.txt --set batch=16",
     "gossamer finetune MODEL -o OUT2 --method spiel-ag --rank-equivalent 8 --data train.txt",
     "gossamer finetune MODEL -o OUT2 --method lora --data train.txt --base-quant nf4 --set precision=bfloat16",
-    "gossamer finetune OUT -o OUT2 --data train.txt --set loss=distill",
+    "gossamer finetune OUT -o OUT2 --data train.txt --teacher MODEL --set loss=distill",
     "accelerate launch --num_processes 4 -m gossamer finetune OUT -o OUT2 --data train.txt",
     "gossamer finetune OUT -o OUT2 --data train.txt --resume",
 )
@@ -100,6 +100,15 @@ def finetune(
             show_default=False,
         ),
     ] = None,
+    teacher: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="MODEL",
+            help="The dense model that --set loss=distill (or mix) learns from.",
+            rich_help_panel=o.TRAINING,
+            show_default=False,
+        ),
+    ] = None,
     seqlen: o.SequenceLength = None,
     eval_data: o.Evaluation = None,
     no_eval: o.NoEvaluation = False,
@@ -140,7 +149,7 @@ def finetune(
     options = {
         "data": data, "method": method, "tokens": tokens, "steps": steps, "learning_rate": learning_rate,
         "seqlen": seqlen, "density": density, "num_weights": num_weights, "rank_equivalent": rank_equivalent,
-        "base_quant": base_quant,
+        "base_quant": base_quant, "teacher": teacher,
     }  # fmt: skip
     stage = build(FinetuneStage, **t.with_fields(given(options), fields))
     job: dict[str, Any] = {

@@ -25,9 +25,9 @@ from .needs import Needs, whole_needs
 from .plan import Plan, Planning, StagePlan, sequence_length
 from .stage_recipes.training import TrainingStage
 from .stages.base import Context
+from .teacher import check_teacher, open_teacher
 from .text import TextSource
 from .traindata import TrainingText
-from .whole import open_whole
 
 HELDOUT_ROWS = 128  # at most so many held-out rows are measured
 
@@ -55,6 +55,7 @@ def training_plan(stage: TrainingStage, planning: Planning) -> dict[str, Any]:
     """The arguments of a TrainingPlan beyond its jobs. DataError or RecipeError for a text that does not fit."""
     length = sequence_length(stage.seqlen, planning.skeleton.max_positions, "--seqlen")
     steps = stage.count_steps(length)
+    check_teacher(stage, planning)
     text = planning.texts.training(stage.data, length, stage.heldout, steps * stage.batch * length)
     source = TextSource(text.name, text.protocol, text.digest)
     return {"text": text, "steps": steps, "calibration": source}
@@ -93,9 +94,9 @@ def reporter(context: Context, label: str) -> Any:
 
 
 def retrainer(context: Context, plan: TrainingPlan, teacher: Any | None = None) -> Retrain:
-    """`train` on the stage's rows. Where the loss needs a teacher and none is given, it is the dense model."""
+    """`train` on the stage's rows. Where the loss needs a teacher and none is given, it is the stage's."""
     if teacher is None and plan.stage.needs_teacher:
-        teacher = open_whole(context, dense=True)
+        teacher = open_teacher(context, plan.stage)
 
     def retrain(model: Any, config: TrainingConfig, masks: Any = None) -> Metrics:
         with torch.enable_grad(), distributed.shared(TrainingError):

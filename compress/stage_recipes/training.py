@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ..mistakes import Mistake
 from .base import BaseStage
@@ -21,7 +21,9 @@ DEFAULT_TOKENS = 1_000_000
 class TrainingStage(BaseStage):
     """The fields of a stage that trains the whole model. Subclasses add the method's own."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
     changes_weights: ClassVar[bool] = True
+    prunes_in_phases: ClassVar[bool] = False  # and so knows what schedule allr asks for
 
     data: str = Field(DEFAULT_TRAINING, description="text, JSONL instructions or a dataset; a hash split is held out")
     heldout: float = Field(0.1, ge=0, lt=1, description="share of the records that is never trained on")
@@ -40,6 +42,7 @@ class TrainingStage(BaseStage):
     precision: Precision = "float32"
     gradient_checkpointing: bool = False
     loss: Loss = "lm"
+    teacher: str | None = Field(None, description="model to distill from; default: the dense model of the run")
     temperature: float = Field(1.0, gt=0)
     share: float = Field(0.5, ge=0, le=1, description="of the distillation in loss mix")
     hidden: float = Field(0.0, ge=0, description="weight of the distance of hidden states to the dense model's")
@@ -54,12 +57,19 @@ class TrainingStage(BaseStage):
                 f"schedule {value} replays the learning rates of the dense training, which no checkpoint holds",
                 hint="use clr or llr, or train from Python with Rates(history=...)",
             )
+        if value == "allr" and not cls.prunes_in_phases:
+            raise Mistake(
+                "schedule allr starts from the damage of a pruning phase, and only the stages imp and soup have phases",
+                hint="use llr",
+            )
         return value
 
     @model_validator(mode="after")
     def _length(self) -> TrainingStage:
         if self.tokens is not None and self.steps is not None:
             raise Mistake("give tokens or steps, not both", hint="steps = tokens / (batch * seqlen)")
+        if self.teacher is not None and not self.needs_teacher:
+            raise Mistake("a teacher is given, and the loss is of the text alone", hint="add loss distill or mix")
         if self.batch % self.accumulation:
             raise Mistake(
                 f"a batch of {self.batch} rows cannot be split into {self.accumulation} micro-batches",

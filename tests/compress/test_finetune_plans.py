@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from gossamer.cli.main import app
 from gossamer.compress.load import load
-from gossamer.compress.recipe import ExportStage, FinetuneStage, PruneStage, Recipe
+from gossamer.compress.recipe import ExportStage, FinetuneStage, PruneStage, Recipe, build
 from gossamer.compress.run import compress
 from gossamer.errors import RecipeError
 from gossamer.finetune.spiel import method
@@ -176,3 +176,35 @@ def test_a_bad_field_points_to_the_right_help(tiny, tmp_path):
     text = " ".join((done.output + done.stderr).split())
     assert "`--help` says what is allowed" in text
     assert "gossamer compress --help" not in text
+
+
+def test_a_pruned_model_is_distilled_from_the_dense_one(tiny, sparse, tmp_path):
+    fields = {"method": "full", "loss": "distill", "learning_rate": 1e-3}
+    with pytest.raises(RecipeError, match="distilled from itself, it would learn nothing") as told:
+        compress(sparse, tmp_path / "itself", Recipe(stages=(tune(tiny, **fields),)))
+    assert "--teacher" in told.value.hint
+    assert not list(tmp_path.iterdir())
+    out = tmp_path / "out"
+    compress(sparse, out, Recipe(stages=(tune(tiny, teacher=str(tiny), **fields), ExportStage(format="dense"))))
+    first = json.loads((out / "gossamer/metrics.jsonl").read_text().splitlines()[0])["loss"]
+    teacher, student, before = (
+        AutoModelForCausalLM.from_pretrained(tiny),
+        AutoModelForCausalLM.from_pretrained(out),
+        load(sparse, dtype="float32", packed=False),
+    )
+    ids = torch.randint(3, 90, (4, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, found, began = (model(input_ids=ids).logits.log_softmax(-1) for model in (teacher, student, before))
+    far, near = ((wanted.exp() * (wanted - one)).sum(-1).mean() for one in (began, found))
+    assert first == pytest.approx(float(far), rel=0.5)
+    assert near < far
+
+
+def test_a_teacher_with_other_tokens_is_refused(tiny, sparse, tmp_path):
+    from families import save_family
+
+    other = save_family("llama", tmp_path / "other")
+    with pytest.raises(RecipeError, match="tokens, .* has"):
+        compress(sparse, tmp_path / "out", Recipe(stages=(tune(tiny, method="full", loss="mix", teacher=str(other)),)))
+    with pytest.raises(RecipeError, match="the loss is of the text alone"):
+        build(FinetuneStage, data=str(tiny / "calibration.txt"), teacher=str(tiny))
