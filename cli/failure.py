@@ -13,7 +13,10 @@ from typer.core import TyperGroup
 from ..errors import GossamerError
 
 INTERRUPTED = 130
-_RESUMABLE = {"compress": "after the last finished block", "finetune": "from the last checkpoint"}
+_RESUMABLE = {
+    "compress": "after the last finished block or from the last checkpoint",
+    "finetune": "from the last checkpoint",
+}
 _STORAGE = {
     errno.ENOSPC: "free disk space, or choose another folder",
     errno.EDQUOT: "free disk space, or choose another folder",

@@ -74,7 +74,7 @@ def soup(
             data=data,
             margin=margin,
             seqlen=seqlen,
-            windows=windows or 128,
+            windows=128 if windows is None else windows,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=progress,

@@ -72,7 +72,7 @@ def trained_stage(method: str, fields: dict[str, Any], patterns: list[str] | Non
     """
     from ..compress.recipe import STAGES, build
 
-    if "calibration" in fields:
+    if "calibration" in fields and "calibration" not in STAGES[method].model_fields:
         raise RecipeError(
             f"--calibration is for methods that measure; {method} trains", hint="give its text with --data"
         )

@@ -6,7 +6,6 @@ Nothing is loaded as a model unless a text is given to compare on: the mean is t
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from ..errors import RecipeError
 from ..finetune.tokens import TokenRows
 from ..kernels.bitmask.dispatch import compress as packed_rows
 from ..pruning.mean import Mean
-from ..pruning.soup import NOISE_MARGIN, Soup, check_count, greedy, uniform_weights
+from ..pruning.soup import NOISE_MARGIN, Soup, check_count, check_margin, greedy, normalised, uniform_weights
 from . import memory
 from .attachments import entries
 from .checkpoint import MAX_SHARD_SIZE, assemble, atomic_write_text, partial_folder, publish, verify
@@ -96,7 +95,10 @@ def average_checkpoints(
     """
     progress = progress or Progress()
     check_count(len(models))
-    shares = _shares(weights, len(models))
+    shares = None if weights is None else normalised(weights, len(models))
+    check_margin(margin)
+    if windows is not None and windows < 1:
+        raise RecipeError(f"windows must be at least 1, got {windows}", hint="128 are usual")
     out = Path(os.path.abspath(out))
     partial = _place(models, out, overwrite)
     sources = [open_source(str(model)) for model in models]
@@ -127,16 +129,6 @@ def average_checkpoints(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report | {"output": str(out)}
-
-
-def _shares(weights: Sequence[float] | None, count: int) -> tuple[float, ...] | None:
-    if weights is None:
-        return None
-    if len(weights) != count:
-        raise RecipeError(f"{len(weights)} weights for {count} models", hint="give one weight for each model")
-    if any(not 0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
-        raise RecipeError("weights must not be negative, and one must be above 0", hint="0.5,0.25,0.25 for example")
-    return tuple(weight / sum(weights) for weight in weights)
 
 
 def _place(models: Sequence[str | Path], out: Path, overwrite: bool) -> Path:
@@ -252,6 +244,8 @@ def _write(
     for path in (work / MASKS).parent.glob("*"):
         if path.name != Path(MASKS).name:
             path.unlink()
+    if (work / MASKS).parent.is_dir() and not (work / MASKS).exists():  # the sparse form holds its masks itself
+        (work / MASKS).parent.rmdir()
     figures = {"zeros": checked.zeros, "payload": checked.payload}
     atomic_write_text(work / REPORT, json.dumps(report | figures, indent=2) + "\n")
     return figures

@@ -6,6 +6,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from ..errors import DataError
@@ -26,11 +27,21 @@ def read_path(path: Path) -> TextData:
 
 
 def read_records(path: Path) -> Iterator[tuple[object, str]] | None:
-    """(record, where it is) of a JSONL or Parquet file; None for a folder or running text. DataError as `read_path`."""
-    kind = "text" if path.is_dir() else _kind(path)
-    if kind == "text":
+    """(record, where it is) of a JSON, JSONL or Parquet file, or of a folder's, one file after another by name.
+
+    None for running text. DataError as `read_path`, and for a folder that holds both.
+    """
+    files = _files_below(path) if path.is_dir() else [path]
+    records = [file for file in files if _kind(file) != "text"]
+    if not records:
         return None
-    return _parquet_records(path) if kind == "parquet" else _json_records(_decode(path), path)
+    texts = [file for file in files if file not in records and file.stem.lower() != "readme"]  # of a dataset's folder
+    if texts:
+        raise DataError(
+            f"{path} mixes records ({records[0].relative_to(path)}) and running text ({texts[0].relative_to(path)})",
+            hint="give a folder of one kind, or one file",
+        )
+    return chain.from_iterable(map(_records, records))
 
 
 def looks_like_path(spec: str) -> bool:
@@ -55,12 +66,13 @@ def _files_below(folder: Path) -> list[Path]:
 
 def _read_file(path: Path) -> str:
     kind = _kind(path)
-    if kind == "parquet":
-        return join_documents((_row(*found) for found in _parquet_records(path)), SEPARATOR)
-    text = _decode(path)
-    if kind == "jsonl":
-        return join_documents((_row(*found) for found in _json_records(text, path)), SEPARATOR)
-    return text
+    if kind == "text":
+        return _decode(path)
+    return join_documents((_row(*found) for found in _records(path)), SEPARATOR)
+
+
+def _records(path: Path) -> Iterator[tuple[object, str]]:
+    return _parquet_records(path) if _kind(path) == "parquet" else _json_records(_decode(path), path)
 
 
 def _kind(path: Path) -> str:

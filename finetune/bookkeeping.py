@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from .trainer import MaskedTrainer
 
 _KNOWN = ("step", "loss", "lr", "sparsity", "tokens", "tokens_per_s")
+
+
+def last_good(folder: Path) -> str:
+    """What a run in `folder` that cannot go on has left, in words: only what was proved is ever saved."""
+    good = newest_checkpoint(folder)
+    return "no checkpoint was saved before" if good is None else f"the last good checkpoint is {good.name}"
 
 
 class Bookkeeping(TrainerCallback):
@@ -104,9 +111,7 @@ class Bookkeeping(TrainerCallback):
             )
 
     def _not_finite(self, step: int) -> TrainingError:
-        good = newest_checkpoint(self.trainer.config.folder)
-        kept = "no checkpoint was saved before" if good is None else f"the last good checkpoint is {good.name}"
         return TrainingError(
-            f"the loss is not finite at step {step}; {kept}",
+            f"the loss is not finite at step {step}; {last_good(self.trainer.config.folder)}",
             hint="lower the learning rate, clip gradients, or train in float32 or bfloat16 instead of float16",
         )

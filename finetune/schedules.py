@@ -26,7 +26,7 @@ class Rates:
         floor: the smallest one, where CLR ends and what FT is, unless `history` says it.
         history: learning rates of the dense training, step by step, its own warm-up left out.
         damage: ||W - W_pruned|| / ||W||, the relative norm that pruning took, for ALLR.
-        pruned: share of the remaining weights that this phase pruned, for ALLR.
+        pruned: share of the remaining weights that this phase pruned, for ALLR; 0 where it found nothing to prune.
         span: retraining steps over dense training steps, for ALLR; None when nobody knows.
         warmup: share of the steps for the rise of SLR, CLR, LLR and ALLR.
     """
@@ -78,15 +78,19 @@ def llr(step: int, total: int, rates: Rates) -> float:
 def allr(step: int, total: int, rates: Rates) -> float:
     """Adaptive linear rewinding: LLR from a start that grows with the damage done and with the length of retraining.
 
-    start = clip(peak * damage / sqrt(pruned), peak * min(span, 1), peak): without `span` the lower limit is 0.
+    start = clip(peak * damage / sqrt(pruned), peak * min(span, 1), peak): without `span` the lower limit is 0. Where
+    nothing was pruned it is the lower limit, or as in LLR where that is 0: no step would change a weight.
     """
-    if rates.damage is None or rates.pruned is None or not 0 < rates.pruned <= 1:
+    if rates.damage is None or rates.pruned is None or not 0 <= rates.pruned <= 1:
         raise RecipeError(
             "schedule allr needs the damage of the pruning and the share of weights it took",
             hint="it is meant for the phases of iterative pruning; use llr elsewhere",
         )
     lowest = rates.peak * min(rates.span or 0.0, 1.0)
-    start = min(max(rates.peak * rates.damage / math.sqrt(rates.pruned), lowest), rates.peak)
+    if rates.pruned == 0:
+        start = lowest or rates.peak
+    else:
+        start = min(max(rates.peak * rates.damage / math.sqrt(rates.pruned), lowest), rates.peak)
     return _risen(step, total, rates.warmup, start, lambda at: start * (1 - at))
 
 

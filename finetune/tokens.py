@@ -64,7 +64,10 @@ def order(rows: int, count: int, seed: int) -> Tensor:
     """The first `count` row numbers of endless passes over `rows` rows, each pass in an order of its own, int64.
 
     A pure function: a resumed run, another number of processes and another batch size see the same sequence.
+    ValueError for fewer than one row.
     """
+    if rows < 1:
+        raise ValueError(f"an order needs at least one row, got {rows}")
     parts: list[Tensor] = []
     found = 0
     while found < count:

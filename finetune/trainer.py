@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 
 from ..errors import TrainingError
-from .bookkeeping import Bookkeeping
+from .bookkeeping import Bookkeeping, last_good
 from .losses import IGNORED, loss_sum
 from .masked import MaskGuard, Masks
 from .optimizers import make_optimizer
@@ -148,7 +148,7 @@ class MaskedTrainer(Trainer):
         for name, parameter in self.network.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter.detach().sum())):
                 raise TrainingError(
-                    f"{name} is not finite after step {self.state.global_step}; nothing was saved",
+                    f"{name} is not finite after step {self.state.global_step}; {last_good(self.config.folder)}",
                     hint="lower the learning rate, or clip gradients",
                 )
 

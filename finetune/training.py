@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ..errors import RecipeError
+from ..errors import DataError, RecipeError
 from .losses import LossConfig
 from .masked import Masks
 from .quantised import keep_unpacked
@@ -148,12 +148,15 @@ def train(
         What the run came to. The model is left in eval mode, on the device where it was trained.
 
     Raises:
+        DataError: `data` has no rows.
         TrainingError: the loss is not finite, a pruned weight came back to life, ranks hold different masks, or
             DeepSpeed ZeRO or FSDP version 1 is asked for.
         KeyboardInterrupt: after Ctrl-C, when a checkpoint has been saved.
     """
     from .trainer import run  # transformers' Trainer takes seconds to import
 
+    if not len(data):
+        raise DataError(f"{data.name} has no rows to train on", hint="give more text, or shorter rows")
     keep_unpacked(model)
     if masks is None:
         masks = getattr(model, "gossamer_masks", None) or {}

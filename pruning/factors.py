@@ -129,7 +129,11 @@ def values_of(name: str, base: Any, count: int, values: Sequence[str | float] = 
             ) from error
     if len(set(found)) < count:
         shown = ", ".join(str(value) for value in found)
-        raise RecipeError(f"candidates must differ in {name}, got {shown}", hint="give --factor-values, all different")
+        longer = "train for more steps, or " if factor.field == "steps" else ""
+        raise RecipeError(
+            f"candidates must differ in {name}, got {shown}",
+            hint=f"{longer}give --set factor_values=..., all different",
+        )
     return found
 
 

@@ -2,7 +2,7 @@
 
 The training loop belongs to the caller. Around it:
 
-    flow = Flow(matrices, FlowOptions("mdgf-exp", steps=1000))
+    flow = Flow(matrices, FlowOptions("mdgf-exp", steps=1000), model)
     flow.watch(optimizer)
     for step in range(1000):
         flow.at(step)
@@ -107,15 +107,21 @@ class FlowOptions:
 class Flow:
     """The matrices under way. `left_out`: (name, frame) of every frame that does not divide that matrix's inputs."""
 
-    def __init__(self, matrices: Mapping[str, FlowMatrix], options: FlowOptions) -> None:
+    def __init__(
+        self, matrices: Mapping[str, FlowMatrix], options: FlowOptions, model: nn.Module | None = None
+    ) -> None:
         """Registers the parametrizations; the module classes change, the modules stay the same objects.
 
+        Args:
+            model: all modules, to find those outside `matrices` that share a parameter with one of them.
+
         Raises:
-            RecipeError: a pattern that does not divide its matrix's inputs, or an option that cannot be; nothing was
-                changed then.
+            RecipeError: a pattern that does not divide its matrix's inputs, a parameter that another module shares, or
+                an option that cannot be; nothing was changed then.
         """
         self.options = options
         self.matrices = dict(matrices)
+        _refuse_shared(self.matrices, model)
         for name, matrix in self.matrices.items():
             matrix.pattern.check(matrix.weight.numel() // matrix.cols, matrix.cols, name)
         schedules = {name: options.schedule(matrix) for name, matrix in self.matrices.items()}
@@ -207,6 +213,21 @@ class Flow:
         """w itself; looked up every time, as FSDP replaces parameters."""
         matrix = self.matrices[name]
         return matrix.module.parametrizations[matrix.parameter].original  # type: ignore[union-attr,index]
+
+
+def _refuse_shared(matrices: Mapping[str, FlowMatrix], model: nn.Module | None) -> None:
+    """RecipeError for a parameter with a second owner, whose forward pass would not see the mask."""
+    weights = {name: matrix.weight for name, matrix in matrices.items()}
+    found = list(weights.items()) if model is None else list(model.named_parameters(remove_duplicate=False))
+    owners: dict[int, list[str]] = {}
+    for owner, weight in found:
+        owners.setdefault(id(weight), []).append(owner)
+    for name, weight in weights.items():
+        if len(owners.get(id(weight), ())) > 1:
+            raise RecipeError(
+                f"the weight of {name} is shared by {' and '.join(owners[id(weight)])}: a mask would prune all of them",
+                hint="leave it out; the head of a tied model is its embedding",
+            )
 
 
 def _remove(module: nn.Module, parameter: str) -> None:

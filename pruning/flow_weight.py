@@ -68,14 +68,14 @@ class FlowWeight(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Assigning to the module's weight replaces w as a whole; the mask follows, unless it is frozen."""
-        if not self.schedule.phase(self.chosen).frozen:
+        if not self._is_frozen:
             self._chosen_at(NEVER)
         return weight
 
     @torch.no_grad()
     def choose(self, weight: Tensor) -> None:
         """Choose the mask from `weight` unless it was chosen at this step or is frozen."""
-        if self.chosen == self.step or (self.chosen != NEVER and self.schedule.phase(self.chosen).frozen):
+        if self.chosen == self.step or self._is_frozen:
             return
         pattern = self.schedule.phase(self.step).pattern
         scores = self.rows(weight.detach()).abs()
@@ -114,6 +114,10 @@ class FlowWeight(nn.Module):
     def mask(self) -> Mask:
         """The mask as an explicit object, [rows, in]."""
         return Mask(self.bits.clone(), self.schedule.cols, str(self.schedule.target))
+
+    @property
+    def _is_frozen(self) -> bool:
+        return self.chosen != NEVER and self.schedule.phase(self.chosen).frozen
 
     def _chosen_at(self, step: int) -> None:
         self.chosen = step

@@ -40,6 +40,28 @@ def uniform_weights(members: Iterable[int], count: int) -> tuple[float, ...]:
     return tuple(1 / len(chosen) if index in chosen else 0.0 for index in range(count))
 
 
+def normalised(weights: Sequence[float], count: int) -> tuple[float, ...]:
+    """`weights` over their sum. RecipeError unless there are `count`, none negative and their sum above 0, finite."""
+    if len(weights) != count:
+        raise RecipeError(f"{len(weights)} weights for {count} models", hint="give one weight for each model")
+    total = sum(weights)
+    if any(not 0 <= weight < math.inf for weight in weights) or not 0 < total < math.inf:
+        came = ", ".join(f"{weight:g}" for weight in weights)
+        raise RecipeError(
+            f"weights must not be negative, and their sum must be above 0 and finite, got {came}",
+            hint="0.5,0.25,0.25 for example",
+        )
+    return tuple(weight / total for weight in weights)
+
+
+def check_margin(margin: float) -> None:
+    """RecipeError unless it is a finite number of standard errors, 0 included."""
+    if not 0 <= margin < math.inf:
+        raise RecipeError(
+            f"margin must be at least 0 and finite, got {margin:g}", hint="1 is usual, 0 takes every gain"
+        )
+
+
 def noise(difference: Tensor) -> float:
     """Standard error of the mean of paired per-sequence differences; infinite for fewer than two."""
     n = difference.numel()
@@ -100,7 +122,7 @@ def learn_weights(
     for _ in range(steps):
         loss, slope = gradient(weights)
         if not math.isfinite(loss):
-            raise TrainingError(f"the loss of a soup is {loss}", hint="use --soup uniform or greedy")
+            raise TrainingError(f"the loss of a soup is {loss}", hint="use --set soup=uniform, or soup=greedy")
         if loss < best_loss:
             middle = sum(slope) / count  # a shift common to all cancels in the normalisation
             best, best_loss, best_slope = weights, loss, [value - middle for value in slope]
@@ -128,5 +150,5 @@ def check_count(candidates: int, ranks: int = 1) -> None:
     if ranks > candidates:
         raise RecipeError(
             f"{ranks} processes were started for {candidates} candidates: each trains one at a time",
-            hint=f"start at most {candidates} processes, or raise --candidates",
+            hint=f"start at most {candidates} processes, or train more candidates with --set candidates=...",
         )

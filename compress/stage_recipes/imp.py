@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -20,6 +20,8 @@ class ImpStage(TargetStage):
 
     Steps (or tokens) are those of all phases together.
     """
+
+    prunes_in_phases: ClassVar[bool] = True
 
     stage: Literal["imp"] = "imp"
     phases: int = Field(3, ge=1, description="prune-retrain cycles")
@@ -71,8 +73,10 @@ class SoupStage(ImpStage):
     @model_validator(mode="after")
     def _known_factor(self) -> SoupStage:
         checked(lambda: get_factor(self.factor))
-        base = getattr(self, get_factor(self.factor).field, None) or 1
-        checked(lambda: values_of(self.factor, base, self.candidates, self.factor_values))
+        field = get_factor(self.factor).field
+        if self.factor_values or field != "steps":  # the steps of a phase are known to the plan
+            base = getattr(self, field, None) or 1
+            checked(lambda: values_of(self.factor, base, self.candidates, self.factor_values))
         if self.heldout == 0 and self.soup != "uniform":
             raise Mistake(
                 f"a {self.soup} soup chooses on held-out text, and heldout is 0",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ...errors import RecipeError
 from ...finetune.schedules import Rates
 from ...pruning.imp import Phase
 from ...pruning.registry import get_method
@@ -24,10 +25,15 @@ class Imp:
     """P phases: prune the same part of what remains, retrain with a fresh optimizer."""
 
     def plan(self, index: int, stage: ImpStage, planning: Planning) -> TargetPlan:
-        """Jobs, text, and calibration windows where the score needs some."""
+        """Jobs, text, and calibration windows where the score needs some. RecipeError for windows nobody looks at."""
         found = target_plan(index, stage, planning)
         phase_steps(found.steps, stage.phases)
         if not get_method(stage.score).needs:
+            if stage.calibration is not None:
+                raise RecipeError(
+                    f"score {stage.score} looks at no text, and calibration {stage.calibration} is given",
+                    hint="leave it out, or choose a score that measures: --set score=wanda",
+                )
             return found
         windows, source = planning.texts.calibration(
             stage.calibration or stage.data, stage.nsamples, found.text.train.length

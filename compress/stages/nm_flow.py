@@ -80,7 +80,7 @@ class NmFlow:
         model = open_whole(context)
         before = heldout_loss(model, stage)
         so_far = kept_of(model)
-        flow = Flow(flow_matrices(model, stage.jobs), options_of(stage.stage, stage.steps))
+        flow = Flow(flow_matrices(model, stage.jobs), options_of(stage.stage, stage.steps), model)
         for note in left_out_notes(flow):
             context.progress.note(note)
         others = {name: mask for name, mask in so_far.items() if name not in flow.matrices}

@@ -94,6 +94,8 @@ class PhasedRun:
         else:
             damage = self._prune_with_method(masked, phase)
         self._rates = Rates(self.stage.learning_rate, damage=damage["damage"], pruned=damage["pruned"])
+        if self.stage.schedule == "allr" and not damage["pruned"]:
+            self.context.progress.note(f"phase {phase.number} prunes nothing: its learning rate is that of llr")
 
     def _prune_with_method(self, masked: Masked, phase: Phase) -> dict[str, float]:
         """A one-shot method on the model so far, block by block as in a prune stage; it may change weights too."""

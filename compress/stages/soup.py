@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...errors import TrainingError
 from ...finetune.schedules import Rates
 from ...finetune.tokens import TokenRows
 from ...finetune.training import TrainingConfig
@@ -38,6 +39,8 @@ from .phases import PhasedRun
 from .soup_choice import Choice, SoupPlan, measure_statistics
 from .targets import phase_steps
 
+VARIABLE = ("learning_rate", "weight_decay", "warmup", "momentum", "clip", "batch", "accumulation")
+
 
 class SoupKind:
     """P phases: prune the parent once, train the candidates, go on with their average."""
@@ -46,6 +49,8 @@ class SoupKind:
         """As `Imp.plan`, and the text on which everything is compared at the end."""
         check_count(stage.candidates, teams())
         found = Imp().plan(index, stage, planning)
+        for steps in phase_steps(found.steps, stage.phases):
+            varied(stage, steps, planning.recipe.seed)
         rows = None
         if stage.measure is not None:
             windows, _, _ = planning.texts.evaluation(
@@ -62,6 +67,12 @@ class SoupKind:
 
     def run(self, context: Context, stage: SoupPlan) -> StageReport:
         return PhasedRun(context, stage, SoupPhase(context, stage)).run()
+
+
+def varied(stage: SoupStage, steps: int, seed: int) -> list[dict[str, Any]]:
+    """What the candidates of a phase of `steps` steps may differ in, one dict each. RecipeError if they do not."""
+    base = {name: getattr(stage, name) for name in VARIABLE} | {"steps": steps, "seed": seed}
+    return candidates(base, stage.factor, stage.candidates, stage.factor_values)
 
 
 class SoupPhase:
@@ -107,13 +118,7 @@ class SoupPhase:
     def _configs(self, phase: Phase, rates: Rates) -> list[tuple[Any, TrainingConfig]]:
         """(value of the factor, configuration) of every candidate."""
         field = get_factor(self.stage.factor).field
-        whole = training_config(self.context, self.plan, f"phase-{phase.number}")
-        base = {
-            name: getattr(whole, name)
-            for name in ("learning_rate", "weight_decay", "warmup", "momentum", "clip", "batch", "accumulation")
-        }
-        base |= {"steps": self.steps[phase.number - 1], "seed": phase_seed(self.context, phase.number)}
-        varied = candidates(base, self.stage.factor, self.stage.candidates, self.stage.factor_values)
+        found = varied(self.stage, self.steps[phase.number - 1], phase_seed(self.context, phase.number))
         return [
             (
                 changes[field],
@@ -121,15 +126,20 @@ class SoupPhase:
                     self.context, self.plan, f"phase-{phase.number}-candidate-{number}", rates=rates, **changes
                 ),
             )
-            for number, changes in enumerate(varied, 1)
+            for number, changes in enumerate(found, 1)
         ]
 
     def _train(self, masked: Masked, phase: Phase, index: int, rates: Rates, folder: Path, last: bool) -> None:
         """One candidate, by this process or by all; its state appears when it is complete."""
         value, config = self._configs(phase, rates)[index]
         load_tensors(masked.model, StateFile(folder / "parent.safetensors").tensors())
-        with own_run():
-            metrics = self.retrain(masked.model, config, masked.masks)
+        try:
+            with own_run():
+                metrics = self.retrain(masked.model, config, masked.masks)
+        except TrainingError as error:  # the same object: it knows whose failure it is
+            which = f"candidate {index + 1} of phase {phase.number} ({self.stage.factor} {value})"
+            error.message = f"{which}: {error.message}"
+            raise
         if has_statistics(masked.model):
             measure_statistics(masked.model, self.plan)
         more = {"log_p": log_probabilities(masked.model, self.rows, self.stage.batch)}

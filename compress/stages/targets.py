@@ -53,6 +53,7 @@ def phase_steps(total: int, phases: int) -> list[int]:
     """`total` optimizer steps over the phases. RecipeError when one would have none."""
     if total < phases:
         raise RecipeError(
-            f"{total} steps are too few for {phases} phases", hint="give more --tokens or --steps, or fewer --phases"
+            f"{total} steps are too few for {phases} phases",
+            hint="give more --tokens or --steps, or --set phases=... for fewer phases",
         )
     return [total * (p + 1) // phases - total * p // phases for p in range(phases)]

@@ -71,6 +71,7 @@ def test_the_average_by_hand(candidates, tmp_path, weights):
     assert said["masks_sha256"] == report["masks_sha256"]
     assert not (tmp_path / "out" / "report.json").exists()  # figures of one candidate
     assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert not (tmp_path / "out" / "gossamer").exists()  # of the candidates it had metrics.jsonl alone
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -127,9 +128,15 @@ def test_different_candidates_are_refused_and_nothing_is_left(candidates, parent
             average_checkpoints([one, second], out)
     with pytest.raises(RecipeError, match="at least 2"):
         average_checkpoints([one], out)
-    for weights in ([1.0], [0.0, 0.0], [1.0, -1.0]):
+    for weights in ([1.0], [0.0, 0.0], [1.0, -1.0], [1e308, 1e308], [float("nan"), 1.0]):
         with pytest.raises(RecipeError, match="weights"):
             average_checkpoints([one, candidates[1]], out, weights=weights)
+    for margin in (float("nan"), -0.5, float("inf")):
+        with pytest.raises(RecipeError, match="margin must be at least 0 and finite"):
+            average_checkpoints([one, candidates[1]], out, margin=margin)
+    for windows in (0, -1):
+        with pytest.raises(RecipeError, match=f"windows must be at least 1, got {windows}"):
+            average_checkpoints([one, candidates[1]], out, windows=windows)
     with pytest.raises(RecipeError, match="is one of the models"):
         average_checkpoints([one, candidates[1]], one, overwrite=True)
     assert not out.exists()

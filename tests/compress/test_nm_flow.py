@@ -54,6 +54,8 @@ def test_the_recipe_and_the_leaf_name_the_same_flows():
         ({"decay": 0}, "decay must be greater than 0"),
         ({"patern": "1:4"}, "patern is no field of a recipe; did you mean pattern"),
         ({"steps": 5, "tokens": 5}, "give tokens or steps, not both"),
+        ({"schedule": "allr"}, "allr starts from the damage of a pruning phase, and only the stages imp and soup"),
+        ({"tail": float("nan")}, "tail must be a finite number"),
     ],
 )
 def test_a_recipe_that_cannot_be(options, said):
@@ -77,6 +79,16 @@ def test_mistakes_are_found_before_a_weight_is_read(tiny, tmp_path, options, sai
     with pytest.raises(RecipeError, match=said):
         plan(tiny, tmp_path / "out", Recipe(stages=[flow(tiny, **options)]))
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("tail", [1.0, 0.8])  # 0.8 of 2 steps rounds to both of them
+def test_a_tail_of_all_steps(tiny, tmp_path, tail):
+    found, _ = run(tiny, tmp_path / "out", flow(tiny, steps=2, tail=tail, pattern="1:4"))
+    for key, tensor in found.items():
+        if "_proj" in key:
+            assert kept_per_group(tensor, 4) == 1, key
+    lines = (tmp_path / "out" / "gossamer" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["flips"] for line in lines] == [0.0, 0.0]
 
 
 def test_experts_of_one_tensor_have_one_pattern(tmp_path):

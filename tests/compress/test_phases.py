@@ -12,6 +12,7 @@ import yaml
 from tiny import digests, report, save_llama, save_texts, tensors
 
 from gossamer.compress.inspect import inspect_model
+from gossamer.compress.progress import Progress
 from gossamer.compress.recipe import (
     ExportStage,
     GradualStage,
@@ -41,6 +42,10 @@ def run(model: Path, out: Path, *stages, seed: int = 0):
     """The written dense tensors and the report."""
     compress(model, out, Recipe(stages=[*stages, ExportStage(format="dense")], seed=seed))
     return tensors(out), json.loads((out / "report.json").read_text())
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "gossamer" / "metrics.jsonl").read_text().splitlines()]
 
 
 def matrices(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -86,6 +91,23 @@ def test_phases_follow_the_schedule(tiny, tmp_path, kind):
     runs = said["training"]
     steps = [2, 3, 3] if kind == "imp" else [2, 2, 3, 3, 3, 3]
     assert [run["steps"] for run in runs] == steps
+
+
+def test_allr_goes_through_a_phase_that_prunes_nothing(tiny, tmp_path):
+    """2:4 in three phases is 3:4, 3:4, 2:4."""
+    notes = []
+
+    class Notes(Progress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    own = stage("imp", tiny, pattern="2:4", phases=3, schedule="allr", steps=6)
+    compress(tiny, tmp_path / "out", Recipe(stages=[own]), progress=Notes())
+    said = report(tmp_path / "out")
+    assert [entry["pruned"] for entry in said["stages"][0]["phases"]] == pytest.approx([1 / 4, 0, 1 / 3])
+    rates = [line["lr"] for line in metrics(tmp_path / "out")][::2]
+    assert 0 < rates[0] < rates[1] == own.learning_rate > rates[2] > 0
+    assert notes == ["phase 2 prunes nothing: its learning rate is that of llr"]
 
 
 @pytest.mark.parametrize(("pattern", "share"), [("1:4", 0.75), ("block:4x8", 0.5)])
@@ -178,6 +200,12 @@ def test_candidates_differ_in_one_factor_and_the_uniform_soup_is_their_mean(tiny
     (entry,) = said["stages"][0]["phases"]
     assert entry["weights"] == [1 / 3] * 3
     assert entry["heldout"] == entry["compared"]["uniform"]["loss"]
+
+
+def test_candidates_of_several_lengths_with_tokens(tiny, tmp_path):
+    own = stage("soup", tiny, phases=2, candidates=3, factor="length", soup="uniform", steps=None, tokens=4 * 128)
+    _, said = run(tiny, tmp_path / "out", own)
+    assert [run["steps"] for run in said["training"]] == [2, 3, 1] * 2
 
 
 @pytest.mark.parametrize("soup", ["uniform", "greedy", "learned", "best"])
@@ -326,6 +354,14 @@ def test_interrupted_in_the_middle_of_training(jobs, tmp_path, kind, name):
         ("soup", {"factor": "learning-rate", "factor_values": ("1e-3",)}, "1 values of learning-rate for 2 candidates"),
         ("soup", {"heldout": 0.0}, "chooses on held-out text"),
         ("soup", {"candidates": 1}, "candidates"),
+        ("soup", {"factor": "length", "steps": 3, "candidates": 3}, "candidates must differ in length, got 1, 2, 1"),
+        ("soup", {"factor": "length", "factor_values": ("2", "x")}, "'x' is not a value of length"),
+        ("soup", {"margin": float("nan")}, "margin must be a finite number"),
+        ("imp", {"calibration": "none.txt"}, "score magnitude looks at no text, and calibration none.txt is given"),
+        ("imp", {"temperature": float("inf")}, "temperature must be a finite number, got inf"),
+        ("imp", {"weight_decay": float("inf")}, "weight_decay must be a finite number, got inf"),
+        ("gradual", {"schedule": "allr"}, "only the stages imp and soup have phases"),
+        ("random", {"schedule": "allr"}, "only the stages imp and soup have phases"),
         ("gradual", {"pattern": "2:4"}, "follows a curve"),
         ("gradual", {"begin": 0.8, "end": 0.5}, "begin 0.8 lies behind end 0.5"),
         ("random", {"steps": 3, "tries": 4}, "3 training steps cannot be shared by 4"),
@@ -359,11 +395,11 @@ def test_a_target_below_what_is_pruned(tiny, tmp_path, kind):
         run(tiny, out, PruneStage(method="magnitude", sparsity=0.4), stage("gradual", tiny, sparsity=0.4))
 
 
-@pytest.mark.parametrize("kind", ["imp", "soup"])
-def test_a_loss_that_is_not_finite_names_the_step(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "which"), [("imp", "^"), ("soup", r"^candidate 1 of phase 1 \(seed 0\): ")])
+def test_a_loss_that_is_not_finite_names_the_step(tmp_path, kind, which):
     model = save_llama(tmp_path / "model")
     save_texts(model)
     own = stage(kind, model, learning_rate=1e30, clip=None)
-    with pytest.raises(TrainingError, match=r"not finite at step \d"):
+    with pytest.raises(TrainingError, match=which + r".* not finite at step \d"):
         run(model, tmp_path / "out", own)
     assert (tmp_path / "out.partial").exists()

@@ -31,6 +31,11 @@ BY_HAND = {
         Rates(0.8, damage=0.01, pruned=0.25, span=0.5, warmup=0.0),
         [0.4 * (1 - k / 8) for k in range(8)],
     ),
+    "allr, nothing pruned": (Rates(0.8, damage=0.0, pruned=0.0, warmup=0.0), [0.8 * (1 - k / 8) for k in range(8)]),
+    "allr, nothing pruned, at its span": (
+        Rates(0.8, damage=0.0, pruned=0.0, span=0.25, warmup=0.0),
+        [0.2 * (1 - k / 8) for k in range(8)],
+    ),
     # A quarter of the steps rise along half a cosine: 2 of 8, at 1/3 and 2/3 of it; the schedule takes the other 6.
     "llr, warm": (Rates(0.8, warmup=0.25), [0.2, 0.6, *(0.8 * (1 - k / 6) for k in range(6))]),
     "clr, warm": (
@@ -68,7 +73,7 @@ def test_no_step_is_wasted(name, total):
         ("slr", Rates(0.8), "needs the learning rates of the dense training"),
         ("lrw", Rates(0.8, history=(0.1,) * 7), "the last 8 steps of the dense training, which had 7"),
         ("allr", Rates(0.8), "needs the damage"),
-        ("allr", Rates(0.8, damage=0.1, pruned=0.0), "needs the damage"),
+        ("allr", Rates(0.8, damage=0.1, pruned=-0.1), "needs the damage"),
     ],
 )
 def test_what_is_missing(name, given, match):

@@ -202,6 +202,19 @@ def test_frozen_tail_keeps_its_mask() -> None:
     assert torch.equal(module.weight, last * mask)
 
 
+@pytest.mark.parametrize(("tail", "steps"), [(1.0, 4), (0.8, 2)])  # 0.8 of 2 steps rounds to both of them
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tail_of_all_steps_trains_under_one_mask(kind: str, tail: float, steps: int) -> None:
+    module = linear()
+    flow = attached(module, NM(1, 4), kind, steps=steps, tail=tail)
+    for step in range(steps):
+        flow.at(step)
+        assert torch.equal(module.weight != 0, kept(*ONE_OF_FOUR))
+        with torch.no_grad():
+            module.parametrizations.weight.original.copy_(torch.randn(2, 8))
+    assert torch.equal(flow.finish()["m"].to_bool(), kept(*ONE_OF_FOUR))
+
+
 def test_flip_rate_counts_changed_entries() -> None:
     module = linear()
     flow = attached(module, NM(1, 4), "ste", steps=20)
@@ -335,6 +348,18 @@ def test_bad_patterns_change_nothing() -> None:
         FlowOptions("ste", 5, shrink=-1.0)
     with pytest.raises(RecipeError, match="schedule 'x' is unknown"):
         FlowOptions("x", 5)
+
+
+def test_a_shared_parameter_is_refused_and_nothing_is_changed() -> None:
+    model = nn.ModuleDict({"embedding": nn.Embedding(4, 8), "up": nn.Linear(8, 4), "head": nn.Linear(8, 4)})
+    model["head"].weight = model["embedding"].weight
+    matrices = {name: FlowMatrix(model[name], NM(1, 4)) for name in ("up", "head")}
+    with pytest.raises(RecipeError, match="weight of head is shared by embedding.weight and head.weight"):
+        Flow(matrices, FlowOptions("ste", 5), model)
+    model["up"].weight = model["head"].weight
+    with pytest.raises(RecipeError, match="weight of up is shared by up and head"):
+        Flow(matrices, FlowOptions("ste", 5))
+    assert type(model["up"]) is type(model["head"]) is nn.Linear
 
 
 def test_gradient_checkpointing_sees_one_mask() -> None:
