@@ -65,7 +65,7 @@ class Report:
     @property
     def _policy(self) -> dict[str, Any] | None:
         """What the activation stage says, where there is one."""
-        return next((stage for stage in self.data["stages"] if stage["stage"] == "activation"), None)
+        return next((stage for stage in self.data.get("stages", ()) if stage["stage"] == "activation"), None)
 
     def footer(self) -> list[str]:
         """Lines below the table: protocol, time, memory, what was skipped."""

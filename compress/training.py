@@ -105,20 +105,21 @@ def retrainer(context: Context, plan: TrainingPlan, teacher: Any | None = None) 
     return retrain
 
 
-def heldout_rows(plan: TrainingPlan) -> TokenRows:
-    """The held-out rows that are measured, at most `HELDOUT_ROWS` of them: the same for every model."""
+def heldout_rows(plan: TrainingPlan, model: Any) -> TokenRows:
+    """The held-out rows that are measured, at most `HELDOUT_ROWS` of the text's: as `model` can read them."""
     rows = plan.text.heldout
-    return replace(
+    few = replace(
         rows,
         ids=rows.ids[:HELDOUT_ROWS],
         labels=None if rows.labels is None else rows.labels[:HELDOUT_ROWS],
         positions=None if rows.positions is None else rows.positions[:HELDOUT_ROWS],
     )
+    return apart(model, few)
 
 
 def heldout_loss(model: Any, plan: TrainingPlan) -> torch.Tensor:
     """Mean loss of every measured held-out row, float32 [rows]; none where nothing is held out."""
-    return row_losses(model, apart(model, heldout_rows(plan)), micro_rows(plan))
+    return row_losses(model, heldout_rows(plan, model), micro_rows(plan))
 
 
 def metrics_entry(metrics: Metrics, name: str = "") -> dict[str, Any]:

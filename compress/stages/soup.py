@@ -82,11 +82,11 @@ class SoupPhase:
         assert isinstance(plan.stage, SoupStage)
         self.context, self.plan, self.stage = context, plan, plan.stage
         self.retrain = retrainer(context, plan)
-        self.rows = heldout_rows(plan)
         self.steps = phase_steps(plan.steps, plan.stage.phases)
 
     def __call__(self, masked: Masked, phase: Phase, rates: Rates) -> dict[str, Any]:
         """Train the candidates, leave the soup in `masked.model`; the phase's entry."""
+        self.rows = heldout_rows(self.plan, masked.model)
         folder = self.context.state_folder(self.plan) / f"phase-{phase.number}"
         distributed.on_main(
             lambda: write_state(folder / "parent.safetensors", whole_tensors(masked.model), masked.masks)

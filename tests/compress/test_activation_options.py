@@ -54,7 +54,7 @@ def test_fields_reach_their_method():
         ({"method": "coreinfer", "refresh": 1}, "all neurons of every token"),
         ({"method": "rsparse", "search": False, "population": 6}, "search is off"),
         ({"target_ppl_increase": "1"}, "is an increase by 100%"),
-        ({"target_ppl_increase": 0.6}, "is an increase by 60%"),
+        ({"target_ppl_increase": "0.6"}, "is an increase by 60%"),
     ],
 )
 def test_mistakes(fields, message):
@@ -68,6 +68,7 @@ def test_a_percentage_is_not_a_share():
     assert caught.value.hint.startswith("1%?")
     assert stage(target_ppl_increase="1%").target_ppl_increase == pytest.approx(0.01)
     assert stage(target_ppl_increase="60%").target_ppl_increase == pytest.approx(0.6)
+    assert stage(target_ppl_increase=0.6).target_ppl_increase == pytest.approx(0.6)  # as the recipe was written
     assert stage(target_ppl_increase="0.05").target_ppl_increase == pytest.approx(0.05)
 
 

@@ -124,13 +124,14 @@ def test_other_families(tmp_path, family):
 
 
 def test_distillation_needs_no_other_model(tiny, pruned, tmp_path):
-    """The teacher is the model that the recipe began with; of a pruned folder that is itself: a loss of zero."""
+    """The teacher is the model that the recipe began with, unless another one is named: here, the pruned one itself."""
     tune = stage(tiny, method="full", loss="distill", steps=4, log_every=1)
     made = compress(tiny, tmp_path / "out", Recipe(stages=(PruneStage(method="magnitude"), tune)))
     lines = [json.loads(line) for line in (tmp_path / "out/gossamer/metrics.jsonl").read_text().splitlines()]
     assert lines[0]["loss"] > 0.01
     assert made["sparsity"]["prunable"] == 0.5
-    compress(pruned / "sparse", tmp_path / "same", Recipe(stages=(tune,)))
+    itself = tune.model_copy(update={"teacher": str(pruned / "sparse")})
+    compress(pruned / "sparse", tmp_path / "same", Recipe(stages=(itself,)))
     lines = [json.loads(line) for line in (tmp_path / "same/gossamer/metrics.jsonl").read_text().splitlines()]
     assert lines[0]["loss"] < 1e-5
 
