@@ -196,17 +196,24 @@ def cells(options: argparse.Namespace, done: set[Any]) -> Iterator[dict[str, Any
     effort = effort_of(options)
     for name in options.models[:1] if options.smoke else options.models:
         for variant in VARIANTS:
-            if ("quality", name, variant) not in done:
+            if ("quality", name, variant, effort.nsamples, effort.windows) not in done:
                 yield row(name, variant, options, effort)
         if any(("speed", name, variant) not in done for variant in VARIANTS):
             yield from speeds(name, options, effort)
 
 
+def key(line: dict[str, Any]) -> tuple[Any, ...]:
+    """What identifies a line of the results."""
+    effort = (line["nsamples"], line["windows"]) if line["kind"] == "quality" else ()
+    return (line["kind"], line["model"], line["variant"], *effort)
+
+
 def tables(lines: list[dict[str, Any]]) -> str:
-    """Markdown of what was measured; the later of two lines of one row counts."""
-    known = {(c["kind"], c["model"], c["variant"]): c for c in lines}
+    """Markdown of what was measured: the last line of every row, of those with the effort of the first row."""
     parts: list[str] = []
     for name in dict.fromkeys(c["model"] for c in lines):
+        effort = next((e[3:] for e in map(key, lines) if e[:2] == ("quality", name)), ())
+        known = {key(c)[:3]: c for c in lines if key(c)[3:] in (effort, ())}
         rows = [(v, known.get(("quality", name, v)), known.get(("speed", name, v), {})) for v in VARIANTS]
         first = next(q for _, q, _ in rows if q)
         speed = next((s for _, _, s in rows if s), {})
@@ -256,7 +263,7 @@ def main() -> None:
         return
     options.shared, options.work = options.shared.resolve(), options.work.resolve()
     torch.set_num_threads(options.threads)
-    done = {(c["kind"], c["model"], c["variant"]) for c in read_results(options.results)}
+    done = set(map(key, read_results(options.results)))
     for cell in cells(options, done):
         append_result(options.results, cell)
         print(json.dumps(cell), flush=True)
