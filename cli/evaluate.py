@@ -64,5 +64,13 @@ def _lines(result: dict) -> list[str]:
         f"cross-entropy {result['cross_entropy']:.4f} nats per token, standard error {result['standard_error']:.4f}",
         f"protocol: {describe_protocol(result['protocol'])}",
         *([f"run by its head plan: {result['head_plan']}"] if "head_plan" in result else []),
+        *_left_out(result),
         f"peak memory {human_bytes(result['peak_memory_bytes'])}",
     ]
+
+
+def _left_out(result: dict) -> list[str]:
+    if "policy_left_out" not in result:
+        return []
+    command = f"gossamer inspect {result['model']} --activation --data DATA"
+    return [f"without its activation policy ({result['policy_left_out']}), which skips at decode; with it: {command}"]

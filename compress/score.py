@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import ModelError
 from . import distributed, memory
+from .attachments import entries
 from .blocks import StreamedModel
 from .evaluate import score
 from .plan import evaluation_dtype, sequence_length
@@ -55,9 +56,11 @@ def evaluate_model(
             )
     if not math.isfinite(result.cross_entropy):
         raise ModelError("the model's loss is not finite", hint="try --dtype float32, or check the checkpoint")
+    policy = entries(source.config).get("activation")
     return {
         "model": str(model),
         **result.as_dict(),
+        **({} if policy is None else {"policy_left_out": policy.get("method", "activation")}),
         "protocol": asdict(protocol),
         "digest": digest,
         "peak_memory_bytes": peak.peak,

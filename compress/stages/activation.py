@@ -113,12 +113,9 @@ class _Run:
         return StageReport("activation", self.plan.index, seconds, result, entry=entry, files=files)
 
     def _tell(self, result: dict[str, Any]) -> None:
-        """What no later stage will say."""
-        note = self.context.progress.note
-        if not any(stage.stage.stage == "evaluate" for stage in self.context.plan.stages):
-            note(f"the policy {result['method']} skips {result['sparsity']:.1%} of the linear weights at decode")
-        elif "note" in result:
-            note(result["note"])
+        """What the figures of a later stage leave out."""
+        if "note" in result and any(stage.stage.stage == "evaluate" for stage in self.context.plan.stages):
+            self.context.progress.note(result["note"])
 
     def _goal(self) -> float:
         if self.stage.goal is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from activation_cases import family_with, linear_policy
@@ -24,3 +25,19 @@ def test_policies_and_head_plans_are_shown(tmp_path: Path) -> None:
     found = json.loads(CliRunner().invoke(app, ["inspect", str(folder), "--json"]).output)
     assert found["heads"] == {"method": "gossamer (group)", "density": plan["density"], "block": 16}
     assert found["activation"]["maps"] == 21
+
+
+def test_eval_says_that_it_leaves_a_policy_out(tmp_path: Path, tiny: Path) -> None:
+    """On prompts nothing is skipped; of a model without a policy nothing is said."""
+    folder = shutil.copytree(tiny, tmp_path / "m")
+    words = ["--data", str(tiny / "heldout.txt"), "--seqlen", "16", "--windows", "2"]
+    plain = CliRunner().invoke(app, ["eval", str(folder), *words])
+    assert plain.exit_code == 0, plain.output
+    assert "policy" not in plain.output
+    config = json.loads((folder / "config.json").read_text())
+    config["gossamer"] = {"format_version": 1, "activation": {"method": "threshold", "file": "gossamer/activation"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    shown = CliRunner().invoke(app, ["eval", str(folder), *words])
+    assert shown.exit_code == 0, shown.output
+    assert "without its activation policy (threshold)" in shown.output
+    assert shown.output.splitlines()[0] == plain.output.splitlines()[0]
