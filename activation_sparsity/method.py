@@ -125,6 +125,11 @@ class Method(ABC):
     surveys = False
     follows = False
 
+    @property
+    def watched(self) -> float:
+        """Share of the decoded tokens that skip nothing."""
+        return 0.0
+
     def reachable(self, extent: Extent) -> float:
         """The highest sparsity of all linear maps that this method can reach."""
         return extent.sites / extent.whole if extent.whole else 0.0

@@ -166,6 +166,11 @@ class StreamedModel(Anatomy):
             recorder.record.returns = [self._returns[self._kind(i)] for i in range(self.num_blocks)]
         return recorder.record
 
+    @property
+    def whole(self) -> Any:
+        """The model that owns the blocks, of which they are copies: what is set on it holds for those loaded later."""
+        return self._model
+
     @overload
     def run_block(self, i: int, block: nn.Module, hidden: torch.Tensor, args: BlockArgs, w: int) -> torch.Tensor: ...
 

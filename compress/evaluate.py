@@ -96,7 +96,7 @@ def run_by_plan(model: StreamedModel, entry: dict[str, Any] | None) -> str | Non
     from .heads import apply
 
     plan = HeadPlan.from_json(entry)
-    apply(model._model, plan, cache="masked")  # blocks are copies of the skeleton's, and the masks are arguments
+    apply(model.whole, plan, cache="masked")
     kept = ", ".join(f"{plan.density(length):.4g} at {length} tokens" for length in plan.lengths)
     return f"{plan.made.get('method', 'head plan')}, density {kept}"
 

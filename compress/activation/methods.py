@@ -28,11 +28,6 @@ def make_method(stage: ActivationStage, seed: int, blocks: int) -> Method:
     return kind(**{name: value for name, value in options.items() if value is not None})  # type: ignore[no-any-return]
 
 
-def watched(method: Method) -> float:
-    """Share of the decoded tokens that skip nothing."""
-    return float(getattr(method, "watched", 0.0))
-
-
 def with_watched(policy: Policy, whole: float) -> Policy:
     """`policy`, whose figures are of tokens that skip, with those of all tokens: a share `whole` skips nothing."""
     facts = dict(policy.facts)

@@ -18,7 +18,7 @@ from ...errors import RecipeError
 from .. import distributed
 from ..activation.calibrate import Calibration
 from ..activation.file import FILE, write_policy
-from ..activation.methods import make_method, watched, with_watched
+from ..activation.methods import make_method, with_watched
 from ..activation.parts import StoredParts
 from ..activation.products import measured, products, runtime_dtype
 from ..activation.speed import sparsity_for
@@ -137,7 +137,7 @@ class _Run:
         counts = products(self.model, found, self.context.written(), self.stage.method, dtype)
         goal = sparsity_for(
             counts, partial(measured, dtype=dtype), self._reachable(calibration), self.stage.target_speedup,
-            self.context.progress.note, watched(calibration.method),
+            self.context.progress.note, calibration.method.watched,
         )  # fmt: skip
         self.context.journal.finish(unit, {"sparsity": goal})
         return goal
@@ -148,7 +148,7 @@ class _Run:
         shapes = {p.name: p.shape for i in range(self.model.num_blocks) for p in self.model.prunables(i)}
         calibration = self._calibration(self._method(self.context.plan.recipe.seed))
         calibration.parts = StoredParts(self.context, self.folder, unit, shapes)
-        whole = watched(calibration.method)
+        whole = calibration.method.watched
         if not whole:
             return calibration.run(goal)
         highest = self._reachable(calibration)
@@ -165,7 +165,7 @@ class _Run:
 
     def _reachable(self, calibration: Calibration) -> float:
         """The highest sparsity, over tokens that skip and those that are computed whole."""
-        return calibration.reachable * (1 - watched(calibration.method))
+        return calibration.reachable * (1 - calibration.method.watched)
 
     def _calibration(self, method: Method) -> Calibration:
         assert self.plan.windows is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...errors import RecipeError
 from ...finetune.methods import Attached, get_method
 from ...finetune.packing import apart
-from ...finetune.spiel.method import Adapting
+from ...finetune.spiel.method import Adapting, Ground
 from .. import distributed
 from ..jobs import MatrixJob, matrix_jobs
 from ..needs import Needs
@@ -93,7 +93,7 @@ class Finetune:
         if isinstance(method, Adapting):
             linear = [target for target in targets if target.kind != "expert"]
             shapes = [target.shape for target in linear]
-            method.check(stage.model_dump(), shapes, masked, room_of(index, planning, linear))
+            method.check(stage.model_dump(), Ground(shapes, masked, room_of(index, planning, linear)))
         pattern = method.prunes(stage.model_dump())
         pruned = [target for target in targets if target.kind != "expert"]
         jobs = () if pattern is None else matrix_jobs(pattern, pruned, model)

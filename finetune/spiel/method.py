@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,26 +32,29 @@ BUDGET = ("density", "num_weights", "rank_equivalent")
 SCORED_ROWS = 64  # of the training text, for a selection by data
 
 
+@dataclass(frozen=True)
+class Ground:
+    """What an adapter will find, as far as headers say.
+
+    Attributes:
+        shapes: (out, in) of the matrices that may be adapted.
+        masked: whether the model has masks by then.
+        room: kept weights of each matrix, None without a mask; None: not known yet.
+    """
+
+    shapes: Sequence[tuple[int, int]]
+    masked: bool
+    room: Sequence[int | None] | None
+
+
 class Adapting(Method):
     """What methods of peft have in common here. `options` below are the fields of the finetune stage."""
 
     beside = True
 
     @abstractmethod
-    def check(
-        self,
-        options: Mapping[str, Any],
-        shapes: Sequence[tuple[int, int]],
-        masked: bool,
-        room: Sequence[int | None] | None,
-    ) -> None:
-        """RecipeError for options that the masks of the model do not allow; from headers alone.
-
-        Args:
-            shapes: (out, in) of the matrices that may be adapted.
-            masked: whether the model has masks by then.
-            room: kept weights of each matrix, None without a mask; None: not known yet.
-        """
+    def check(self, options: Mapping[str, Any], ground: Ground) -> None:
+        """RecipeError for options that the masks of the model do not allow; from headers alone."""
 
     @abstractmethod
     def tuner(self, model: Any, names: list[str], options: Mapping[str, Any], seed: int) -> BaseTuner:
@@ -109,14 +113,8 @@ class _Spiel(Adapting):
     def share(self, parameters: int, shapes: Sequence[tuple[int, int]], options: Mapping[str, Any]) -> float:
         return total(shapes, *(options[name] for name in BUDGET)) / parameters
 
-    def check(
-        self,
-        options: Mapping[str, Any],
-        shapes: Sequence[tuple[int, int]],
-        masked: bool,
-        room: Sequence[int | None] | None,
-    ) -> None:
-        where = options["where"]
+    def check(self, options: Mapping[str, Any], ground: Ground) -> None:
+        where, shapes, masked, room = options["where"], ground.shapes, ground.masked, ground.room
         if masked and where == "all":
             raise RecipeError(
                 "where=all would bring pruned weights of the model back",
@@ -186,14 +184,8 @@ class Lora(Adapting):
     def share(self, parameters: int, shapes: Sequence[tuple[int, int]], options: Mapping[str, Any]) -> float:
         return min(1.0, options["rank"] * sum(rows + cols for rows, cols in shapes) / parameters)
 
-    def check(
-        self,
-        options: Mapping[str, Any],
-        shapes: Sequence[tuple[int, int]],
-        masked: bool,
-        room: Sequence[int | None] | None,
-    ) -> None:
-        if masked:
+    def check(self, options: Mapping[str, Any], ground: Ground) -> None:
+        if ground.masked:
             raise RecipeError(
                 "method lora cannot keep the zeros of a pruned model",
                 hint="use masklora or spiel-ag, or fine-tune first",

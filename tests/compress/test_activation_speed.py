@@ -131,7 +131,7 @@ def test_a_resumed_run_goes_on_with_what_was_measured(tmp_path, monkeypatch):
         run.context = SimpleNamespace(
             journal=journal, written=lambda: None, progress=SimpleNamespace(note=lambda _: None)
         )
-        return run._measured_goal(SimpleNamespace(found={}, reachable=1.0, method=None))
+        return run._measured_goal(SimpleNamespace(found={}, reachable=1.0, method=SimpleNamespace(watched=0.0)))
 
     first = goal(Journal.start(tmp_path / "out.partial", {"a": 1}))
     assert first == pytest.approx(0.4)

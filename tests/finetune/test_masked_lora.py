@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from exports import save_family_sparse
+from lora_models import TARGETS, logits, trained
 from peft import LoraConfig, PeftModel, get_peft_model
 from spiel_models import fill
 
@@ -13,9 +14,6 @@ from gossamer.errors import KernelError, ModelError, RecipeError
 from gossamer.finetune.spiel.config import SpielConfig
 from gossamer.finetune.spiel.layer import Linear, layers_of
 from gossamer.kernels.modules.sparse_linear import SparseLinear
-
-IDS = torch.arange(12).view(2, 6)
-TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
 
 
 @pytest.fixture(scope="module", params=sorted(TARGETS))
@@ -33,17 +31,7 @@ def names_of(folder):
 
 
 def lora(model, **config):
-    wrapped = get_peft_model(model, LoraConfig(r=4, **config)).eval()
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
-            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return wrapped
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS).logits.float()
+    return trained(model, LoraConfig(r=4, **config))
 
 
 def alive(model):

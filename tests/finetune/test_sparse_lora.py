@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from exports import save_family_sparse
+from lora_models import IDS, TARGETS, logits, trained
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import gossamer
@@ -12,9 +13,6 @@ from gossamer.compress.generate import generate
 from gossamer.errors import KernelError, RecipeError
 from gossamer.kernels.modules.bitmask_linear import BitmaskLinear
 from gossamer.kernels.modules.sparse_linear import SparseLinear
-
-IDS = torch.arange(12).view(2, 6)
-TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
 
 
 @pytest.fixture(params=sorted(TARGETS))
@@ -28,21 +26,6 @@ def loaded(request, tmp_path):
     ]
     assert names
     return folder, model, LoraConfig(r=4, target_modules=TARGETS[request.param])
-
-
-def trained(model, config):
-    """Wrapped, with factors that do something."""
-    wrapped = get_peft_model(model, config).eval()
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
-            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return wrapped
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS).logits.float()
 
 
 def bits_of(model):
