@@ -37,9 +37,14 @@ def shorten(module: nn.Module) -> None:
         object.__setattr__(module, "forward", partial(_forward, module))  # unlike a bound method it can be pickled
 
 
+def shortened(module: nn.Module) -> bool:
+    """Whether a block has the short way: then it computes what is said above."""
+    return getattr(module.__dict__.get("forward"), "func", None) is _forward
+
+
 def restore(module: nn.Module) -> None:
     """Takes the short way away."""
-    if getattr(module.__dict__.get("forward"), "func", None) is _forward:
+    if shortened(module):
         del module.__dict__["forward"]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -18,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from ..kernels.arguments import CODES
 from ..kernels.ready import cpu_ready
 from ..kernels.window_attention.dispatch import MAX_GROUP, window_attention
+from .filled import every_key
 
 NAME = "gossamer_decode"
 USUAL = "sdpa"
@@ -54,12 +54,13 @@ def decode_attention(
         )  # fmt: skip
     batch, heads, _, width = query.shape
     scale = width**-0.5 if scaling is None else scaling
-    rows = key.shape[0] * key.shape[1] * key.shape[2]
+    capacity = _capacity(key)
+    rows = (batch * key.shape[1] - 1) * capacity + key.shape[2]
     out = window_attention(
         query.reshape(batch, heads, width).contiguous(),
-        key.view(rows, width),
-        value.view(rows, width),
-        _every_key(batch, key.shape[1], key.shape[2]),
+        key.as_strided((rows, width), (width, 1)),
+        value.as_strided((rows, width), (width, 1)),
+        _every_key(batch, key.shape[1], key.shape[2], capacity),
         scale,
     )
     return out.view(batch, 1, heads, width), None
@@ -71,9 +72,8 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, rest: dict[str, Any]) -> bo
         and query.is_cpu
         and query.dtype in CODES
         and query.dtype is key.dtype is value.dtype
-        and key.is_contiguous()
-        and value.is_contiguous()
         and key.shape == value.shape
+        and _capacity(key) == _capacity(value) > 0
         and key.shape[0] == query.shape[0]
         and key.shape[3] == query.shape[3]
         and query.shape[1] % key.shape[1] == 0
@@ -83,10 +83,15 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, rest: dict[str, Any]) -> bo
     )
 
 
-@lru_cache(maxsize=4)
-def _every_key(batch: int, kv_heads: int, length: int) -> Tensor:
-    """The ranges of `window_attention` for a whole cache [batch, KV heads, length]; all layers of a step share them."""
-    ranges = torch.zeros(batch, kv_heads, 4, dtype=torch.int64, device="cpu")
-    ranges[..., 0] = torch.arange(batch * kv_heads, device="cpu").view(batch, kv_heads) * length
-    ranges[..., 1] = length
-    return ranges
+def _capacity(cache: Tensor) -> int:
+    """Rows from one head of [batch, KV heads, k, D] to the next, where rows lie side by side; 0 for another order."""
+    batch, heads, length, width = cache.shape
+    far, near, row, one = cache.stride()
+    if not cache.numel() or one != 1 or (row != width and length > 1):
+        return 0
+    capacity = near // width if heads > 1 else far // width if batch > 1 else length
+    fits = (heads == 1 or near == capacity * width) and (batch == 1 or far == heads * capacity * width)
+    return capacity if fits and capacity >= length else 0
+
+
+_every_key = lru_cache(maxsize=4)(every_key)  # all layers of a step share them

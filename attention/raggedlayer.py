@@ -19,6 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ..errors import KernelError, ModelError
 from ..kernels.arguments import CODES
 from ..kernels.window_attention.dispatch import MAX_GROUP, window_step
+from .filled import Place
 from .layout import Layout
 from .mask import HeadMask
 from .shared import Shared
@@ -162,26 +163,44 @@ class RaggedLayer(CacheLayerMixin):
         self.shared.windows[self.index] = reach
         return self._step(self.store, query, key, value, scale)
 
+    def place_one(self, reach: int) -> Place:
+        """Where the next token of every sequence goes and what it sees, for a layer that has begun (take_one).
+
+        Nothing is counted until `placed_one`.
+        """
+        assert self.store is not None
+        self.shared.windows[self.index] = reach
+        return self._place(self.store)
+
+    def placed_one(self) -> None:
+        """The token that `place_one` made room for is there."""
+        assert self.store is not None
+        self.seen += 1
+        self.store.counts = tuple([count + 1 for count in self.store.counts])
+
+    def _place(self, store: Store) -> Place:
+        after = tuple([count + 1 for count in store.counts])
+        if not store.layout.holds(after):
+            store.make_room(self.shared.layout(after, store.keys.device))
+        step, width = self.shared.step(store.layout, store.counts), store.keys.shape[-1]
+        return Place(
+            store.keys.view(-1, width), store.values.view(-1, width), step.slots[self.index], step.ranges[self.index]
+        )
+
     def _attend_one(self, store: Store, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         query, key, value = (tensor.squeeze(2).contiguous() for tensor in (query, key, value))
         return self._step(store, query, key, value, scale).unsqueeze(2)
 
     def _step(self, store: Store, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        after = tuple([count + 1 for count in store.counts])
-        if not store.layout.holds(after):
-            store.make_room(self.shared.layout(after, key.device))
-        step, width = self.shared.step(store.layout, store.counts), key.shape[2]
+        place = self._place(store)
         try:
-            out = window_step(
-                query, key, value, store.keys.view(-1, width), store.values.view(-1, width),
-                step.slots[self.index], step.ranges[self.index], scale,
-            )  # fmt: skip
+            out = window_step(query, key, value, *place, scale)
         except KernelError as error:
             raise ModelError(
                 f"layer {self.index} cannot run with a ragged cache: {error.message}",
                 hint=error.hint or "apply the plan with cache='masked'",
             ) from error
-        store.counts = after
+        store.counts = tuple([count + 1 for count in store.counts])
         return out
 
     def _attend_many(

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
+from ..attention.filled import FilledCache
 from ..errors import DataError, RecipeError
 from .heads import new_cache
 
@@ -139,12 +141,16 @@ def _check_length(model: Any, length: int, new: int) -> None:
 def _cache(model: Any, length: int) -> Any:
     """Keys and values for `length` positions, made once; None, transformers' choice, where a model has another kind.
 
-    Of a model with a head plan, only what the plan keeps.
+    Of a model with a head plan, only what the plan keeps; of layers with a window, the window.
     """
     ragged = new_cache(model, length)
     if ragged is not None:
         return ragged
     try:
+        usual = DynamicCache(config=model.config).layers
+        kinds = {type(layer) for layer in usual}
+        if kinds == {DynamicLayer}:
+            return FilledCache(len(usual), length)
         return StaticCache(config=model.config, max_cache_len=length)
     except (TypeError, ValueError, AttributeError):
         return None

@@ -26,6 +26,11 @@ def adopt_norms(model: Any) -> None:
             object.__setattr__(module, "forward", partial(_forward, module))  # unlike a bound method it can be pickled
 
 
+def adopted(module: Any) -> bool:
+    """Whether a norm is one of those."""
+    return getattr(module.__dict__.get("forward"), "func", None) is _forward
+
+
 def _forward(self: Any, hidden_states: Tensor) -> Tensor:
     weight = self.weight
     fits = (

@@ -22,6 +22,7 @@ from ..kernels.modules.dense_linear import DenseLinear
 from ..kernels.modules.int8_linear import Int8BitmaskLinear
 from ..kernels.modules.packed_stack import PackedStack
 from ..kernels.modules.sparse_linear import PREFILL
+from .blockstep import shorten_block
 from .norms import adopt_norms
 
 
@@ -98,6 +99,7 @@ def adopt(model: Any) -> None:
     adopt_norms(model)
     for module in model.modules():
         shorten(module)
+        shorten_block(module)
         if type(module) is nn.Linear and module.weight.is_cpu:
             DenseLinear.adopt(module)
 

@@ -8,7 +8,7 @@ from functools import cache
 from types import ModuleType
 
 VARIABLE = "GOSSAMER_DISABLE_EXTENSION"
-INTERFACE = 8  # must equal kInterface in csrc/module.cpp
+INTERFACE = 9  # must equal kInterface in csrc/module.cpp
 
 
 @cache

@@ -16,6 +16,7 @@
 #include "neuron.h"
 #include "norm.h"
 #include "parallel.h"
+#include "step.h"
 #include "tiers.h"
 #include "tiles.h"
 #include "window.h"
@@ -25,7 +26,7 @@ namespace nb = nanobind;
 namespace {
 
 // Raised whenever a signature changes, so that a stale build is noticed (kernels/extension.py).
-constexpr int kInterface = 8;
+constexpr int kInterface = 9;
 
 using Address = std::uintptr_t;
 
@@ -186,6 +187,62 @@ void define_norm(nb::module_& m) {
     });  // a few microseconds: not worth giving the interpreter's lock away
 }
 
+// kind, threshold, center, and of each matrix weight, rows, packed, start, bias, output.
+using MatrixWords = std::tuple<Address, std::int64_t, bool, Address, Address, int>;
+using ProductWords = std::tuple<int, Address, Address, std::vector<MatrixWords>>;
+
+std::vector<gossamer::Product> products(const std::vector<ProductWords>& words) {
+    std::vector<gossamer::Product> made;
+    for (const auto& [kind, threshold, center, matrices] : words) {
+        gossamer::Product product{kind, at<const float>(threshold), at<const float>(center), {}};
+        for (const auto& [weight, rows, packed, start, bias, output] : matrices) {
+            product.matrices.push_back({at<const void>(weight), rows, packed, at<const void>(start),
+                                        at<const void>(bias), output});
+        }
+        made.push_back(std::move(product));
+    }
+    return made;
+}
+
+void define_step(nb::module_& m) {
+    namespace g = gossamer;
+    using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+    using Cached = std::tuple<Address, Address, std::int64_t, Address, Address>;  // keys, values, rows, slots, ranges
+    using Turn = std::tuple<Address, Address, std::int64_t>;
+    nb::class_<g::AttentionHalf>(m, "AttentionHalf")
+        .def("__init__", [](g::AttentionHalf* self, int dtype, Address norm, float epsilon, Sizes sizes, float scale,
+                            const std::vector<ProductWords>& inputs, const std::vector<ProductWords>& output) {
+            const auto [hidden, heads, kv_heads, width] = sizes;
+            new (self) g::AttentionHalf{dtype,    {at<const void>(norm), epsilon}, hidden, heads, kv_heads, width, scale,
+                                        products(inputs), products(output)};
+        })
+        .def("run", [](const g::AttentionHalf& self, Address tier, Address x, int batch, Turn turn, Cached cached,
+                       Address y, int threads) {
+            const auto [keys, values, rows, slots, ranges] = cached;
+            g::Window window{};
+            window.keys = at<void>(keys), window.values = at<void>(values), window.rows = rows;
+            window.slots = at<const std::int64_t>(slots), window.ranges = at<const std::int64_t>(ranges);
+            const g::Rotation rotation{at<const void>(std::get<0>(turn)), at<const void>(std::get<1>(turn)),
+                                       std::get<2>(turn)};
+            return g::attend(*at<const g::Tier>(tier), self, at<const void>(x), batch, rotation, window, at<void>(y),
+                             threads);
+        }, nb::call_guard<nb::gil_scoped_release>());
+    nb::class_<g::FeedHalf>(m, "FeedHalf")
+        .def("__init__", [](g::FeedHalf* self, int dtype, Address norm, float epsilon, std::int64_t hidden,
+                            std::int64_t neurons, int activation, const std::vector<ProductWords>& inputs,
+                            const std::vector<ProductWords>& output, std::tuple<Address, Address, Address> subset) {
+            const auto [gate, up, down_t] = subset;
+            new (self) g::FeedHalf{dtype,      {at<const void>(norm), epsilon}, hidden, neurons,
+                                   activation, products(inputs), products(output), at<const void>(gate),
+                                   at<const void>(up), at<const void>(down_t)};
+        })
+        .def("run", [](const g::FeedHalf& self, Address tier, Address x, int batch, Address active, std::int64_t count,
+                       Address y, int threads) {
+            return g::feed(*at<const g::Tier>(tier), self, at<const void>(x), batch, at<const std::int32_t>(active),
+                           count, at<void>(y), threads);
+        }, nb::call_guard<nb::gil_scoped_release>());
+}
+
 }  // namespace
 
 NB_MODULE(_C, m) {
@@ -198,4 +255,5 @@ NB_MODULE(_C, m) {
     define_neuron(m);
     define_window(m);
     define_norm(m);
+    define_step(m);
 }

@@ -1,7 +1,6 @@
 #include "neuron.h"
 
-#include <cmath>
-
+#include "activate.h"
 #include "work.h"
 
 namespace gossamer {
@@ -16,19 +15,10 @@ bool rises(const std::int32_t* active, std::int64_t count, std::int64_t limit) {
     return !wrong;
 }
 
-// As torch's, and with its NaN: silu and gelu of minus infinity are NaN.
-float activate(int activation, float g) {
-    switch (activation) {
-        case kSilu: return g / (1.0f + std::exp(-g));
-        case kGeluTanh: return 0.5f * g * (1.0f + std::tanh(0.7978845608f * (g + 0.044715f * g * g * g)));
-        case kGelu: return 0.5f * g * (1.0f + std::erf(g * 0.7071067812f));
-        default: return g < 0.0f ? 0.0f : g;
-    }
-}
-
 // [count] gates become inputs of the down projection.
 void gate(int activation, float* gates, const float* ups, std::int64_t count) {
-    for (std::int64_t i = 0; i < count; ++i) gates[i] = activate(activation, gates[i]) * ups[i];
+    activate(activation, gates, count);
+    for (std::int64_t i = 0; i < count; ++i) gates[i] *= ups[i];
 }
 
 }  // namespace

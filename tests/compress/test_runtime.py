@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import gossamer
+from gossamer.compress import blockstep
 from gossamer.compress.convert import convert
 from gossamer.compress.generate import Sampling, Timing, generate
 from gossamer.errors import DataError, KernelError, RecipeError
@@ -68,6 +69,7 @@ def test_siblings_are_found_and_computed_in_one_call(tmp_path, monkeypatch):
     from gossamer.kernels.modules import bitmask_linear, dense_linear
 
     sparse, _ = pair("llama", tmp_path)
+    monkeypatch.setattr(blockstep, "_one_token", lambda *words: False)  # blocks module by module
     calls = []
     real = bitmask_linear.together
 
