@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 
 class Watch:
-    """Some modules, without keeping them or their tensors alive."""
+    """Some modules. Their tensors are not kept alive."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         """Modules, not their children: what of them matters is to be named as well."""
-        self._modules = [_Module(module) for module in modules]
+        self._modules = [
+            (module, module.__dict__, type(module), module.__dict__.get("forward"), _hooked(module), _children(module))
+            for module in modules
+        ]
         self._tensors = [
             _known(held, name, tensor)
             for module in modules
@@ -29,12 +32,23 @@ class Watch:
 
     def plain(self) -> bool:
         """Whether nothing but `forward` runs when one of the modules is called."""
-        return not any(one.hooked for one in self._modules)
+        return not any(hooked for *_, hooked, _ in self._modules)
 
     def same(self) -> bool:
-        for one in self._modules:
-            if one.changed():
+        """Written out in one piece: it runs for every block and token."""
+        for module, own, kind, forward, hooked, children in self._modules:
+            if (
+                type(module) is not kind
+                or own.get("forward") is not forward
+                or bool(own["_forward_hooks"] or own["_forward_pre_hooks"]) is not hooked
+            ):
                 return False
+            held = own["_modules"]
+            if len(held) != len(children):
+                return False
+            for name, child in children:
+                if held.get(name) is not child:
+                    return False
         for held, name, known, place, size, dtype, version in self._tensors:
             tensor = held.get(name)
             if tensor is None:
@@ -53,24 +67,12 @@ class Watch:
         return True
 
 
-class _Module:
-    def __init__(self, module: nn.Module) -> None:
-        self._module, self._kind = weakref.ref(module), type(module)
-        self._forward = module.__dict__.get("forward")
-        self._children = list(module._modules.items())
-        self.hooked = bool(module._forward_hooks or module._forward_pre_hooks)
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
-    def changed(self) -> bool:
-        module = self._module()
-        if module is None or type(module) is not self._kind or module.__dict__.get("forward") is not self._forward:
-            return True
-        if self.hooked is not bool(module._forward_hooks or module._forward_pre_hooks):
-            return True
-        held = module._modules
-        for name, child in self._children:
-            if held.get(name) is not child:
-                return True
-        return len(held) != len(self._children)
+
+def _children(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
+    return list(module._modules.items())
 
 
 def _known(held: Any, name: str, tensor: Tensor | None) -> tuple[Any, ...]:
