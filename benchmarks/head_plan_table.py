@@ -8,6 +8,7 @@ from typing import Any
 
 from pages import put
 from quality import read_results
+from suite import paired, spread
 
 METHODS = ["uniform", "per-layer", "masformer", "duo", "moa", "gossamer"]
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
@@ -15,7 +16,7 @@ BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 
 def tables(lines: Sequence[dict[str, Any]]) -> str:
     """Markdown of everything measured; the later of two lines of one cell counts."""
-    known = {(c["suite"], c["model"], c["density"], c["method"]): c for c in lines}
+    known = {(c["suite"], c["model"], c["density"], c["method"], c.get("seed", 0)): c for c in lines}
     parts: list[str] = []
     for cell in (c for c in known.values() if c["suite"] == "influence"):
         parts += [
@@ -39,11 +40,32 @@ def _comparison(known: dict[Any, dict[str, Any]], suite: str, model: str, figure
     rows = [f"{model}, {figure}; dense {own[0]['dense'][figure]:.4g}:", ""]
     rows += [f"| method | {' | '.join(f'{100 * d:g} % of the KV bytes' for d in densities)} |"]
     rows += ["|---" * (len(densities) + 1) + "|"]
+    found: dict[tuple[str, float], dict[int, float]] = {}
+    for cell in own:
+        found.setdefault((cell["method"], cell["density"]), {})[cell.get("seed", 0)] = cell[figure]
     for method in METHODS:
-        found = [known.get((suite, model, density, method)) for density in densities]
-        if any(found):
-            rows.append(f"| {method} | {' | '.join('-' if c is None else f'{c[figure]:.4g}' for c in found)} |")
-    return [*rows, ""]
+        if any((method, density) in found for density in densities):
+            rows.append(f"| {method} | {' | '.join(spread(found.get((method, d))) for d in densities)} |")
+    return [*rows, "", *_against_the_next(found, densities, lower=figure == "perplexity")]
+
+
+def _against_the_next(
+    found: dict[tuple[str, float], dict[int, float]], densities: Sequence[float], *, lower: bool
+) -> list[str]:
+    """Per density, the difference to the best rival, of seeds that both have; positive figures are losses of ours."""
+    rows, sign = [], 1.0 if lower else -1.0
+    for density in densities:
+        ours = {seed: sign * value for seed, value in found.get((METHODS[-1], density), {}).items()}
+        rivals = {m: found[m, density] for m in METHODS[:-1] if (m, density) in found}
+        if len(ours) < 2 or not rivals:
+            continue
+        shared = {m: {n: sign * v for n, v in of.items() if n in ours} for m, of in rivals.items()}
+        most = max(map(len, shared.values()))
+        compared = {m: of for m, of in shared.items() if len(of) == most}
+        next_best = min(compared, key=lambda m: sum(compared[m].values()))
+        what = f"gossamer - {next_best}" if lower else f"{next_best} - gossamer"
+        rows.append(f"- {100 * density:g} %: {what}: {paired(ours, compared[next_best])}")
+    return [*rows, ""] if rows else []
 
 
 def render(results: Path, page: Path) -> None:

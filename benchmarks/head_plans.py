@@ -3,17 +3,19 @@
     python benchmarks/head_plans.py --shared ../shared                      # run what is missing, cell by cell
     python benchmarks/head_plans.py --suites perplexity --models tiny-llama --densities 0.5
     python benchmarks/head_plans.py --suites retrieval --train-seconds 900  # trains its model first, then keeps it
+    python benchmarks/head_plans.py --seeds 0 1 2 --methods per-layer moa gossamer   # other calibration texts
     python benchmarks/head_plans.py --smoke --results smoke.jsonl           # every suite, tiny, in two minutes
     python benchmarks/head_plans.py --render                                # only write the tables into the page
 
 Suites: `influence` (Spearman correlation of predicted with measured loss, every head under several rules), `perplexity`
-(tiny-llama and stories260k) and `retrieval` (a small key-value model). A cell is one model, density and method; each
-finished one is a JSON line, and a rerun skips those it finds.
+(tiny-llama and stories260k) and `retrieval` (a small key-value model). A cell is one model, density, method and
+calibration seed; each finished one is a JSON line, and a rerun skips those it finds.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -94,7 +96,7 @@ class Case:
     held_out: Sequence[Any] = ()
 
 
-def text_case(name: str, shared: Path, nsamples: int, held: int, windows: int) -> Case:
+def text_case(name: str, shared: Path, nsamples: int, held: int, windows: int, seed: int) -> Case:
     """A language model; its figure is the perplexity at the validation length."""
     import gossamer
     from gossamer.compress.data import evaluation_windows, load_text, token_ids
@@ -108,7 +110,7 @@ def text_case(name: str, shared: Path, nsamples: int, held: int, windows: int) -
     model = gossamer.load(folder, dtype="float32")
     texts = Texts(folder, Recipe(stages=(HeadsStage(),)), SimpleNamespace(vocab_size=model.config.vocab_size))
     calibration = str(shared / protocol.calibration)
-    read = head_texts(texts, calibration, None, protocol.lengths, protocol.validation, nsamples, held, 0)
+    read = head_texts(texts, calibration, None, protocol.lengths, protocol.validation, nsamples, held, seed)
     ids = token_ids(texts.tokenizer, load_text(str(shared / protocol.evaluation), "evaluation"))
     items = [text_item(window) for window in evaluation_windows(ids, protocol.validation, windows)]
 
@@ -123,7 +125,7 @@ def text_case(name: str, shared: Path, nsamples: int, held: int, windows: int) -
     return case
 
 
-def retrieval_case(folder: Path, seconds: float, longest: int, nsamples: int, held: int, tests: int) -> Case:
+def retrieval_case(folder: Path, seconds: float, longest: int, nsamples: int, held: int, tests: int, seed: int) -> Case:
     """The key-value model; its figure is the accuracy at its longest context."""
     import retrieval_model as lookup
 
@@ -131,7 +133,7 @@ def retrieval_case(folder: Path, seconds: float, longest: int, nsamples: int, he
     from gossamer.compress.heads import applied
 
     model = lookup.cached(folder, seconds, longest)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1 + seed)
 
     def items(count: int, length: int) -> list[Any]:
         return [Item(i, c) for i, c in zip(*lookup.sequences(count, length, generator), strict=True)]
@@ -176,23 +178,22 @@ def plan_of(case: Case, method: str, density: float) -> tuple[Any, str]:
     return plans[best], found[best].name
 
 
-def comparison_cells(case: Case, suite: str, densities: Sequence[float], done: set[Any]) -> Iterator[dict[str, Any]]:
-    """One cell per density and method that is not done."""
+def comparison_cells(case: Case, keys: Sequence[Any], done: set[Any]) -> Iterator[dict[str, Any]]:
+    """One cell per key, of keys_of, that is not done."""
     dense: dict[str, float] | None = None
-    for density in densities:
-        for method in METHODS:
-            if (suite, case.name, density, method) in done:
-                continue
-            started = time.monotonic()
-            dense = dense or case.measure(None)
-            plan, name = plan_of(case, method, density)
-            budgeted = case.settings(method, density).budgeted
-            yield {
-                "suite": suite, "model": case.name, "density": density, "method": method, "chosen": name,
-                "dense": dense, **case.measure(plan),
-                "kv": {str(n): round(plan.density(n), 4) for n in budgeted},
-                "seconds": round(time.monotonic() - started, 1),
-            }  # fmt: skip
+    for suite, model, density, method, seed in keys:
+        if (suite, model, density, method, seed) in done:
+            continue
+        started = time.monotonic()
+        dense = dense or case.measure(None)
+        plan, name = plan_of(case, method, density)
+        budgeted = case.settings(method, density).budgeted
+        yield {
+            "suite": suite, "model": model, "density": density, "method": method, "seed": seed, "chosen": name,
+            "dense": dense, **case.measure(plan),
+            "kv": {str(n): round(plan.density(n), 4) for n in budgeted},
+            "seconds": round(time.monotonic() - started, 1),
+        }  # fmt: skip
 
 
 def influence_cell(case: Case, items: int, rules_per_head: int) -> dict[str, Any]:
@@ -232,36 +233,34 @@ def influence_cell(case: Case, items: int, rules_per_head: int) -> dict[str, Any
 def cells(options: argparse.Namespace, done: set[Any]) -> Iterator[dict[str, Any]]:
     """Everything asked for that is not done."""
     size = {"nsamples": 2, "held": 2, "windows": 4} if options.smoke else {"nsamples": 32, "held": 32, "windows": 100}
-    densities = options.densities[:1] if options.smoke else options.densities
-    for name in options.models[:1] if options.smoke else options.models:
-        wanted = [
-            suite
-            for suite in ("influence", "perplexity")
-            if suite in options.suites
-            and not all(key in done for key in keys_of(suite, name, densities))
-            and (suite != "influence" or name == "tiny-llama")
-        ]
+    if options.smoke:
+        options.densities, options.models, options.seeds = options.densities[:1], options.models[:1], [0]
+    for name, seed in itertools.product(options.models, options.seeds):
+        keys = {suite: keys_of(suite, name, options, seed) for suite in ("influence", "perplexity")}
+        if name != "tiny-llama" or seed:
+            keys["influence"] = []
+        wanted = [suite for suite, own in keys.items() if suite in options.suites and not done.issuperset(own)]
         if not wanted:
             continue
-        case = text_case(name, options.shared.resolve(), **size)
+        case = text_case(name, options.shared.resolve(), **size, seed=seed)
         if "influence" in wanted:
             yield influence_cell(case, 2 if options.smoke else 16, 1 if options.smoke else RULES_PER_HEAD)
         if "perplexity" in wanted:
-            yield from comparison_cells(case, "perplexity", densities, done)
-    if "retrieval" in options.suites and not all(k in done for k in keys_of("retrieval", "key-value", densities)):
-        if options.smoke:
-            with tempfile.TemporaryDirectory() as folder:
-                case = retrieval_case(Path(folder) / "model", 5, 64, 2, 2, 2)
-                yield from comparison_cells(case, "retrieval", densities, done)
-        else:
-            case = retrieval_case(options.model_cache, options.train_seconds, 1024, 16, 8, 32)
-            yield from comparison_cells(case, "retrieval", densities, done)
+            yield from comparison_cells(case, keys["perplexity"], done)
+    for seed in options.seeds if "retrieval" in options.suites else ():
+        looked_up = keys_of("retrieval", "key-value", options, seed)
+        if done.issuperset(looked_up):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            smoke = (Path(folder) / "model", 5, 64, 2, 2, 2, seed)
+            full = (options.model_cache, options.train_seconds, 1024, 16, 8, 32, seed)
+            yield from comparison_cells(retrieval_case(*(smoke if options.smoke else full)), looked_up, done)
 
 
-def keys_of(suite: str, model: str, densities: Sequence[float]) -> list[tuple[Any, ...]]:
+def keys_of(suite: str, model: str, options: argparse.Namespace, seed: int) -> list[tuple[Any, ...]]:
     if suite == "influence":
-        return [(suite, model, 0.0, "all")]
-    return [(suite, model, density, method) for density in densities for method in METHODS]
+        return [(suite, model, 0.0, "all", 0)]
+    return [(suite, model, density, m, seed) for density in options.densities for m in METHODS if m in options.methods]
 
 
 def main() -> None:
@@ -269,7 +268,9 @@ def main() -> None:
     if options.render:
         render(options.results, options.page)
         return
-    done = {(c["suite"], c["model"], c["density"], c["method"]) for c in read_results(options.results)}
+    done = {
+        (c["suite"], c["model"], c["density"], c["method"], c.get("seed", 0)) for c in read_results(options.results)
+    }
     for cell in cells(options, done):
         append_result(options.results, cell)
         print(json.dumps(cell), flush=True)
@@ -280,6 +281,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=SUITES)
     parser.add_argument("--models", nargs="+", choices=list(PROTOCOLS), default=list(PROTOCOLS))
     parser.add_argument("--densities", nargs="+", type=float, default=DENSITIES)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration text")
     parser.add_argument("--train-seconds", type=float, default=900, help="at most, for the key-value model")
     parser.add_argument("--model-cache", type=Path, default=MODEL_CACHE, help="where the key-value model is kept")
     parser.add_argument("--smoke", action="store_true", help="every suite with hardly any data")

@@ -41,8 +41,30 @@ def test_tables():
     page = head_plan_table.tables(lines)
     assert "tiny-llama, perplexity; dense 20:" in page
     assert "| method | 25 % of the KV bytes | 50 % of the KV bytes |" in page
-    assert "| uniform | 24 | - |" in page
-    assert "| gossamer | - | 21 |" in page
+    assert "| uniform | 24.000 | - |" in page
+    assert "| gossamer | - | 21.000 |" in page
+
+
+def test_seeds_and_the_next_best():
+    """Means with their range; the best rival that has all seeds; accuracy the other way round."""
+    base = {"suite": "perplexity", "model": "m", "dense": {"perplexity": 20.0}, "density": 0.25}
+    figures = {"uniform": (30, 31, 32), "moa": (24.5, 24.1, 24.3), "per-layer": (24,), "gossamer": (24.0, 23.9, 23.8)}
+    lines = [
+        base | {"method": method, "seed": seed, "perplexity": value}
+        for method, values in figures.items()
+        for seed, value in enumerate(values)
+    ]
+    page = head_plan_table.tables(lines)
+    assert "| moa | 24.300 (24.100 to 24.500) |" in page
+    assert "- 25 %: gossamer - moa: -0.400, standard error 0.100, 3 seeds: the claim holds" in page
+    lines = [
+        {"suite": "retrieval", "model": "m", "dense": {"accuracy": 1.0}, "density": 0.5, "method": method, "seed": seed,
+         "accuracy": value}
+        for method, values in {"moa": (0.5, 0.6), "gossamer": (0.5, 0.7)}.items()
+        for seed, value in enumerate(values)
+    ]  # fmt: skip
+    page = head_plan_table.tables(lines)
+    assert "- 50 %: moa - gossamer: -0.050, standard error 0.050, 2 seeds: the claim fails" in page
 
 
 def test_the_table_of_combined_stages():
