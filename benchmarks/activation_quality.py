@@ -23,6 +23,7 @@ from typing import Any
 
 from pages import put
 from quality import append_result, read_results
+from suite import paired
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "activation_quality.jsonl"
@@ -54,6 +55,7 @@ def makers(seed: int) -> dict[str, Callable[[float], Any]]:
         "wina": lambda _: Wina(step=0.1),
         "rsparse-uniform": lambda _: RSparse(search=False, seed=seed),
         "rsparse": lambda _: RSparse(seed=seed),
+        "sparse-only": lambda _: RSparse(search=False, rho=1.0, seed=seed),
         "low-rank-only": lambda _: RSparse(search=False, rho=0.0, seed=seed),
         "coreinfer": lambda kept: CoreInfer(keep=kept, seed=seed),
         OURS: lambda _: Auto(),
@@ -177,7 +179,8 @@ def tables(cells: list[dict[str, Any]]) -> str:
     latest = {key(cell): cell for cell in cells}
     parts = []
     for model in MODELS:
-        own = [c for c in latest.values() if c["model"] == model and c["weights"] == "dense" and "after" in c]
+        seeds = [c for c in latest.values() if c["model"] == model and c["weights"] == "dense" and "after" in c]
+        own = [c for c in seeds if c["seed"] == 0]
         if not own:
             continue
         targets = sorted({c["target"] for c in own if c["method"] != "coreinfer"})
@@ -194,20 +197,40 @@ def tables(cells: list[dict[str, Any]]) -> str:
         if core:
             told = "; ".join(f"{kept:.0%} of neurons {_text(cell)}" for kept, cell in core)
             parts[-1] += f"\ncoreinfer: {told}\n"
+        parts[-1] += _against_the_next(seeds)
     parts.append(_combinations(list(latest.values())))
     return "\n".join(part for part in parts if part)
 
 
+def _against_the_next(cells: list[dict[str, Any]]) -> str:
+    """Per target, ours less the best rival that has as many seeds: differences of perplexity over calibration seeds."""
+    lines = []
+    for target in sorted({c["target"] for c in cells if c["method"] == OURS}):
+        found: dict[str, dict[int, float]] = {}
+        for cell in cells:
+            if cell["target"] == target and cell["method"] != "coreinfer":
+                found.setdefault(cell["method"], {})[cell["seed"]] = cell["after"]
+        ours = found.pop(OURS)
+        shared = {m: {n: v for n, v in of.items() if n in ours} for m, of in found.items()}
+        most = max(map(len, shared.values()), default=0)
+        if most > 1:
+            rivals = {m: of for m, of in shared.items() if len(of) == most}
+            best = min(rivals, key=lambda m: sum(rivals[m].values()))
+            lines.append(f"- {target:.0%}: {OURS} - {best}: {paired(ours, rivals[best])}")
+    return "\nOver calibration seeds:\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
 def _combinations(cells: list[dict[str, Any]]) -> str:
-    own = [c for c in cells if c["method"] == OURS and "after" in c and any(d["weights"] != "dense" for d in cells)]
+    other = any(c["weights"] != "dense" for c in cells)
+    own = [c for c in cells if c["method"] == OURS and "after" in c and c["seed"] == 0 and other]
     lines = []
     for model in MODELS:
         rows = [c for c in own if c["model"] == model]
         for weights in ("dense", "0.5", "2:4"):
             row = {c["target"]: c for c in rows if c["weights"] == weights}
             if row and any(c["weights"] != "dense" for c in rows):
-                dense = next(iter(row.values()))["before"]
-                lines.append(f"| {model} | {weights} | {dense:.3f} | {_text(row.get(0.4))} | {_text(row.get(0.5))} |")
+                before = next(iter(row.values()))["before"]
+                lines.append(f"| {model} | {weights} | {before:.3f} | {_text(row.get(0.4))} | {_text(row.get(0.5))} |")
     if not lines:
         return ""
     head = (
