@@ -23,12 +23,14 @@ from .base import LinearPolicy
 from .curve import GRID, Curve, equal_error, least_total, rising
 from .lowrank import with_residual
 from .method import BlockData, Evaluate, Extent, Fitted, Log, Method, Site, column_norms
-from .quantiles import quantile
+from .quantiles import counted_rows, quantile
 from .refine import HIGHEST, balanced, grouped, refine
 
 EXPONENTS = (0.0, 0.5, 1.0)
 ROUNDS = 3  # of centres and masks in turns
 PROBE = 512  # tokens that errors are measured on
+PROBED = 1 << 19  # entries of them: of wide sites fewer tokens
+FITTED = 1 << 22  # entries that thresholds and centres are taken from
 PAYS = 0.98  # of the block's error: a residual that leaves more is not worth its two further products
 SINK = 20.0  # times the median norm: such tokens are not calibrated on
 
@@ -69,7 +71,7 @@ class Auto(Method):
         probe = _probe(site)
         found = [self._entries(probe, probe, share) for share in GRID[1:]]
         self._tables[site.leader] = [{}, *(choice.entries for choice in found)]
-        errors = rising([0.0, *(self._error(probe, choice) for choice in found)])
+        errors = rising([0.0, *(self._error(probe, choice.split) for choice in found)])
         return Curve(GRID, errors, site.size, float((site.x == 0).float().mean()))
 
     def share(
@@ -109,14 +111,14 @@ class Auto(Method):
             share = budgets[whole.leader]
             if share <= 0:
                 continue
-            site = _without_sinks(whole)
+            site = _every(_without_sinks(whole), 1, FITTED)
             probe = _probe(site)
             found = self._entries(site, probe, share)
             assert found is not None
             if self.options.residual:
                 found = self._with_residual(site, probe, share, found, linears, block)
             linears |= found.entries
-            facts[whole.leader] = {"share": share, "exponent": found.exponent, "rank": found.rank}
+            facts[whole.leader] = {"share": share, "exponent": found.split.exponent, "rank": found.rank}
         return Fitted(linears, facts={"sites": facts})
 
     def _with_residual(
@@ -128,26 +130,27 @@ class Auto(Method):
             return found
         before = block.error({**others, **found.entries}, {})
         after = block.error({**others, **entries}, {})
-        return Choice(entries, found.exponent, rank) if after < PAYS * before else found
+        return Choice(entries, found.split, rank) if after < PAYS * before else found
 
     def _maps(self, site: Site, probe: Site, share: float) -> Mapping[str, LinearPolicy]:
         return self._entries(site, probe, share).entries
 
     def _entries(self, site: Site, probe: Site, share: float) -> Choice:
         """Entries for a share: the exponent is the best one on the probe, the thresholds are those of the site."""
-        tried = [self._made(probe, share, exponent) for exponent in self.options.exponents]
-        best = min(tried, key=lambda found: self._error(probe, found))
-        return best if probe is site else self._made(site, share, best.exponent)
+        tried = [self._split(probe, share, exponent) for exponent in self.options.exponents]
+        best = min(tried, key=lambda made: self._error(probe, made))
+        return self._made(site, best if probe is site else self._split(site, share, best.exponent))
 
-    def _made(self, site: Site, share: float, exponent: float) -> Choice:
-        scale = self._importance(site) ** exponent
+    def _split(self, site: Site, share: float, exponent: float) -> Split:
         center = None if self.options.centers else torch.zeros(site.width)
-        threshold, middle = split(site.x, scale, share, center)
+        return Split(*split(site.x, self._importance(site) ** exponent, share, center), exponent)
+
+    def _made(self, site: Site, made: Split) -> Choice:
         entries = {}
         for name, weight in site.weights.items():
-            centered = (middle, weight @ middle) if self.options.centers else (None, None)
-            entries[name] = LinearPolicy(threshold, *centered)
-        return Choice(entries, exponent, 0)
+            centered = (made.center, weight @ made.center) if self.options.centers else (None, None)
+            entries[name] = LinearPolicy(made.threshold, *centered)
+        return Choice(entries, made)
 
     def _importance(self, site: Site) -> Tensor:
         if site.gradient is not None:
@@ -155,9 +158,9 @@ class Auto(Method):
             return norms.clamp_min(1e-3 * float(norms.mean()))
         return column_norms(site.weights)
 
-    def _error(self, site: Site, found: Choice) -> float:
+    def _error(self, site: Site, made: Split) -> float:
         """Of what is dropped: the loss it costs to second order, or the squared output error over the output."""
-        dropped = _dropped(site.x, next(iter(found.entries.values())))
+        dropped = _dropped(site.x, made)
         if site.gradient is not None:
             return float((dropped * site.gradient).sum(1).square().mean())
         total = 0.0
@@ -167,12 +170,21 @@ class Auto(Method):
 
 
 @dataclass(frozen=True)
+class Split:
+    """What a site drops: |x - center| <= threshold, float32 [in] each, and the exponent it was made with."""
+
+    threshold: Tensor
+    center: Tensor
+    exponent: float
+
+
+@dataclass(frozen=True)
 class Choice:
-    """Entries of a site's matrices with the exponent and the rank they were made with."""
+    """Entries of a site's matrices, what they were made from, and the rank of their residuals."""
 
     entries: Mapping[str, LinearPolicy]
-    exponent: float
-    rank: int
+    split: Split
+    rank: int = 0
 
 
 def split(x: Tensor, scale: Tensor, share: float, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -180,28 +192,37 @@ def split(x: Tensor, scale: Tensor, share: float, center: Tensor | None = None) 
 
     `center` given: it stays.
     """
-    middle = x[:: max(1, len(x) // PROBE)].median(0).values if center is None else center
-    for _ in range(ROUNDS if center is None else 1):
-        value = quantile((x - middle).abs() * scale, share)
-        threshold = value / scale.clamp_min(torch.finfo(torch.float32).tiny)
-        if center is not None:
-            break
-        drop = (x - middle).abs() <= threshold
+    few, smallest = counted_rows(x), torch.finfo(torch.float32).tiny
+
+    def threshold(middle: Tensor) -> Tensor:
+        scores = (few - middle).abs_().mul_(scale)
+        return quantile(scores, share) / scale.clamp_min(smallest)
+
+    if center is not None:
+        return threshold(center), center
+    middle = x[:: max(1, len(x) // PROBE)].median(0).values
+    for _ in range(ROUNDS):
+        drop = (x - middle).abs_() <= threshold(middle)
         count = drop.sum(0)
         middle = torch.where(count > 0, (x * drop).sum(0) / count.clamp_min(1), middle)
-    value = quantile((x - middle).abs() * scale, share)
-    return value / scale.clamp_min(torch.finfo(torch.float32).tiny), middle
+    return threshold(middle), middle
 
 
-def _dropped(x: Tensor, entry: LinearPolicy) -> Tensor:
-    moved = x if entry.center is None else x - entry.center
-    return torch.where(moved.abs() <= entry.threshold, moved, moved.new_zeros(()))
+def _dropped(x: Tensor, made: Split) -> Tensor:
+    moved = x - made.center
+    return moved.masked_fill_(~(moved.abs() <= made.threshold), 0.0)
+
+
+def _every(site: Site, step: int, entries: int) -> Site:
+    """Every so many tokens of a site: at least `step`, and so that no more than about `entries` entries are left."""
+    step = max(step, -(-site.x.numel() // entries))
+    if step == 1:
+        return site
+    return replace(site, x=site.x[::step], gradient=None if site.gradient is None else site.gradient[::step])
 
 
 def _probe(site: Site) -> Site:
-    step = max(1, len(site.x) // PROBE)
-    gradient = None if site.gradient is None else site.gradient[::step]
-    return replace(site, x=site.x[::step], gradient=gradient)
+    return _every(site, max(1, len(site.x) // PROBE), PROBED)
 
 
 def _without_sinks(site: Site) -> Site:

@@ -17,6 +17,8 @@ from .base import LinearPolicy
 
 NUDGE = 0.02  # of the share: the step of the difference quotient
 TOKENS = 1024
+LOOKED_AT = 1 << 20  # entries of inputs or outputs: of wide matrices fewer tokens, at least FEWEST
+FEWEST = 256
 ITERATIONS = 4  # of the randomised decomposition
 MOST = 64  # ranks that are looked at
 LENIENT = 0.25  # of the price that a rank must save to be looked at: what counts is the error that is left
@@ -34,7 +36,8 @@ def with_residual(
     channels. Without any, or where the error grows after all, it is `make(share)`.
     """
     plain = make(share)
-    x = x[:: max(1, len(x) // TOKENS)]
+    widest = max(max(weight.shape) for weight in weights.values())
+    x = x[:: max(1, len(x) // min(TOKENS, max(FEWEST, LOOKED_AT // widest)))]
     size = sum(weight.numel() for weight in weights.values())
     more = min(share + NUDGE, 1.0)
     before, after = (_missed(x, weights, entries) for entries in (plain, make(more)))

@@ -9,12 +9,16 @@ POINTS = 1000  # shares that are kept, besides 0
 LARGEST = 1 << 20  # entries that are sorted; of more, every so many rows are taken
 
 
+def counted_rows(scores: Tensor) -> Tensor:
+    """The rows [tokens, in] that a quantile of these scores is taken from."""
+    return scores[:: max(1, -(-scores.numel() // LARGEST))]
+
+
 def quantile(scores: Tensor, share: float) -> float:
     """The value that a share in [0, 1] of the scores [tokens, in] >= 0 does not exceed; -1 for none of them."""
     if share <= 0:
         return -1.0
-    rows = max(1, -(-scores.numel() // LARGEST))
-    values = scores[::rows].flatten()
+    values = counted_rows(scores).flatten()
     return float(values.kthvalue(min(max(1, round(share * values.numel())), values.numel())).values)
 
 
@@ -25,8 +29,7 @@ class Quantiles:
     """
 
     def __init__(self, scores: Tensor) -> None:
-        rows = max(1, -(-scores.numel() // LARGEST))
-        values = scores[::rows].flatten().float().sort().values
+        values = counted_rows(scores).flatten().float().sort().values
         places = torch.linspace(0, 1, POINTS + 1, dtype=torch.float64) * values.numel()
         self.values = values[(places.ceil().long() - 1).clamp(0, values.numel() - 1).to(values.device)].cpu()
 
