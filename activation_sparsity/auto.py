@@ -13,8 +13,8 @@ activations of the model as sparse as it is below (`follows`), at sparse positio
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class Auto(Method):
         """See `Method.survey`."""
         return {site.leader: self._curve(_without_sinks(site)) for site in block.sites}
 
-    def _curve(self, site: Site) -> Curve:
+    def _curve(self, site: Sample) -> Curve:
         probe = _probe(site)
         found = [self._entries(probe, probe, share) for share in GRID[1:]]
         self._tables[site.leader] = [{}, *(choice.entries for choice in found)]
@@ -116,49 +116,48 @@ class Auto(Method):
             found = self._entries(site, probe, share)
             assert found is not None
             if self.options.residual:
-                found = self._with_residual(site, probe, share, found, linears, block)
+                found = self._with_residual(site, share, found, linears, block)
             linears |= found.entries
             facts[whole.leader] = {"share": share, "exponent": found.split.exponent, "rank": found.rank}
         return Fitted(linears, facts={"sites": facts})
 
     def _with_residual(
-        self, site: Site, probe: Site, share: float, found: Choice, others: Mapping[str, LinearPolicy], block: BlockData
+        self, site: Sample, share: float, found: Choice, others: Mapping[str, LinearPolicy], block: BlockData
     ) -> Choice:
-        """With a residual of the same cost, if the block's output under it and `others` is nearer to the dense one."""
-        entries, rank = with_residual(site.x, site.weights, partial(self._maps, site, probe), share)
+        """With a residual of the same cost, if the block's output under it and `others` is nearer to the dense one.
+
+        A residual that lowers the error of its own site too little for that is not tried.
+        """
+
+        def make(share: float) -> Mapping[str, LinearPolicy]:
+            return self._made(site, self._split(site, share, found.split.exponent)).entries
+
+        entries, rank = with_residual(site.x, site.weights, make, share, found.entries, PAYS)
         if rank == 0 or block.error is None:
             return found
         before = block.error({**others, **found.entries}, {})
         after = block.error({**others, **entries}, {})
         return Choice(entries, found.split, rank) if after < PAYS * before else found
 
-    def _maps(self, site: Site, probe: Site, share: float) -> Mapping[str, LinearPolicy]:
-        return self._entries(site, probe, share).entries
-
-    def _entries(self, site: Site, probe: Site, share: float) -> Choice:
+    def _entries(self, site: Sample, probe: Sample, share: float) -> Choice:
         """Entries for a share: the exponent is the best one on the probe, the thresholds are those of the site."""
         tried = [self._split(probe, share, exponent) for exponent in self.options.exponents]
         best = min(tried, key=lambda made: self._error(probe, made))
         return self._made(site, best if probe is site else self._split(site, share, best.exponent))
 
-    def _split(self, site: Site, share: float, exponent: float) -> Split:
-        center = None if self.options.centers else torch.zeros(site.width)
-        return Split(*split(site.x, self._importance(site) ** exponent, share, center), exponent)
+    def _split(self, site: Sample, share: float, exponent: float) -> Split:
+        begin = site.middle if self.options.centers else torch.zeros(site.width)
+        rounds = ROUNDS if self.options.centers else 0
+        return Split(*split(site.x, site.importance**exponent, share, begin, rounds), exponent)
 
-    def _made(self, site: Site, made: Split) -> Choice:
+    def _made(self, site: Sample, made: Split) -> Choice:
         entries = {}
         for name, weight in site.weights.items():
             centered = (made.center, weight @ made.center) if self.options.centers else (None, None)
             entries[name] = LinearPolicy(made.threshold, *centered)
         return Choice(entries, made)
 
-    def _importance(self, site: Site) -> Tensor:
-        if site.gradient is not None:
-            norms = site.gradient.square().mean(0).sqrt()
-            return norms.clamp_min(1e-3 * float(norms.mean()))
-        return column_norms(site.weights)
-
-    def _error(self, site: Site, made: Split) -> float:
+    def _error(self, site: Sample, made: Split) -> float:
         """Of what is dropped: the loss it costs to second order, or the squared output error over the output."""
         dropped = _dropped(site.x, made)
         if site.gradient is not None:
@@ -167,6 +166,28 @@ class Auto(Method):
         for weight in site.weights.values():
             total += float((dropped @ weight.T).square().sum() / (site.x @ weight.T).square().sum().clamp_min(1e-30))
         return total / len(site.weights)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample(Site):
+    """A site's tokens, and what is known of its channels."""
+
+    @cached_property
+    def importance(self) -> Tensor:
+        """float32 [in]: how much a channel matters, by the loss or by its weights."""
+        if self.gradient is None:
+            return column_norms(self.weights)
+        norms = self.gradient.square().mean(0).sqrt()
+        return norms.clamp_min(1e-3 * float(norms.mean()))
+
+    @cached_property
+    def middle(self) -> Tensor:
+        """float32 [in]: medians, where centres begin."""
+        return self.x[:: max(1, len(self.x) // PROBE)].median(0).values
+
+    def taken(self, rows: slice | Tensor) -> Sample:
+        """Some of the tokens."""
+        return Sample(self.weights, self.x[rows], None if self.gradient is None else self.gradient[rows])
 
 
 @dataclass(frozen=True)
@@ -187,10 +208,10 @@ class Choice:
     rank: int = 0
 
 
-def split(x: Tensor, scale: Tensor, share: float, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(threshold [in], center [in]): |x - center| scale <= t drops `share` of all entries; center: their mean.
+def split(x: Tensor, scale: Tensor, share: float, center: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+    """(threshold [in], center [in]): |x - center| scale <= t drops `share` of all entries.
 
-    `center` given: it stays.
+    The centre begins as `center` and is the mean of what is dropped, `rounds` times.
     """
     few, smallest = counted_rows(x), torch.finfo(torch.float32).tiny
 
@@ -198,14 +219,11 @@ def split(x: Tensor, scale: Tensor, share: float, center: Tensor | None = None) 
         scores = (few - middle).abs_().mul_(scale)
         return quantile(scores, share) / scale.clamp_min(smallest)
 
-    if center is not None:
-        return threshold(center), center
-    middle = x[:: max(1, len(x) // PROBE)].median(0).values
-    for _ in range(ROUNDS):
-        drop = (x - middle).abs_() <= threshold(middle)
+    for _ in range(rounds):
+        drop = ((x - center).abs_() <= threshold(center)).float()
         count = drop.sum(0)
-        middle = torch.where(count > 0, (x * drop).sum(0) / count.clamp_min(1), middle)
-    return threshold(middle), middle
+        center = torch.where(count > 0, drop.mul_(x).sum(0) / count.clamp_min(1), center)
+    return threshold(center), center
 
 
 def _dropped(x: Tensor, made: Split) -> Tensor:
@@ -213,24 +231,21 @@ def _dropped(x: Tensor, made: Split) -> Tensor:
     return moved.masked_fill_(~(moved.abs() <= made.threshold), 0.0)
 
 
-def _every(site: Site, step: int, entries: int) -> Site:
+def _every(site: Sample, step: int, entries: int) -> Sample:
     """Every so many tokens of a site: at least `step`, and so that no more than about `entries` entries are left."""
     step = max(step, -(-site.x.numel() // entries))
-    if step == 1:
-        return site
-    return replace(site, x=site.x[::step], gradient=None if site.gradient is None else site.gradient[::step])
+    return site if step == 1 else site.taken(slice(None, None, step))
 
 
-def _probe(site: Site) -> Site:
+def _probe(site: Sample) -> Sample:
     return _every(site, max(1, len(site.x) // PROBE), PROBED)
 
 
-def _without_sinks(site: Site) -> Site:
+def _without_sinks(site: Site) -> Sample:
+    sample = Sample(site.weights, site.x, site.gradient)
     norms = site.x.norm(dim=1)
     keep = norms <= SINK * norms.median()
-    if bool(keep.all()):
-        return site
-    return replace(site, x=site.x[keep], gradient=None if site.gradient is None else site.gradient[keep])
+    return sample if bool(keep.all()) else sample.taken(keep)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -28,14 +28,18 @@ Entries = Mapping[str, LinearPolicy]
 
 
 def with_residual(
-    x: Tensor, weights: Mapping[str, Tensor], make: Callable[[float], Entries], share: float
+    x: Tensor,
+    weights: Mapping[str, Tensor],
+    make: Callable[[float], Entries],
+    share: float,
+    plain: Entries,
+    worth: float = 1.0,
 ) -> tuple[Entries, int]:
-    """(entries, sum of ranks) at the cost of `make(share)`: x [tokens, in], `make` gives entries without residual.
+    """(entries, sum of ranks) at the cost of `plain`: x [tokens, in], `make` gives entries without residual.
 
-    Ranks are taken whose saving per weight exceeds that of channels, and are paid for by a larger share of dropped
-    channels. Without any, or where the error grows after all, it is `make(share)`.
+    `plain`: those of `share`. Ranks are taken whose saving per weight exceeds that of channels, and are paid for by a
+    larger share of dropped channels. Without any, or where more than `worth` of the error is left, it is `plain`.
     """
-    plain = make(share)
     widest = max(max(weight.shape) for weight in weights.values())
     x = x[:: max(1, len(x) // min(TOKENS, max(FEWEST, LOOKED_AT // widest)))]
     size = sum(weight.numel() for weight in weights.values())
@@ -49,7 +53,7 @@ def with_residual(
     for name, weight in weights.items():
         values = _singular(before[name], MOST)[0]
         ranks[name] = int((values.square() > LENIENT * price * sum(weight.shape)).sum())
-    best, lowest, taken = plain, start, 0
+    best, lowest, taken = plain, worth * start, 0
     for part in PARTS:
         chosen = {name: int(part * rank + 0.5) for name, rank in ranks.items()}
         cost = sum(rank * sum(weights[name].shape) for name, rank in chosen.items())

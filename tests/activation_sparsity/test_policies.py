@@ -159,7 +159,7 @@ def test_the_evolution_is_seeded_and_finds_a_better_share() -> None:
 
 
 def test_centres_make_what_is_dropped_vanish_on_average(site: Site) -> None:
-    threshold, center = split(site.x, torch.ones(WIDTH), 0.5)
+    threshold, center = split(site.x, torch.ones(WIDTH), 0.5, site.x.median(0).values, 3)
     moved = site.x - center
     dropped = torch.where(moved.abs() <= threshold, moved, 0.0)
     plain = torch.where(site.x.abs() <= quantile(site.x.abs(), 0.5), site.x, 0.0)
@@ -200,7 +200,7 @@ def test_a_residual_is_taken_where_what_is_dropped_has_low_rank() -> None:
     def make(share: float) -> dict[str, LinearPolicy]:
         return {"q": LinearPolicy(torch.full((40,), quantile(x.abs(), share)))}
 
-    entries, rank = with_residual(x, weights, make, 0.7)
+    entries, rank = with_residual(x, weights, make, 0.7, make(0.7))
     assert 1 <= rank <= 4
     read = lambda found: float(active(x, found["q"].threshold).float().mean()) * 40 * 64 + found["q"].rank * 104
     assert read(entries) <= read(make(0.7)) * 1.01
@@ -212,7 +212,7 @@ def test_no_residual_where_dropped_inputs_are_noise(site: Site) -> None:
     x = draw(TOKENS, 64)
     weights = {"q": draw(64, 64, seed=1)}
     make = lambda share: {"q": LinearPolicy(torch.full((64,), quantile(x.abs(), share)))}
-    assert with_residual(x, weights, make, 0.5)[1] == 0
+    assert with_residual(x, weights, make, 0.5, make(0.5))[1] == 0
 
 
 # ---- budgets ---------------------------------------------------------------------------------------------------------
