@@ -59,6 +59,7 @@ class Auto(Method):
         """`search` False: no refinement by the loss of the whole model."""
         self.options = options or Options(allocation="search" if search else "even")
         self._tables: dict[str, list[Mapping[str, LinearPolicy]]] = {}  # by site, for every share of the grid
+        self._plain: set[str] = set()  # sites where a residual did not pay: it is not tried again
         self.follows = self.options.follows
         needs = {"inputs": True, "gradient": self.options.gradient, "error": self.options.residual}
         self.needs = frozenset(name for name, wanted in needs.items() if wanted)
@@ -78,6 +79,7 @@ class Auto(Method):
         self, curves: Mapping[str, Curve], target: float, extent: Extent, evaluate: Evaluate, log: Log
     ) -> dict[str, float]:
         """The best of a few starts, refined by the loss of the whole model. See `Method.share`."""
+        self._plain.clear()
         weights = target * extent.whole
         sizes = {name: curve.size for name, curve in curves.items()}
         floors = {name: min(curve.free, HIGHEST) for name, curve in curves.items() if curve.free > 0}
@@ -115,11 +117,17 @@ class Auto(Method):
             probe = _probe(site)
             found = self._entries(site, probe, share)
             assert found is not None
-            if self.options.residual:
+            if self.options.residual and whole.leader not in self._plain:
                 found = self._with_residual(site, share, found, linears, block)
             linears |= found.entries
             facts[whole.leader] = {"share": share, "exponent": found.split.exponent, "rank": found.rank}
-        return Fitted(linears, facts={"sites": facts})
+        fitted = Fitted(linears, facts={"sites": facts})
+        self.restored(block.index, fitted)
+        return fitted
+
+    def restored(self, index: int, fitted: Fitted) -> None:
+        """See `Method.restored`."""
+        self._plain |= {leader for leader, fact in fitted.facts.get("sites", {}).items() if fact["rank"] == 0}
 
     def _with_residual(
         self, site: Sample, share: float, found: Choice, others: Mapping[str, LinearPolicy], block: BlockData

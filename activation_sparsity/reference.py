@@ -51,16 +51,6 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, policy: Linear
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def mixed_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, policy: LinearPolicy, start: int, dense: Tensor
-) -> Tensor:
-    """`dense` [..., tokens, out] = W x + b as the model computes it, tokens from `start` on replaced by sparse ones."""
-    if start >= x.shape[-2]:
-        return dense
-    sparse = sparse_linear(x[..., start:, :], weight, bias, policy).to(dense.dtype)
-    return torch.cat([dense[..., :start, :], sparse], dim=-2)
-
-
 def gate_active(gate: Tensor, policy: GateThreshold) -> Tensor:
     """bool [..., neurons] from gate = W_gate x (+ b), before the activation."""
     return active(ACT[policy.parts.activation](gate), policy.threshold)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pages import put
 from quality import read_results
-from suite import paired, spread
+from suite import spread
 
 METHODS = ["uniform", "per-layer", "masformer", "duo", "moa", "gossamer"]
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
@@ -52,7 +53,7 @@ def _comparison(known: dict[Any, dict[str, Any]], suite: str, model: str, figure
 def _against_the_next(
     found: dict[tuple[str, float], dict[int, float]], densities: Sequence[float], *, lower: bool
 ) -> list[str]:
-    """Per density, the difference to the best rival, of seeds that both have; positive figures are losses of ours."""
+    """Per density, ours against the best rival, over the seeds that both have."""
     rows, sign = [], 1.0 if lower else -1.0
     for density in densities:
         ours = {seed: sign * value for seed, value in found.get((METHODS[-1], density), {}).items()}
@@ -63,9 +64,23 @@ def _against_the_next(
         most = max(map(len, shared.values()))
         compared = {m: of for m, of in shared.items() if len(of) == most}
         next_best = min(compared, key=lambda m: sum(compared[m].values()))
-        what = f"gossamer - {next_best}" if lower else f"{next_best} - gossamer"
-        rows.append(f"- {100 * density:g} %: {what}: {paired(ours, compared[next_best])}")
+        gaps = [value - compared[next_best][seed] for seed, value in ours.items() if seed in compared[next_best]]
+        rows.append(f"- {100 * density:g} %: {_said(gaps, next_best)}")
     return [*rows, ""] if rows else []
+
+
+def _said(gaps: Sequence[float], rival: str) -> str:
+    """In words: paired differences to a rival, below 0 where ours is better."""
+    mean = statistics.fmean(gaps)
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5
+    way = "better" if mean < 0 else "worse"
+    if abs(mean) > 2 * error:
+        said = f"{way} than {rival}, the next best: by {abs(mean):.3f}"
+    elif mean:
+        said = f"level with {rival}, the next best: {way} by {abs(mean):.3f}"
+    else:
+        said = f"equal to {rival}, the next best"
+    return f"{said}, standard error {error:.3f}, {len(gaps)} seeds"
 
 
 def render(results: Path, page: Path) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...activation_sparsity.base import CoreGuide, CoreNeurons, GateThreshold, LinearPolicy, Policy
 from ...activation_sparsity.cores import nearest_cluster, stable_core
-from ...activation_sparsity.reference import active as counts_of
-from ...activation_sparsity.reference import centered, gate_active, mixed_linear, neurons_only
+from ...activation_sparsity.reference import active, centered, gate_active, neurons_only
 from ..blocks import Prunable, StreamedModel
-from ..prunable import matrix_view, owner_of
+from ..prunable import owner_of
 
 
 @dataclass
@@ -90,10 +90,9 @@ def applied(
             if linear is None:
                 stack.callback(module.register_forward_hook(_count_dense(prunable, rows, reads)).remove)
                 continue
-            weight = matrix_view(block, path, prunable)
-            bias = getattr(module, "bias", None)
-            hook = _linear_hook(prunable, weight, bias, linear, rows, reads)
-            stack.callback(module.register_forward_hook(hook).remove)
+            hooks_of_map = _LinearHooks(prunable, linear, rows, reads)
+            stack.callback(module.register_forward_pre_hook(hooks_of_map.before).remove)
+            stack.callback(module.register_forward_hook(hooks_of_map.after).remove)
         yield
 
 
@@ -137,21 +136,38 @@ def _count_dense(prunable: Prunable, rows: _Rows, reads: Reads | None) -> Callab
     return hook
 
 
-def _linear_hook(
-    prunable: Prunable, weight: Tensor, bias: Tensor | None, policy: LinearPolicy, rows: _Rows, reads: Reads | None
-) -> Callable[..., Tensor]:
-    out, width = prunable.shape
+class _LinearHooks:
+    """A map whose sparse tokens skip inputs: the map itself multiplies what is left of them, together with the prompt.
 
-    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if reads is not None:
-            sparse = centered(rows.sparse(args[0]), policy)
-            tokens = sparse.shape[:-1].numel()
-            channels = int(counts_of(sparse, policy.threshold).sum())
-            reads.add(prunable.name, channels * out + tokens * policy.rank * (out + width), tokens * prunable.size)
-        mixed = mixed_linear(rows.split(args[0]), weight, bias, policy, rows.start, rows.split(output))
-        return mixed.view(output.shape)
+    What `sparse_linear` computes, except that a bias of the map's own is added before rounding.
+    """
 
-    return hook
+    def __init__(self, prunable: Prunable, policy: LinearPolicy, rows: _Rows, reads: Reads | None) -> None:
+        self.prunable, self.policy, self.rows, self.reads = prunable, policy, rows, reads
+        self.dropped: Tensor | None = None
+
+    def before(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        policy, (out, width) = self.policy, self.prunable.shape
+        x, none = self.rows.split(args[0]), args[0].new_zeros(())
+        inputs = centered(x[..., self.rows.start :, :], policy)
+        mask = active(inputs, policy.threshold)
+        if self.reads is not None:
+            tokens, channels = mask.shape[:-1].numel(), int(mask.count_nonzero())
+            read = channels * out + tokens * policy.rank * (out + width)
+            self.reads.add(self.prunable.name, read, tokens * self.prunable.size)
+        self.dropped = None if policy.left is None else torch.where(mask, none, inputs).float()
+        kept = torch.cat([x[..., : self.rows.start, :], torch.where(mask, inputs, none)], dim=-2)
+        return (kept.view(args[0].shape), *args[1:])
+
+    def after(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        policy = self.policy
+        sparse = self.rows.split(output)[..., self.rows.start :, :]
+        if self.dropped is not None and policy.left is not None and policy.right is not None:
+            sparse += F.linear(F.linear(self.dropped, policy.right), policy.left).to(sparse.dtype)
+            self.dropped = None
+        if policy.shift is not None:
+            sparse += policy.shift.to(sparse.dtype)
+        return output
 
 
 class _NeuronHooks:

@@ -39,8 +39,8 @@ from .walk import PROMPT, Walk
 TOLERANCE = 0.001  # of the realised sparsity on calibration text
 OFF = 0.005  # a policy whose sparsity is further off says so
 FITS = 4  # at most
-PROBES = 4  # windows on which a block's error is measured, and on which searches run
-SEARCH = 16
+PROBES, PROBED = 4, 1024  # windows on which a block's error is measured, at most, and tokens of them
+SEARCH = 16  # windows on which searches run
 
 
 class Calibration:
@@ -198,8 +198,8 @@ class Calibration:
 
     def _error(self, index: int, block: nn.Module, hidden: HiddenStore) -> Callable[[Linears, MLPs], float]:
         """Squared error of the block's output at sparse positions, over that of what the block adds."""
-        count = min(PROBES, len(self.walk.windows))
-        x = torch.cat([hidden.get(w) for w in distributed.followed(count)][:PROBES])
+        count = min(PROBES, max(1, PROBED // self.walk.windows.shape[1]), len(self.walk.windows))
+        x = torch.cat([hidden.get(w) for w in distributed.followed(count)][:count])
         start, args = self.walk.start, self.walk.args
         dense = self.model.run_block(index, block, x, args, 0)[:, start:].float()
         size = float((dense - x[:, start:].float()).square().sum().clamp_min(1e-30))

@@ -19,7 +19,7 @@ from gossamer.activation_sparsity.greedy import greedy
 from gossamer.activation_sparsity.lowrank import with_residual
 from gossamer.activation_sparsity.method import BlockData, Extent, Fitted, Site
 from gossamer.activation_sparsity.quantiles import Quantiles, quantile
-from gossamer.activation_sparsity.reference import active, mixed_linear, sparse_linear
+from gossamer.activation_sparsity.reference import active, sparse_linear
 from gossamer.activation_sparsity.refine import balanced, grouped, refine
 from gossamer.activation_sparsity.registry import METHODS, SUMMARIES, get_policy_method
 from gossamer.activation_sparsity.rsparse import RSparse, evolve, rank_of
@@ -93,16 +93,6 @@ def test_centre_shift_and_residual_against_a_sum_token_by_token(site: Site) -> N
                 rest[j] = moved
         expected = expected + entry.left.double() @ (entry.right.double() @ rest)
         assert torch.allclose(y[token].double(), expected, atol=1e-5)
-
-
-def test_only_tokens_from_start_on_are_sparse(site: Site) -> None:
-    weight = site.weights["q"]
-    x, dense = site.x[None, :8], (site.x @ weight.T)[None, :8]
-    entry = LinearPolicy(torch.full((WIDTH,), math.inf))
-    y = mixed_linear(x, weight, None, entry, 3, dense)
-    assert torch.equal(y[:, :3], dense[:, :3])
-    assert not y[:, 3:].any()
-    assert torch.equal(mixed_linear(x, weight, None, entry, 8, dense), dense)
 
 
 # ---- methods ---------------------------------------------------------------------------------------------------------
