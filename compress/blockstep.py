@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.alike import alike
+from ..attention.decode import NAME as DECODE
 from ..attention.filled import FilledCache, Place
 from ..attention.mask import HeadMask
 from ..attention.ragged import RaggedCache
@@ -109,7 +110,7 @@ def _attended(block: Any, halves: Halves, x: Tensor, mask: Any, past: Any, rotat
         part = halves.attention = AttentionPart(block, x.dtype)
     if part.compiled is None or rotation is None or not part.turns(rotation, x):
         return None
-    layer = _layer(past, mask, part.index, x.dtype)
+    layer = _layer(block.self_attn, past, mask, part.index, x.dtype)
     if layer is None:
         return None
     place: Place | None = layer.place_one(getattr(mask, "reach", None))
@@ -121,10 +122,10 @@ def _attended(block: Any, halves: Halves, x: Tensor, mask: Any, past: Any, rotat
     return y
 
 
-def _layer(past: Any, mask: Any, index: int, dtype: torch.dtype) -> Any:
-    """The layer of a cache that can say where the token goes; None for others."""
+def _layer(attention: Any, past: Any, mask: Any, index: int, dtype: torch.dtype) -> Any:
+    """The layer of a cache that can say where the token goes; None for others, and for other attention functions."""
     if type(past) is FilledCache:
-        return past.layers[index] if mask is None else None
+        return past.layers[index] if mask is None and attention.config._attn_implementation == DECODE else None
     if type(past) is not RaggedCache or type(mask) is not HeadMask or mask.other is not None:
         return None
     if mask.new_tokens is not None:

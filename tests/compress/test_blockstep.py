@@ -13,6 +13,9 @@ from exports import dense_twin, save_family_sparse
 from families import save_family
 from headplans import plan_for
 from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import gossamer
 from gossamer.attention.filled import FilledCache
@@ -291,6 +294,23 @@ def test_low_rank_rests_and_gate_thresholds_are_left_to_their_modules(tmp_path, 
     torch.testing.assert_close(decode(model), wanted, rtol=1e-4, atol=1e-4)
     assert taken["attention"] == 27
     assert taken["feed"] == 0
+
+
+def test_an_attention_function_of_somebodys_own_is_used(tmp_path, taken):
+    model, seen = loaded("dense", tmp_path, torch.float32), []
+    wanted = decode(model)
+
+    def own(module, query, *rest, **more):
+        seen.append(query.shape[2])
+        return sdpa_attention_forward(module, query, *rest, **more)
+
+    AttentionInterface.register("somebodys_own", own)
+    AttentionMaskInterface.register("somebodys_own", sdpa_mask)
+    model.set_attn_implementation("somebodys_own")
+    taken.update(attention=0, feed=0, modules=0)
+    torch.testing.assert_close(decode(model), wanted, rtol=1e-4, atol=1e-4)
+    assert seen == [7] * 3 + [1] * 27
+    assert taken == {"attention": 0, "feed": 27, "modules": 27}
 
 
 def test_blocks_of_another_kind_stay_as_they_are(tmp_path, taken):
