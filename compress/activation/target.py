@@ -80,20 +80,39 @@ def highest_sparsity(
 
 
 def _next(points: list[tuple[float, float]], limit: float, low: float, high: float) -> float:
-    """Where the line through the two nearest points meets the limit, kept inside the bracket."""
+    """What to try next, inside the bracket; logarithms of increases over logits of sparsities.
+
+    Between a sparsity within the limit and one beyond it: where the line through both meets the limit, or their middle
+    when the last two tries lay on one side, because then the curve is none and the other end would stay for ever.
+    As long as all lie on one side: the line through the two nearest, or the slope of a square.
+    """
     aim = math.log(limit * (1 - SLACK / 2))
+    within = max(((x, y) for x, y in points if y <= limit), default=None)
+    beyond = min(((x, y) for x, y in points if y > limit), default=None)
+    if within is not None and beyond is not None and 0 < within[0] < beyond[0]:
+        x0, x1 = _logit(within[0]), _logit(beyond[0])
+        same = len(points) > 2 and (points[-1][1] > limit) is (points[-2][1] > limit)
+        if same or within[1] <= 0:
+            return _sparsity((x0 + x1) / 2)
+        y0, y1 = math.log(within[1]), math.log(beyond[1])
+        return _inside(_sparsity(x0 + (aim - y0) * (x1 - x0) / (y1 - y0)), low, high)
     usable = sorted((abs(math.log(y) - aim), _logit(x), math.log(y)) for x, y in points if y > 0)
-    middle = (low + high) / 2
+    slope = 2.0
     if len(usable) >= 2 and usable[0][1] != usable[1][1]:
         (_, x0, y0), (_, x1, y1) = usable[:2]
         slope = (y1 - y0) / (x1 - x0)
-    else:
-        slope = 2.0
     if not usable or slope <= 0:
-        return max(LOWEST, middle)
-    guess = 1 / (1 + math.exp(-(usable[0][1] + (aim - usable[0][2]) / slope)))
+        return max(LOWEST, (low + high) / 2)
+    return _inside(_sparsity(usable[0][1] + (aim - usable[0][2]) / slope), low, high)
+
+
+def _inside(guess: float, low: float, high: float) -> float:
     margin = 0.05 * (high - low)
     return max(LOWEST, min(max(guess, low + margin), high - margin))
+
+
+def _sparsity(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit))
 
 
 def _logit(x: float) -> float:

@@ -26,7 +26,6 @@ from gossamer.activation_sparsity.wina import Wina
 from gossamer.compress.activation import calibrate
 from gossamer.compress.activation.calibrate import Calibration
 from gossamer.compress.activation.parts import Parts
-from gossamer.compress.activation.target import highest_sparsity
 from gossamer.compress.activation.walk import Walk, increase, prompt_length
 from gossamer.compress.blocks import StreamedModel
 from gossamer.compress.progress import Progress
@@ -378,28 +377,6 @@ def test_gradients_at_sites_are_those_of_autograd(tinies) -> None:
     assert slope == pytest.approx(float((below * nudge).sum()), rel=2e-2)
     fc2 = next(p for p in tiny.model.prunables(2) if p.name.endswith("fc2"))
     assert torch.allclose(total[fc2.name], upper[0] @ tiny.model.weight(block, fc2), atol=1e-4)
-
-
-def test_the_highest_sparsity_within_a_limit_is_bracketed() -> None:
-    made: list[float] = []
-
-    def make(sparsity: float) -> Policy:
-        made.append(sparsity)
-        return Policy("x", {}, facts={"s": sparsity})
-
-    found = highest_sparsity(make, lambda p: (0.3 * p.facts["s"] ** 3, 0.0), 0.01, 0.9)
-    assert 0.9 * 0.01 <= found.increase <= 0.01
-    assert len(made) <= 6
-    with pytest.raises(RecipeError, match=r"2\.0% already costs 5\.00%") as caught:
-        highest_sparsity(make, lambda p: (0.05, 0.0), 0.01, 0.9)
-    assert "5%" in str(caught.value)
-    noisy = highest_sparsity(make, lambda p: (0.3 * p.facts["s"] ** 3, 0.004), 0.01, 0.9)
-    assert 0.9 * 0.01 <= noisy.increase + 0.004 <= 0.01  # what is not certain does not count as within the limit
-    with pytest.raises(RecipeError, match=r"already costs 0\.10% ± 1\.00%") as caught:
-        highest_sparsity(make, lambda p: (0.001, 0.01), 0.01, 0.9)
-    assert "1.1%" in str(caught.value)
-    all_ = highest_sparsity(make, lambda p: (0.0001, 0.0), 0.01, 0.9)
-    assert all_.sparsity == pytest.approx(0.9, abs=0.01)
 
 
 def test_the_increase_is_paired_by_window() -> None:
