@@ -26,11 +26,26 @@ class Place(NamedTuple):
     ranges: Tensor
 
 
-class FilledLayer(CacheLayerMixin):
-    """One layer, [batch, KV heads, capacity, D], of which the first `seen` tokens are there; it grows when full."""
+class SeenLayer(CacheLayerMixin):
+    """A layer whose length is the plain number `seen`, padding included."""
 
     is_sliding = False
     supports_early_init = False
+    seen: int
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included: positions of new ones come from it."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class FilledLayer(SeenLayer):
+    """One layer, [batch, KV heads, capacity, D], of which the first `seen` tokens are there; it grows when full."""
 
     def __init__(self, steps: Steps, capacity: int) -> None:
         super().__init__()
@@ -85,15 +100,6 @@ class FilledLayer(CacheLayerMixin):
     def placed_one(self) -> None:
         """The token that `place_one` made room for is there."""
         self.seen += 1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 class Steps:

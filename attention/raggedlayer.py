@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import KernelError, ModelError
 from ..kernels.arguments import CODES
 from ..kernels.window_attention.dispatch import MAX_GROUP, window_step
-from .filled import Place
+from .filled import Place, SeenLayer
 from .layout import Layout
 from .mask import HeadMask
 from .shared import Shared
@@ -44,14 +43,11 @@ class Held:
         )
 
 
-class RaggedLayer(CacheLayerMixin):
+class RaggedLayer(SeenLayer):
     """One layer. `seen`: tokens with padding, what transformers calls the length. `store`: None until the first ones.
 
     `keys` and `values` are only there for a layer that keeps everything.
     """
-
-    is_sliding = False
-    supports_early_init = False
 
     def __init__(self, shared: Shared, index: int) -> None:
         super().__init__()
@@ -236,16 +232,6 @@ class RaggedLayer(CacheLayerMixin):
         elif self.keys is not None and self.values is not None:
             where = indices.to(self.keys.device)
             self.keys, self.values = self.keys.index_select(0, where), self.values.index_select(0, where)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding included: positions of new ones come from it."""
-        return self.seen
-
-    def get_max_length(self) -> int:
-        return -1
 
     def offload(self) -> None:
         raise ModelError("a ragged cache cannot be offloaded", hint="apply the plan with cache='masked'")

@@ -23,7 +23,7 @@ from typing import Any
 
 from pages import put
 from quality import append_result, read_results
-from suite import paired
+from suite import next_best, paired
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "activation_quality.jsonl"
@@ -211,12 +211,9 @@ def _against_the_next(cells: list[dict[str, Any]]) -> str:
             if cell["target"] == target and cell["method"] != "coreinfer":
                 found.setdefault(cell["method"], {})[cell["seed"]] = cell["after"]
         ours = found.pop(OURS)
-        shared = {m: {n: v for n, v in of.items() if n in ours} for m, of in found.items()}
-        most = max(map(len, shared.values()), default=0)
-        if most > 1:
-            rivals = {m: of for m, of in shared.items() if len(of) == most}
-            best = min(rivals, key=lambda m: sum(rivals[m].values()))
-            lines.append(f"- {target:.0%}: {OURS} - {best}: {paired(ours, rivals[best])}")
+        best = next_best(ours, found)
+        if best is not None:
+            lines.append(f"- {target:.0%}: {OURS} - {best[0]}: {paired(ours, best[1])}")
     return "\nOver calibration seeds:\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 

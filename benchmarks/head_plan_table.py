@@ -9,7 +9,7 @@ from typing import Any
 
 from pages import put
 from quality import read_results
-from suite import spread
+from suite import next_best, spread
 
 METHODS = ["uniform", "per-layer", "masformer", "duo", "moa", "gossamer"]
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
@@ -57,15 +57,15 @@ def _against_the_next(
     rows, sign = [], 1.0 if lower else -1.0
     for density in densities:
         ours = {seed: sign * value for seed, value in found.get((METHODS[-1], density), {}).items()}
-        rivals = {m: found[m, density] for m in METHODS[:-1] if (m, density) in found}
-        if len(ours) < 2 or not rivals:
-            continue
-        shared = {m: {n: sign * v for n, v in of.items() if n in ours} for m, of in rivals.items()}
-        most = max(map(len, shared.values()))
-        compared = {m: of for m, of in shared.items() if len(of) == most}
-        next_best = min(compared, key=lambda m: sum(compared[m].values()))
-        gaps = [value - compared[next_best][seed] for seed, value in ours.items() if seed in compared[next_best]]
-        rows.append(f"- {100 * density:g} %: {_said(gaps, next_best)}")
+        rivals = {
+            m: {seed: sign * value for seed, value in found[m, density].items()}
+            for m in METHODS[:-1]
+            if (m, density) in found
+        }
+        best = next_best(ours, rivals)
+        if best is not None:
+            gaps = [ours[seed] - value for seed, value in best[1].items()]
+            rows.append(f"- {100 * density:g} %: {_said(gaps, best[0])}")
     return [*rows, ""] if rows else []
 
 

@@ -105,6 +105,17 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
     return f"{mean:+.3f}, standard error {error:.3f}, {len(differences)} seeds: the claim {holds}"
 
 
+def next_best(
+    ours: Mapping[int, float], rivals: Mapping[str, Mapping[int, float]]
+) -> tuple[str, dict[int, float]] | None:
+    """The rival of the lowest mean among those that share most seeds with ours, and its figures; None below two."""
+    shared = {name: {seed: v for seed, v in of.items() if seed in ours} for name, of in rivals.items()}
+    most = max(map(len, shared.values()), default=0)
+    if most < 2:
+        return None
+    return min(((name, of) for name, of in shared.items() if len(of) == most), key=lambda pair: sum(pair[1].values()))
+
+
 def spread(values: Mapping[int, float] | None, digits: int = 3) -> str:
     """Mean, and of several seeds the smallest and the largest in brackets."""
     if not values:

@@ -63,12 +63,14 @@ class AttentionPart(_Part):
         super().__init__(block, dtype, [norm, attention, *layers])
         if not self.watch.plain() or self.tier is None or not shortened(attention):
             return
+        weight = self.norm(norm)
+        if not weight:
+            return
         self.index, self.width, self.hidden = attention.layer_idx, attention.head_dim, norm.weight.shape[-1]
         query, key = (getattr(layer, "out_features", 0) for layer in layers[:2])
-        self.kv_heads, self.group = key // self.width, query // max(key, 1)
+        self.kv_heads, group = key // self.width, query // max(key, 1)
         heads = query // self.width
-        weight = self.norm(norm)
-        if not weight or heads != self.group * self.kv_heads or not 1 <= self.group <= MAX_GROUP or self.width % 2:
+        if heads != group * self.kv_heads or not 1 <= group <= MAX_GROUP or self.width % 2:
             return
         inputs = stage(layers[:3], self.hidden, [query, key, key], dtype)
         output = stage(layers[3:], query, [self.hidden], dtype)
@@ -138,7 +140,7 @@ class FeedPart(_Part):
         super().__init__(block, dtype, [norm, mlp, *layers, acting])
         self.subset: str | None = None
         weight = self.norm(norm)
-        if not self.watch.plain() or self.tier is None or not weight or not all(layers):
+        if not self.watch.plain() or self.tier is None or not weight or None in layers:
             return
         self.hidden = norm.weight.shape[-1]
         if type(mlp) is NeuronSubsetMLP:

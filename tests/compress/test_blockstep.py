@@ -328,6 +328,14 @@ def test_blocks_of_another_kind_stay_as_they_are(tmp_path, taken):
     assert taken["feed"] == 0
 
 
+def test_a_norm_without_a_weight_is_left_to_itself(tmp_path, taken):
+    model = loaded("dense", tmp_path, torch.float32)
+    block = model.model.layers[1]
+    block.input_layernorm, block.post_attention_layernorm = nn.Identity(), nn.Identity()
+    torch.testing.assert_close(decode(model), by_modules(model), rtol=1e-4, atol=1e-4)
+    assert taken == {"attention": 18, "feed": 18, "modules": 18}
+
+
 def test_the_decode_loop_runs_on_it(tmp_path, taken):
     """Tokens of transformers' own generate, from a cache that grows, for several sequences."""
     model = gossamer.load(save_family("llama", tmp_path / "m"), dtype=torch.float32)
