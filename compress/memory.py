@@ -16,6 +16,8 @@ from types import TracebackType
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 LARGE = 1 << 18
+KEPT = 1 << 25  # glibc's largest
+SPARE = 1 << 30
 _STATUS = Path("/proc/self/status")
 
 
@@ -115,10 +117,30 @@ def bound_heap() -> None:
     By default its threshold grows up to 32 MiB with use, and freed tensors of that size stay as holes in the heap:
     the resident size then creeps up with every layer. A setting of the user's own (MALLOC_MMAP_THRESHOLD_) is kept.
     """
+    _thresholds(LARGE, LARGE)
+
+
+@contextmanager
+def reused_heap() -> Iterator[None]:
+    """Inside, freed blocks of at most KEPT bytes stay with the process and are used again; then the heap is bound.
+
+    For work that asks for the same sizes over and over. Under `bound_heap` the system zeroes every one of them page by
+    page: that was a quarter of a small model's training and a sixth of a calibration, for a tenth less memory.
+    """
+    _thresholds(KEPT, SPARE)
+    try:
+        yield
+    finally:
+        bound_heap()
+        release()
+
+
+def _thresholds(mapped: int, spare: int) -> None:
+    """Bytes from which a block is given back alone, and free bytes at the heap's end from which they are."""
     set_option = getattr(_libc(), "mallopt", None)
     if set_option is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        set_option(M_MMAP_THRESHOLD, LARGE)
-        set_option(M_TRIM_THRESHOLD, LARGE)
+        set_option(M_MMAP_THRESHOLD, mapped)
+        set_option(M_TRIM_THRESHOLD, spare)
 
 
 def _libc() -> ctypes.CDLL | None:

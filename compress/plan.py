@@ -218,6 +218,17 @@ def evaluation_dtype(machine: Machine) -> torch.dtype:
     return torch.float32 if machine.dtype == "auto" else getattr(torch, machine.dtype)
 
 
+def calibration_dtype(machine: Machine, own: torch.dtype, device: str) -> torch.dtype:
+    """In which activations are calibrated: bfloat16 for a checkpoint of it where the device multiplies it, or as asked.
+
+    float16 would lose gradients.
+    """
+    if machine.dtype == "auto" and own == torch.bfloat16:
+        native = torch.device(device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
+    return evaluation_dtype(machine)
+
+
 def _all_of(problems: list[GossamerError]) -> GossamerError:
     problems = list({problem.message: problem for problem in problems}.values())
     if len(problems) == 1:

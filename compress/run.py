@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,8 @@ def _stage(context: Context, stage: StagePlan) -> StageReport:
     """Run a stage, or take its report from the journal when it is finished."""
     done = context.journal.done(stage.name)
     if done is None:
-        report = stage_kind(stage.stage.stage).run(context, stage)
+        with memory.reused_heap() if stage.stage.repeats else nullcontext():
+            report = stage_kind(stage.stage.stage).run(context, stage)
         context.finish(stage.name, asdict(report))
     else:
         report = StageReport(**done)

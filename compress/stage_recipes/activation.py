@@ -20,6 +20,7 @@ class ActivationStage(BaseStage):
     """An activation policy. Of `sparsity`, `keep`, `target_ppl_increase` and `target_speedup` at most one is given."""
 
     attaches: ClassVar[str | None] = "activation"
+    repeats: ClassVar[bool] = True
 
     stage: Literal["activation"] = "activation"
     method: str = DEFAULT

@@ -18,6 +18,7 @@ class HeadsStage(BaseStage):
     """A head plan: one window rule per layer and KV head, within a budget of key-value bytes at every length."""
 
     attaches: ClassVar[str | None] = "heads"
+    repeats: ClassVar[bool] = True
 
     stage: Literal["heads"] = "heads"
     method: HeadMethod = "gossamer"

@@ -23,6 +23,7 @@ class TrainingStage(BaseStage):
 
     model_config = ConfigDict(allow_inf_nan=False)
     changes_weights: ClassVar[bool] = True
+    repeats: ClassVar[bool] = True
     prunes_in_phases: ClassVar[bool] = False  # and so knows what schedule allr asks for
 
     data: str = Field(DEFAULT_TRAINING, description="text, JSONL instructions or a dataset; a hash split is held out")

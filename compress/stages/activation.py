@@ -26,7 +26,7 @@ from ..activation.target import Found, highest_sparsity
 from ..activation.validation import two_parts
 from ..activation.walk import Walk, increase, prompt_length
 from ..needs import Needs, Peak, block_bytes, held, hidden_bytes
-from ..plan import Plan, Planning, StagePlan, evaluation_dtype, sequence_length
+from ..plan import Plan, Planning, StagePlan, calibration_dtype, sequence_length
 from ..recipe import DEFAULT_CALIBRATION
 from ..stage_recipes.activation import ActivationStage
 from .base import Context, StageReport
@@ -71,7 +71,7 @@ class Activation:
 
     def needs(self, plan: Plan, stage: ActivationPlan) -> Needs:
         """Hidden states up to the limit, one block with its float32 copy and the sample of its inputs."""
-        dtype = evaluation_dtype(plan.machine)
+        dtype = _dtype(plan)
         states = hidden_bytes(plan, stage, dtype, HIDDEN_COPIES)
         block = block_bytes(plan, dtype.itemsize)
         return Needs(Peak(3 * block + held(plan, states), "one decoder block and its inputs"), states)
@@ -84,7 +84,7 @@ class Activation:
 class _Run:
     def __init__(self, context: Context, plan: ActivationPlan) -> None:
         self.context, self.plan, self.stage = context, plan, plan.stage
-        self.model = context.open(context.written(), evaluation_dtype(context.plan.machine), untie=context.untied)
+        self.model = context.open(context.written(), _dtype(context.plan), untie=context.untied)
         self.memory = context.plan.machine.max_memory_bytes
         size = sum(p.size for i in range(self.model.num_blocks) for p in self.model.prunables(i))
         self.resident = size * self.model.dtype.itemsize < RESIDENT * self.memory
@@ -198,6 +198,10 @@ class _Run:
             highest,
             self.context.progress.note,
         )
+
+
+def _dtype(plan: Plan) -> torch.dtype:
+    return calibration_dtype(plan.machine, plan.skeleton.dtype, plan.device)
 
 
 def usable(model: Any, windows: Tensor) -> Tensor:
