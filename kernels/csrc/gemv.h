@@ -105,6 +105,8 @@ struct Tier {
     void (*channel_finish)(int dtype, const FinishCall&);
     void (*dual_finish)(int dtype, const FinishCall&);
     void (*neuron_run)(int dtype, const NeuronCall&, std::int64_t begin, std::int64_t end);
+    // gates [count] = act(gates) ups, each rounded to the dtype.
+    void (*gate)(int dtype, int activation, void* gates, const void* ups, std::int64_t count);
     WindowSizes (*window_sizes)(int dtype, int group, std::int64_t width);
     void (*window_prepare)(int dtype, const void* query, std::int64_t width, float* prepared);
     void (*window_run)(int dtype, const WindowPart&);

@@ -3,7 +3,9 @@
 // A format U gives: S (the vector unit), W, kStep (outputs per step), kParts = kStep / lanes, V (kStep weights, zeros
 // where nothing is kept), block(mask, values, use), which calls use(i, V) for every step of 64 outputs and returns the
 // address behind their values, split(V, parts), which makes floats of them in an order of its own, finish(sums, y), which
-// undoes that order for 64 sums.
+// undoes that order for 64 sums, kPer (channels that a multiplication adds) and kHold (how many times kPer channels stay
+// in registers while the rows of x go by). With kPer = 2 also join(first, second, parts), which makes words of two channels'
+// weights in the order of split, add(sum, word, factor), and factor(first, second) of two inputs.
 // block may read 64 bytes beyond the last value: the packed tensor ends with that many.
 #pragma once
 
@@ -56,39 +58,79 @@ static inline std::uint64_t dual_mask(const std::uint16_t* at) {
     return mask;
 }
 
+// What weights are multiplied with: x of kCount channels [kCount][B], or of pairs of them [kCount / 2][B].
+template <class U, int B, int kCount>
+struct DualFactors {
+    static constexpr int kPer = U::kPer, kUnits = (kCount + kPer - 1) / kPer;
+    float of[kUnits * B];
+    explicit DualFactors(const float* x) {
+        for (int i = 0; i < kUnits; ++i) {
+            for (int r = 0; r < B; ++r) {
+                const float first = x[i * kPer * B + r];
+                if constexpr (kPer == 1) {
+                    of[i * B + r] = first;
+                } else {
+                    of[i * B + r] = U::factor(first, i * kPer + 1 < kCount ? x[(i * kPer + 1) * B + r] : 0.0f);
+                }
+            }
+        }
+    }
+};
+
 // Adds 64 outputs of kCount channels to sums [B][stride].
 template <class U, int B, int kCount>
-inline void dual_block(DualGroup& group, const float* x, std::int64_t ahead, std::int64_t stride, float* sums) {
+inline void dual_block(DualGroup& group, const DualFactors<U, B, kCount>& x, std::int64_t ahead, std::int64_t stride,
+                       float* sums) {
     using S = typename U::S;
     using F = typename S::F;
-    constexpr int kParts = static_cast<int>(dual::kBlock) / S::kLanes;
-    const auto weights = [&](int i, auto use) {  // use(part, F) for the block's 64 weights
+    constexpr int kParts = static_cast<int>(dual::kBlock) / S::kLanes, kUnits = DualFactors<U, B, kCount>::kUnits;
+    const auto walk = [&](int i, auto use) {  // use(step, V) for the 64 weights of channel i
         if (ahead != 0) dual_prefetch(group, i, ahead);
         const std::uint16_t* at = group.at[i];
-        group.at[i] = U::block(dual_mask(at), at + dual::kMaskWords, [&](int step, typename U::V v) {
+        group.at[i] = U::block(dual_mask(at), at + dual::kMaskWords, use);
+    };
+    const auto weights = [&](int i, auto use) {  // use(part, F) for the 64 weights, or pairs of them, of unit i
+        const auto parts_of = [&](int step, auto make) {
             F parts[U::kParts];
-            U::split(v, parts);
+            make(parts);
             for (int p = 0; p < U::kParts; ++p) use(step * U::kParts + p, parts[p]);
-        });
+        };
+        if constexpr (U::kPer == 1) {
+            walk(i, [&](int step, typename U::V v) { parts_of(step, [&](F* parts) { U::split(v, parts); }); });
+        } else {
+            typename U::V first[dual::kBlock / U::kStep], second[dual::kBlock / U::kStep] = {};
+            walk(2 * i, [&](int step, typename U::V v) { first[step] = v; });
+            if constexpr (kCount > 1) walk(2 * i + 1, [&](int step, typename U::V v) { second[step] = v; });
+            for (int step = 0; step < static_cast<int>(dual::kBlock) / U::kStep; ++step) {
+                parts_of(step, [&](F* parts) { U::join(first[step], second[step], parts); });
+            }
+        }
+    };
+    const auto add = [](F sum, F w, float factor) {
+        if constexpr (U::kPer == 1) {
+            return S::fma(S::set1(factor), w, sum);
+        } else {
+            return U::add(sum, w, factor);
+        }
     };
     if constexpr (B == 1) {
         F sum[kParts];
         for (int p = 0; p < kParts; ++p) sum[p] = S::load(sums + p * S::kLanes);
-        for (int i = 0; i < kCount; ++i) {
-            const F value = S::set1(x[i]);
-            weights(i, [&](int p, F w) { sum[p] = S::fma(value, w, sum[p]); });
+        for (int i = 0; i < kUnits; ++i) {
+            weights(i, [&](int p, F w) { sum[p] = add(sum[p], w, x.of[i]); });
         }
         for (int p = 0; p < kParts; ++p) S::store(sums + p * S::kLanes, sum[p]);
     } else {
-        constexpr int kHold = kCount < U::kHold ? kCount : U::kHold;  // channels in registers while the rows of x go by
-        for (int first = 0; first < kCount; first += kHold) {
+        constexpr int kHold = kUnits < U::kHold ? kUnits : U::kHold;
+        static_assert(kUnits % kHold == 0, "whole turns");
+        for (int first = 0; first < kUnits; first += kHold) {
             F held[kHold][kParts];
             for (int i = 0; i < kHold; ++i) weights(first + i, [&](int p, F w) { held[i][p] = w; });
             for (int r = 0; r < B; ++r) {
                 for (int p = 0; p < kParts; ++p) {
                     float* to = sums + r * stride + p * S::kLanes;
                     F sum = S::load(to);
-                    for (int i = 0; i < kHold; ++i) sum = S::fma(S::set1(x[(first + i) * B + r]), held[i][p], sum);
+                    for (int i = 0; i < kHold; ++i) sum = add(sum, held[i][p], x.of[(first + i) * B + r]);
                     S::store(to, sum);
                 }
             }
@@ -149,14 +191,16 @@ void dual_panels(const DualCall& call, std::int64_t begin, std::int64_t end) {
             ahead = bytes < kDualAhead ? bytes : kDualAhead;
             for (int i = 0; i < kDualGroup; ++i) group.jump[i] = 2 * (next.at[i] - group.end[i]);
         }
+        const DualFactors<U, B, kDualGroup> x(call.x + n * B);
         for (std::int64_t o = 0; o < stride; o += dual::kBlock) {
-            dual_block<U, B, kDualGroup>(group, call.x + n * B, ahead, stride, sums + o);
+            dual_block<U, B, kDualGroup>(group, x, ahead, stride, sums + o);
         }
     }
     for (; n < call.count; ++n) {
         point(n, 1, groups[0]);
+        const DualFactors<U, B, 1> x(call.x + n * B);
         for (std::int64_t o = 0; o < stride; o += dual::kBlock) {
-            dual_block<U, B, 1>(groups[0], call.x + n * B, 0, stride, sums + o);
+            dual_block<U, B, 1>(groups[0], x, 0, stride, sums + o);
         }
     }
     if (call.sums != nullptr) {

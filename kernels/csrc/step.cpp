@@ -1,7 +1,6 @@
 #include "step.h"
 
 #include "active.h"
-#include "activate.h"
 #include "float16.h"
 #include "neuron.h"
 #include "norm.h"
@@ -92,23 +91,6 @@ void rotate(W* x, std::int64_t batch, std::int64_t heads, std::int64_t width, co
     }
 }
 
-// gates = act(gates) ups, both rounded.
-template <class W>
-void gate(int activation, W* gates, const W* ups, std::int64_t count) {
-    constexpr std::int64_t kPiece = 256;
-    float wide[kPiece];
-    for (std::int64_t i = 0; i < count; i += kPiece) {
-        const std::int64_t n = std::min(kPiece, count - i);
-        for (std::int64_t k = 0; k < n; ++k) wide[k] = widen(gates[i + k]);
-        activate(activation, wide, n);
-        for (std::int64_t k = 0; k < n; ++k) {
-            W rounded;
-            narrow(wide[k], &rounded);
-            narrow(widen(rounded) * widen(ups[i + k]), &gates[i + k]);
-        }
-    }
-}
-
 }  // namespace
 
 bool attend(const Tier& tier, const AttentionHalf& half, const void* x, int batch, const Rotation& rotation,
@@ -149,11 +131,7 @@ bool feed(const Tier& tier, const FeedHalf& half, const void* x, int batch, cons
         Bytes* const made[kOutputs] = {room<1>(dtype, batch * half.neurons), room<2>(dtype, batch * half.neurons),
                                        nullptr};
         multiply(tier, dtype, half.inputs, normed, batch, half.hidden, made, threads);
-        typed(dtype, [&](auto kind) {
-            using W = decltype(kind);
-            gate(half.activation, reinterpret_cast<W*>(made[0]), reinterpret_cast<const W*>(made[1]),
-                 batch * half.neurons);
-        });
+        tier.gate(dtype, half.activation, made[0], made[1], batch * half.neurons);
         Bytes* const out[kOutputs] = {static_cast<Bytes*>(y), nullptr, nullptr};
         multiply(tier, dtype, half.output, made[0], batch, half.neurons, out, threads);
     }

@@ -204,7 +204,7 @@ struct Mask {
 
 template <class Weight>
 struct Dual : Mask<Weight> {
-    static constexpr int kParts = 1, kHold = 1;
+    static constexpr int kParts = 1, kPer = 1, kHold = 1;
     static void split(__m256 v, __m256* parts) { *parts = v; }
     static void finish(const float* sums, Weight* y) {
         for (int i = 0; i < 64; ++i) narrow(sums[i], y + i);

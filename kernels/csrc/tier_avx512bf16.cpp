@@ -80,7 +80,47 @@ template <class W>
 using Mask = typename MaskOf<W>::Type;
 
 template <class W>
-using Dual = SplitDual<Channel<W>>;
+struct DualOf {
+    using Type = SplitDual<Channel<W>>;
+};
+
+// Two channels per instruction, which adds the product of the upper halves and then that of the lower ones, each rounded
+// like a multiply-add: with the first channel above, the bits of one channel after the other.
+struct PairDual : SplitDual<Channel<Bf16>> {
+    static constexpr int kPer = 2, kHold = 3;
+    static void join(V first, V second, __m512* words) {
+        words[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(second, first));
+        words[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(second, first));
+    }
+    static void split(V v, __m512* parts) { join(v, _mm512_setzero_si512(), parts); }
+    static float factor(float first, float second) {
+        std::uint32_t upper, lower;
+        std::memcpy(&upper, &first, 4), std::memcpy(&lower, &second, 4);
+        const std::uint32_t both = upper | lower >> 16;
+        float pair;
+        std::memcpy(&pair, &both, 4);
+        return pair;
+    }
+    static __m512 add(__m512 sum, __m512 words, float factor) {
+        const auto pair = reinterpret_cast<__m512bh>(_mm512_set1_ps(factor));
+        return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(words), pair);
+    }
+    static void finish(const float* sums, W* y) {
+        for (int i = 0; i < 64; i += 32) {
+            const __m512i low = _mm512_srli_epi32(Channel<W>::round(S::load(sums + i)), 16);
+            const __m512i high = _mm512_srli_epi32(Channel<W>::round(S::load(sums + i + 16)), 16);
+            _mm512_storeu_si512(y + i, _mm512_packus_epi32(low, high));
+        }
+    }
+};
+
+template <>
+struct DualOf<Bf16> {
+    using Type = PairDual;
+};
+
+template <class W>
+using Dual = typename DualOf<W>::Type;
 
 }  // namespace
 }  // namespace gossamer

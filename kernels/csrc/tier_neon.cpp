@@ -191,7 +191,7 @@ struct Dual {
     using S = Neon;
     using W = Weight;
     using V = typename SplitDot<Channel<W>>::V;
-    static constexpr int kStep = 8, kParts = 2, kHold = 1;
+    static constexpr int kStep = 8, kParts = 2, kPer = 1, kHold = 1;
     template <class Use>
     static const std::uint16_t* block(std::uint64_t mask, const std::uint16_t* values, Use use) {
         for (int i = 0; i < 8; ++i, mask >>= 8) {

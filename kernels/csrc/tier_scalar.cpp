@@ -139,7 +139,7 @@ struct Mask {
 template <class Weight>
 struct Dual : Mask<Weight> {
     using V = Scalar::F;
-    static constexpr int kParts = 1, kHold = 1;
+    static constexpr int kParts = 1, kPer = 1, kHold = 1;
     template <class Use>
     static const std::uint16_t* block(std::uint64_t mask, const std::uint16_t* values, Use use) {
         for (int i = 0; i < 8; ++i, mask >>= 8) {

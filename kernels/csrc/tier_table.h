@@ -7,6 +7,7 @@
 #include "rows_channel.h"
 #include "rows_dense.h"
 #include "rows_dual.h"
+#include "rows_gate.h"
 #include "rows_int8.h"
 #include "rows_neuron.h"
 #include "rows_window.h"
@@ -137,6 +138,13 @@ void neuron_run_(int dtype, const NeuronCall& call, std::int64_t begin, std::int
     by_dtype(dtype, [&](auto t) { neuron_rows<Dense<typename decltype(t)::W>>(call, begin, end); });
 }
 
+void gate_(int dtype, int activation, void* gates, const void* ups, std::int64_t count) {
+    by_dtype(dtype, [&](auto t) {
+        using W = typename decltype(t)::W;
+        gate_rows<W>(activation, static_cast<W*>(gates), static_cast<const W*>(ups), count);
+    });
+}
+
 template <class W>
 using Windowed = WindowOf<Channel<W>, Words<W>>;
 
@@ -165,8 +173,8 @@ void window_finish_(int dtype, const float* sums, float total, std::int64_t widt
 constexpr Tier make_tier(const char* name) {
     return Tier{name,         dense_row_, bitmask_row_, dense_prepare_, bitmask_prepare_, dense_run_,   bitmask_run_,
                 int8_bytes_,  int8_prepare_, int8_run_,  channel_run_,   narrow_,          expand_row_, compact_,
-                subtract_,    dual_run_,     channel_finish_, dual_finish_,  neuron_run_,   window_sizes_,
-                window_prepare_, window_run_, window_finish_};
+                subtract_,    dual_run_,     channel_finish_, dual_finish_,  neuron_run_,   gate_,
+                window_sizes_, window_prepare_, window_run_, window_finish_};
 }
 
 }  // namespace

@@ -169,7 +169,7 @@ struct SplitDual {
     using S = Avx512;
     using W = typename C::W;
     using V = __m512i;
-    static constexpr int kStep = 32, kParts = 2, kHold = 4;
+    static constexpr int kStep = 32, kParts = 2, kPer = 1, kHold = 4;
     template <class Use>
     static const std::uint16_t* block(std::uint64_t mask, const std::uint16_t* values, Use use) {
         use(0, expand32(mask, values));
