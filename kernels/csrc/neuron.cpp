@@ -1,6 +1,5 @@
 #include "neuron.h"
 
-#include "activate.h"
 #include "work.h"
 
 namespace gossamer {
@@ -13,12 +12,6 @@ bool rises(const std::int32_t* active, std::int64_t count, std::int64_t limit) {
     bool wrong = active[0] < 0 || active[count - 1] >= limit;
     for (std::int64_t i = 1; i < count; ++i) wrong |= active[i] <= active[i - 1];
     return !wrong;
-}
-
-// [count] gates become inputs of the down projection.
-void gate(int activation, float* gates, const float* ups, std::int64_t count) {
-    activate(activation, gates, count);
-    for (std::int64_t i = 0; i < count; ++i) gates[i] *= ups[i];
 }
 
 }  // namespace
@@ -36,7 +29,7 @@ bool neuron_mlp(const Tier& tier, int dtype, const void* x, int batch, const Mlp
     in_parts(parts, [&](int part) {
         const std::int64_t begin = count * part / parts, end = count * (part + 1) / parts;
         tier.neuron_run(dtype, call, begin, end);
-        gate(mlp.activation, call.gates + begin * padded, call.ups + begin * padded, (end - begin) * padded);
+        tier.gate(kFloat32, mlp.activation, call.gates + begin * padded, call.ups + begin * padded, (end - begin) * padded);
     });
     const ChannelCall down{mlp.down_t, mlp.hidden, active, count, gates, batch, y, nullptr};
     const std::int64_t blocks = (mlp.hidden + kSplit - 1) / kSplit;
