@@ -223,10 +223,14 @@ def calibration_dtype(machine: Machine, own: torch.dtype, device: str) -> torch.
 
     float16 would lose gradients.
     """
-    if machine.dtype == "auto" and own == torch.bfloat16:
-        native = torch.device(device).type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return torch.bfloat16 if native else torch.float32
+    if machine.dtype == "auto" and own == torch.bfloat16 and (torch.device(device).type != "cpu" or _multiplies()):
+        return torch.bfloat16
     return evaluation_dtype(machine)
+
+
+def _multiplies() -> bool:
+    """Whether this build of torch multiplies bfloat16 with vector instructions on this processor."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _all_of(problems: list[GossamerError]) -> GossamerError:

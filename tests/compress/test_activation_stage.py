@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from processes import Launcher
 from tiny import report
+from transformers import AutoModelForCausalLM
 
+from gossamer.compress import plan
 from gossamer.compress.activation.file import read_policy
 from gossamer.compress.format import METADATA_KEY
-from gossamer.compress.recipe import load_recipe
+from gossamer.compress.plan import calibration_dtype
+from gossamer.compress.recipe import ActivationStage, Machine, Recipe, load_recipe
 from gossamer.compress.run import compress
+from gossamer.compress.stages import activation
 from gossamer.errors import RecipeError
 
 SIZES = ("--nsamples", "6", "--seqlen", "32", "--eval-windows", "3")
@@ -145,3 +151,50 @@ def test_mistakes_are_named(options, words_: str, tiny: Path, tmp_path: Path) ->
     with pytest.raises(RecipeError, match=words_):
         recipe_from_options(prune, {}, {}, {}, {}, no_eval=True, activation=fields)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "own", "used"),
+    [
+        ("auto", torch.float32, torch.float32),
+        ("auto", torch.float16, torch.float32),
+        ("float16", torch.bfloat16, torch.float16),
+        ("float32", torch.bfloat16, torch.float32),
+        ("bfloat16", torch.float32, torch.bfloat16),
+    ],
+)
+def test_the_dtype_of_a_calibration(asked, own, used):
+    assert calibration_dtype(Machine(dtype=asked), own, "cpu") == used
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_calibrated_in_its_own_where_the_processor_multiplies_it(native, monkeypatch):
+    monkeypatch.setattr(plan, "_multiplies", lambda: native)
+    assert calibration_dtype(Machine(), torch.bfloat16, "cpu") == (torch.bfloat16 if native else torch.float32)
+    assert calibration_dtype(Machine(), torch.bfloat16, "cuda") == torch.bfloat16
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_checkpoint_in_bfloat16(native: bool, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients, fits and residuals in either arithmetic come to nearly the same policy."""
+    seen: list[torch.dtype] = []
+
+    class Noted(activation.Calibration):
+        def __init__(self, model: Any, *given: Any, **more: Any) -> None:
+            seen.append(model.dtype)
+            super().__init__(model, *given, **more)
+
+    monkeypatch.setattr(plan, "_multiplies", lambda: native)
+    monkeypatch.setattr(activation, "Calibration", Noted)
+    source = tmp_path / "half"
+    shutil.copytree(tiny, source)
+    AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).save_pretrained(source)
+    stage = ActivationStage(
+        method="auto", sparsity=0.4, calibration=str(tiny / "calibration.txt"), nsamples=12, seqlen=32, search=False
+    )
+    compress(source, tmp_path / "out", Recipe(stages=(stage,)))
+    assert seen == [torch.bfloat16 if native else torch.float32]
+    policy = policy_of(tmp_path / "out")
+    assert policy.facts["calibrated"] == pytest.approx(0.4, abs=0.01)
+    assert len(policy.linears) == 21
+    assert all(entry.threshold.dtype == torch.float32 for entry in policy.linears.values())

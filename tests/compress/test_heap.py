@@ -8,11 +8,9 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from gossamer.compress import memory
-from gossamer.compress.plan import calibration_dtype
-from gossamer.compress.recipe import STAGES, Machine
+from gossamer.compress.recipe import STAGES
 
 FAULTS = """
 import contextlib, json, resource, torch
@@ -71,24 +69,3 @@ def test_stages_that_compute_the_same_sizes_over_and_over():
     repeating = {name for name, kind in STAGES.items() if kind.repeats}
     assert repeating >= {"finetune", "imp", "soup", "nm-flow", "activation", "heads"}
     assert not repeating & {"prune", "evaluate", "export"}
-
-
-@pytest.mark.parametrize(
-    ("asked", "own", "used"),
-    [
-        ("auto", torch.float32, torch.float32),
-        ("auto", torch.float16, torch.float32),
-        ("float16", torch.bfloat16, torch.float16),
-        ("float32", torch.bfloat16, torch.float32),
-        ("bfloat16", torch.float32, torch.bfloat16),
-    ],
-)
-def test_the_dtype_of_a_calibration(asked, own, used):
-    assert calibration_dtype(Machine(dtype=asked), own, "cpu") == used
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_bfloat16_is_calibrated_in_its_own_where_the_processor_multiplies_it(native, monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
-    assert calibration_dtype(Machine(), torch.bfloat16, "cpu") == (torch.bfloat16 if native else torch.float32)
-    assert calibration_dtype(Machine(), torch.bfloat16, "cuda") == torch.bfloat16
