@@ -1,4 +1,4 @@
-"""StreamedModel: what is in memory when, what is recorded, how passes end, how bad models are refused."""
+"""StreamedModel: what is in memory when, what is recorded, the head, dtypes and names, how bad models are refused."""
 
 from __future__ import annotations
 
@@ -6,33 +6,20 @@ import gc
 import json
 import shutil
 import weakref
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from families import VOCAB, FolderTensors, save_family
 from safetensors.torch import load_file, save_file
+from streamed import captured, ids, open_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from gossamer.compress.blocks import HEAD, StreamedModel
-from gossamer.compress.capture import CaptureStub, Recorder, Returns, injecting_stub, returns_of
+from gossamer.compress.capture import Recorder
 from gossamer.compress.hf_private import PRIVATE_NAMES, resolve_names
 from gossamer.errors import ModelError
-
-
-def open_model(folder: Path, **options) -> StreamedModel:
-    return StreamedModel.open(FolderTensors(folder), folder, **options)
-
-
-def ids(n: int = 2, length: int = 20) -> torch.Tensor:
-    return torch.randint(3, VOCAB, (n, length), generator=torch.Generator().manual_seed(1))
-
-
-def captured(model: StreamedModel, n: int = 2):
-    hidden: dict[int, torch.Tensor] = {}
-    return model.capture(ids(n), hidden.__setitem__), hidden
 
 
 @pytest.fixture(scope="module")
@@ -154,102 +141,6 @@ def test_run_block_leaves_its_input_alone(llama):
     out = model.run_block(0, model.load_block(0), hidden[0], args, 0)
     assert torch.equal(hidden[0], before)
     assert not torch.equal(out, before)
-
-
-# ---- observing ------------------------------------------------------------------------------------------------------
-
-
-def test_observed_inputs_are_those_of_the_loaded_model(llama):
-    model = open_model(llama)
-    args, hidden = captured(model)
-    reference = AutoModelForCausalLM.from_pretrained(llama)
-    truth: dict[str, torch.Tensor] = {}
-    for name in ("self_attn.o_proj", "mlp.down_proj"):
-        module = reference.get_submodule(f"model.layers.0.{name}")
-        module.register_forward_pre_hook(lambda m, a, n=name: truth.__setitem__(f"model.layers.0.{n}", a[0][0].clone()))
-    with torch.no_grad():
-        reference(input_ids=args.windows[1:2])
-    block, seen = model.load_block(0), {}
-    wanted = [p for p in model.prunables(0) if p.name in truth]
-    assert len(wanted) == 2
-    truth_names = set(truth)
-    with model.observe(block, wanted, lambda p, x: seen.__setitem__(p.name, x.clone())):
-        model.run_block(0, block, hidden[1], args, 1)
-    assert set(seen) == truth_names
-    assert all(torch.equal(seen[name], truth[name]) for name in truth_names)
-
-
-def test_of_a_group_only_the_first_is_called(llama):
-    model = open_model(llama)
-    args, hidden = captured(model)
-    block, seen = model.load_block(0), Counter()
-    steps = model.input_steps(0, block, hidden[0], args)
-    with model.observe(block, steps[0] + steps[2], lambda p, x: seen.update([p.name])):
-        for w in range(2):
-            model.run_block(0, block, hidden[w], args, w)
-    assert seen == {"model.layers.0.self_attn.q_proj": 2, "model.layers.0.mlp.gate_proj": 2}
-
-
-def test_stop_ends_the_pass_early(llama):
-    model = open_model(llama)
-    args, hidden = captured(model)
-    block = model.load_block(0)
-    ran = Counter()
-    for name in ("self_attn.o_proj", "mlp.gate_proj"):
-        block.get_submodule(name).register_forward_hook(lambda m, a, o, n=name: ran.update([n]))
-    prunable = next(p for p in model.prunables(0) if p.name.endswith("o_proj"))
-    with model.observe(block, [prunable], lambda p, x: None, stop=True):
-        for w in range(2):
-            assert model.run_block(0, block, hidden[w], args, w, allow_stop=True) is None
-        model.run_block(0, block, hidden[0], args, 0)
-        pytest.fail("without allow_stop the context ends here")
-    assert not ran
-    assert model.run_block(0, block, hidden[0], args, 0, allow_stop=True) is not None
-    assert ran == {"self_attn.o_proj": 1, "mlp.gate_proj": 1}
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
-def test_experts_are_seen_one_by_one(family, tmp_path):
-    """Inputs per expert equal a selection by the router's own choice; the block's output equals the default's."""
-    model = open_model(save_family(family, tmp_path))
-    args, hidden = captured(model, 1)
-    block = model.load_block(0)
-    routed: list[tuple[torch.Tensor, torch.Tensor]] = []
-    experts = block.get_submodule("mlp.experts")
-    handle = experts.register_forward_pre_hook(lambda m, a: routed.append((a[0].clone(), a[1].clone())))
-    default = model.run_block(0, block, hidden[0], args, 0)
-    handle.remove()
-    x, chosen = routed[0]
-    seen: dict[str, torch.Tensor] = {}
-    wanted = [p for p in model.prunables(0) if p.kind == "expert"]
-    with model.observe(block, wanted, lambda p, rows: seen.__setitem__(p.name, rows.clone())):
-        observed = model.run_block(0, block, hidden[0], args, 0)
-    torch.testing.assert_close(observed, default, rtol=1e-5, atol=1e-6)
-    count = experts.num_experts
-    assert len(seen) == 2 * count
-    for e in range(count):
-        mine = x[(chosen == e).any(dim=1)]
-        assert torch.equal(seen[f"model.layers.0.mlp.experts.gate_up_proj.{e}"], mine)
-        weight = experts.gate_up_proj[e] if experts.is_transposed else experts.gate_up_proj[e].T
-        bias = experts.gate_up_proj_bias[e] if experts.has_bias else 0.0
-        inner = experts._apply_gate(mine @ weight + bias)
-        torch.testing.assert_close(seen[f"model.layers.0.mlp.experts.down_proj.{e}"], inner)
-    assert torch.equal(model.run_block(0, block, hidden[0], args, 0), default), "the default is back"
-
-
-def test_an_expert_without_tokens_is_called_with_no_rows(tmp_path):
-    model = open_model(save_family("mixtral", tmp_path))
-    args, hidden = captured(model, 1)
-    block = model.load_block(0)
-    with torch.no_grad():  # a constant input makes every token choose the same two experts
-        hidden[0][:] = hidden[0][:, :1]
-    counts: dict[str, int] = {}
-    wanted = [p for p in model.prunables(0) if "gate_up_proj" in p.name]
-    with model.observe(block, wanted, lambda p, x: counts.__setitem__(p.name, len(x)), stop=True):
-        model.run_block(0, block, hidden[0].repeat(1, 1, 1)[:, :20], args, 0, allow_stop=True)
-    assert len(counts) == 5
-    assert sum(counts.values()) == 40
-    assert 0 in counts.values()
 
 
 # ---- the head -------------------------------------------------------------------------------------------------------
@@ -441,57 +332,3 @@ def test_missing_private_name_is_named():
     assert set(resolve_names(PRIVATE_NAMES)) == set(PRIVATE_NAMES)
     with pytest.raises(ModelError, match=r"transformers\.modeling_utils\.no_such_thing"):
         resolve_names(PRIVATE_NAMES | {"no_such_thing": "transformers.modeling_utils"})
-
-
-def chain(n: int = 3, returns: Returns | None = None) -> CaptureStub:
-    names = [f"b.{i}" for i in range(n)]
-    return CaptureStub(names, Recorder(ids(1), n), lambda w, h: None, lambda i, h: returns or Returns())
-
-
-def test_blocks_out_of_order_or_twice_are_refused():
-    x = torch.ones(1, 4, 2)
-    stub = chain()
-    stub(0, (x,), {})
-    with pytest.raises(ModelError, match=r"calls b\.2 where b\.1"):
-        stub(2, (x,), {})
-    stub = chain()
-    stub(0, (x,), {})
-    with pytest.raises(ModelError, match=r"calls b\.0 where b\.1"):
-        stub(0, (x,), {})
-
-
-def test_a_hidden_state_changed_between_blocks_is_refused():
-    x, stub = torch.ones(1, 4, 2), chain()
-    stub(0, (x,), {})
-    with pytest.raises(ModelError, match=r"changes the hidden state before b\.1"):
-        stub(1, (x * 2,), {})
-
-
-def test_a_second_output_fed_to_the_next_block_is_refused():
-    x = torch.ones(1, 4, 2)
-    stub = chain(returns=returns_of("b", (x, torch.ones(3), None), x))
-    hidden, extra, none = stub(0, (x,), {})
-    assert hidden is x
-    assert none is None
-    with pytest.raises(ModelError, match="another block's second output"):
-        stub(1, (hidden,), {"memory": [extra]})
-
-
-def test_returned_structures():
-    x = torch.ones(1, 4, 2)
-    assert returns_of("b", x, x).pack(x, x) is x
-    listed = returns_of("b", [None, x], x)
-    assert listed.place == 1
-    assert isinstance(listed.pack(x, torch.empty(0)), list)
-    assert listed.unpack([1, x]) is x
-    for odd in (None, {"hidden": x}, torch.ones(1, 4, 3), (torch.ones(2),)):
-        with pytest.raises(ModelError, match="no hidden state"):
-            returns_of("b", odd, x)
-    stub = injecting_stub(["b.0", "b.1"], [Returns(), listed], x * 3)
-    assert stub(0, (x,), {}) is x
-    assert torch.equal(stub(1, (), {"hidden_states": x})[1], x * 3)
-
-
-def test_a_block_called_without_hidden_state_is_refused():
-    with pytest.raises(ModelError, match="first positional argument"):
-        chain()(0, (torch.ones(2, 2),), {"mask": None})
