@@ -369,7 +369,7 @@ def test_ten_random_kills_of_a_long_job(launcher, tmp_path):
 
 
 def _kill_at_random(job: Job, folder: Path, draw: random.Random, seconds: float, kills: int) -> None:
-    """Kill and resume; when a run gets through before its kill, or dies behind its last step, compare and begin anew."""
+    """Kill and resume; when a run gets through before its kill, or dies behind its last step, compare and go on."""
     count, done = 0, 0
     while done < kills:
         out = folder / f"out-{count}"
