@@ -1,60 +1,24 @@
-"""Stages that prune while they train: exact zeros, every order with `prune`, kill and resume, bad input."""
+"""Stages that prune while they train: exact zeros, every order with `prune`, soups, mistakes."""
 
 from __future__ import annotations
 
-import json
 import signal
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from tiny import digests, report, save_llama, save_texts, tensors
+from phases import KINDS, SIZE, matrices, metrics, run, stage, zeros
+from tiny import report, save_llama, save_texts, tensors
 
 from gossamer.compress.inspect import inspect_model
 from gossamer.compress.progress import Progress
 from gossamer.compress.recipe import (
-    ExportStage,
-    GradualStage,
-    ImpStage,
     PruneStage,
-    RandomStage,
     Recipe,
-    SoupStage,
-    build,
 )
 from gossamer.compress.run import compress
 from gossamer.errors import DataError, RecipeError, TrainingError
 
 KILLED = -signal.SIGKILL
-KINDS = {"imp": ImpStage, "soup": SoupStage, "gradual": GradualStage, "random": RandomStage}
-OWN = {"imp": {}, "soup": {"candidates": 2}, "gradual": {"every": 2}, "random": {"tries": 2}}
-SIZE = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64)  # weights of the blocks of `tiny`
-
-
-def stage(kind: str, tiny: Path, **options):
-    """8 steps of 4 rows of 32 tokens."""
-    common = {"data": str(tiny / "calibration.txt"), "seqlen": 32, "steps": 8, "batch": 4, "log_every": 1}
-    return build(KINDS[kind], **(common | OWN[kind] | options))
-
-
-def run(model: Path, out: Path, *stages, seed: int = 0):
-    """The written dense tensors and the report."""
-    compress(model, out, Recipe(stages=[*stages, ExportStage(format="dense")], seed=seed))
-    return tensors(out), json.loads((out / "report.json").read_text())
-
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "gossamer" / "metrics.jsonl").read_text().splitlines()]
-
-
-def matrices(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: tensor for key, tensor in found.items() if "_proj" in key}
-
-
-def zeros(found: dict[str, torch.Tensor]) -> int:
-    return sum(int((tensor == 0).sum()) for tensor in matrices(found).values())
-
 
 # ---- what comes out --------------------------------------------------------------------------------------------------
 
@@ -239,102 +203,6 @@ def test_a_candidate_with_another_mask_is_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "write_state", meddle)
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight is masked differently .*candidate 2"):
         run(tiny, tmp_path / "out", stage("soup", tiny, sparsity=0.5, phases=1))
-
-
-# ---- killed and resumed ----------------------------------------------------------------------------------------------
-
-
-class Job:
-    """A recipe as a command. `run` in a process of its own; `whole` gives the files of an undisturbed run."""
-
-    def __init__(self, launcher, tiny: Path, folder: Path, kind: str, **options) -> None:
-        self.launcher, self.tiny, self.folder = launcher, tiny, folder
-        first = stage(kind, tiny, sparsity=0.6, save_every=1, **options).model_dump(mode="json", exclude_defaults=True)
-        self.recipe = folder / "recipe.yaml"
-        self.recipe.write_text(yaml.safe_dump({"stages": [first | {"stage": kind}]}))
-
-    def run(self, out: Path, *more: str, fail: str = "", before: str = ""):
-        words = ["compress", self.tiny, "-o", out, "--recipe", self.recipe, *more]
-        return self.launcher.run(*words, env={"GOSSAMER_FAILPOINT": fail}, before=before)
-
-    def whole(self) -> dict[str, str]:
-        out = self.folder / "whole"
-        if not out.exists():
-            done = self.run(out)
-            assert done.returncode == 0, done.stderr
-        return digests(out)
-
-
-@pytest.fixture(scope="module")
-def jobs(launcher, tiny, tmp_path_factory) -> dict[str, Job]:
-    found = {}
-    for kind in KINDS:
-        options = {"phases": 2} if kind in ("imp", "soup") else {}
-        found[kind] = Job(launcher, tiny, tmp_path_factory.mktemp(kind), kind, **options)
-    return found
-
-
-POINTS = {
-    "imp": ["phase:1", "journal:1", "part:2", "phase:2", "verify"],
-    "soup": ["part:2", "part:3", "phase:1", "part:5"],
-    "gradual": ["part:1"],
-    "random": ["part:2", "journal:1", "part:3"],
-}
-
-
-DEFAULT = {("soup", "part:3"), ("random", "part:2")}
-
-
-@pytest.mark.parametrize(
-    ("kind", "point"),
-    [
-        pytest.param(kind, point, marks=[] if (kind, point) in DEFAULT else pytest.mark.slow)
-        for kind, points in POINTS.items()
-        for point in points
-    ],
-)
-def test_a_killed_run_goes_on_to_the_same_files(jobs, tmp_path, kind, point):
-    out = tmp_path / "out"
-    assert jobs[kind].run(out, fail=point).returncode == KILLED
-    assert not out.exists()
-    done = jobs[kind].run(out, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert digests(out) == jobs[kind].whole()
-
-
-SIGNAL_AT = """
-import os, signal
-from transformers import Trainer
-step = Trainer.training_step
-count = 0
-def interrupted(self, *args, **more):
-    global count
-    count += 1
-    if count == {at}:
-        os.kill(os.getpid(), signal.{name})
-    return step(self, *args, **more)
-interrupted.__globals__.update(step=step, count=0)
-Trainer.training_step = interrupted
-"""
-
-
-@pytest.mark.parametrize(
-    "kind", [k if k in ("soup", "gradual") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
-)
-@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGKILL", marks=pytest.mark.slow)])
-def test_interrupted_in_the_middle_of_training(jobs, tmp_path, kind, name):
-    """The fourth step of the second training run, or of the only one."""
-    out = tmp_path / "out"
-    done = jobs[kind].run(out, before=SIGNAL_AT.format(at=6, name=name))
-    if name == "SIGINT":
-        assert done.returncode == 130, done.stderr
-        assert "--resume" in done.stderr
-    else:
-        assert done.returncode == KILLED
-    assert not out.exists()
-    again = jobs[kind].run(out, "--resume", before=SIGNAL_AT.format(at=10**6, name=name))
-    assert again.returncode == 0, again.stderr
-    assert digests(out) == jobs[kind].whole()
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

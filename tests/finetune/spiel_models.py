@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.finetune.spiel.optimizer import SpielOptimizer
+
+QUICK = {"interval": 4, "window": 2, "share": 0.5}
+
 
 class Net(nn.Module):
     """Two linear layers of awkward shapes and a head. Called like a transformers model."""
@@ -51,3 +55,17 @@ def fill(model: Any, adapter: str = "default", scale: float = 0.1) -> None:
     for layer in layers_of(model, adapter):
         values = layer.spiel_values[adapter]
         values.data.copy_(torch.randn(len(values), generator=source) * scale)
+
+
+def optimizer_of(model, total=40, lr=0.02, **options):
+    return SpielOptimizer(model, lr, total, **options)
+
+
+def train(model, optimizer, first, last, micro=1, clip=None):
+    for step in range(first, last):
+        optimizer.zero_grad()
+        for i in range(micro):
+            (loss_of(model, step * micro + i) / micro).backward()
+        if clip:
+            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
+        optimizer.step()

@@ -1,4 +1,4 @@
-"""Sparse deltas in training: moments, choice of positions, resuming, several processes, masks."""
+"""Sparse deltas in training: moments, choice of positions, resuming."""
 
 from __future__ import annotations
 
@@ -10,35 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from peft import PeftModel
-from spiel_models import Net, adapted, batch, fill, loss_of
+from spiel_models import QUICK, Net, adapted, batch, loss_of, optimizer_of, train
 from torch import nn
 
-from gossamer.errors import ModelError, RecipeError, TrainingError
+from gossamer.errors import TrainingError
 from gossamer.finetune.reselection import Reselection
 from gossamer.finetune.spiel.candidates import Candidates
 from gossamer.finetune.spiel.layer import layers_of
-from gossamer.finetune.spiel.optimizer import SpielOptimizer
-from gossamer.finetune.spiel.policy import filled, top_product
-from gossamer.finetune.spiel.select import global_counts, selecting
-from gossamer.pruning.mask import Mask
-from gossamer.pruning.pattern import NM, Unstructured
-
-QUICK = {"interval": 4, "window": 2, "share": 0.5}
-
-
-def optimizer_of(model, total=40, lr=0.02, **options):
-    return SpielOptimizer(model, lr, total, **options)
-
-
-def train(model, optimizer, first, last, micro=1, clip=None):
-    for step in range(first, last):
-        optimizer.zero_grad()
-        for i in range(micro):
-            (loss_of(model, step * micro + i) / micro).backward()
-        if clip:
-            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
-        optimizer.step()
 
 
 def state(model, adapter="default"):
@@ -272,154 +250,3 @@ def test_other_trained_modules_are_trained_too():
     before = model.base_model.model.head.modules_to_save["default"].weight.clone()
     train(model, optimizer_of(model), 0, 3)
     assert not torch.equal(before, model.base_model.model.head.modules_to_save["default"].weight)
-
-
-# ---- the positions to begin with ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("selection", ["gradient", "snip", "fisher"])
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
-def test_selection_by_data(selection, allocation):
-    model = adapted(policy="static", selection=selection, allocation=allocation, num_weights=60)
-    layers = layers_of(model, "default")
-    shares = [len(layer.spiel_values["default"]) for layer in layers]
-    scores = [torch.zeros(layer.out_features * layer.in_features) for layer in layers]
-    twin = Net()
-    weights = [twin.first.weight, twin.second.weight]
-    loss_of(twin, 0).backward()
-    for score, weight in zip(scores, weights, strict=True):
-        gradient = weight.grad.reshape(-1)
-        score.copy_(
-            {"gradient": gradient, "snip": gradient * weight.detach().reshape(-1), "fisher": gradient**2}[selection]
-        )
-    with selecting(model):
-        loss_of(model, 0).backward()
-    model.zero_grad()
-    found = [layer.flat("default") for layer in layers]
-    if allocation == "uniform":
-        for flat, score, k in zip(found, scores, shares, strict=True):
-            assert torch.equal(flat, score.abs().topk(k).indices.sort().values)
-    else:
-        assert sum(len(flat) for flat in found) == 60
-        chosen = torch.cat([score.abs()[flat] for score, flat in zip(scores, found, strict=True)])
-        least = [int(0.1 * k) for k in shares]
-        assert all(len(f) >= m for f, m in zip(found, least, strict=True))
-        everything = torch.cat([s.abs() for s in scores]).topk(60).values
-        torch.testing.assert_close(chosen.sort().values, everything.sort().values)
-    assert not layers[0].watches
-    train(model, optimizer_of(model), 0, 2)
-
-
-def test_global_counts_have_a_floor_and_a_ceiling():
-    scores = [torch.full((100,), 9.0), torch.full((100,), 1.0), torch.full((100,), 2.0)]
-    assert global_counts(scores, [20, 20, 20], [100, 100, 100]) == [56, 2, 2]
-    assert sum(global_counts(scores, [10, 40, 10], [100, 100, 100])) == 60
-    assert global_counts(scores, [10, 40, 10], [100, 100, 100])[0] == 40
-
-
-def test_selection_by_magnitude():
-    model = adapted(policy="static", selection="magnitude")
-    for layer in layers_of(model, "default"):
-        weight = layer.get_base_layer().weight.detach().abs().reshape(-1)
-        want = weight.topk(len(layer.spiel_values["default"])).indices.sort().values
-        assert torch.equal(layer.flat("default"), want)
-    with pytest.raises(RecipeError, match="looks at no data"):
-        with selecting(model):
-            pass
-
-
-def test_top_product_against_the_outer_product():
-    source = torch.Generator().manual_seed(1)
-    rows, cols = torch.rand(23, generator=source), torch.rand(31, generator=source)
-    taken = torch.randperm(23 * 31, generator=source)[:50].sort().values
-    allowed = Mask.from_bool(torch.rand(23, 31, generator=source) < 0.7, "0.3")
-    outer = torch.outer(rows, cols).reshape(-1).masked_fill(~allowed.to_bool().reshape(-1), 0.0)
-    outer[taken] = 0.0
-    assert torch.equal(top_product(rows, cols, 40, taken, allowed), outer.topk(40).indices.sort().values)
-    assert filled(torch.tensor([2.0, 0.0, 4.0]), torch.tensor([1.0, 5.0, 2.0])).tolist() == [2.0, 10.0, 4.0]
-
-
-# ---- pruned bases ---------------------------------------------------------------------------------------------------
-
-
-def pruned(pattern):
-    net = Net(width=16)
-    net.second = nn.Linear(17, 11, bias=False)
-    net.first = nn.Linear(16, 17)
-    masks = {}
-    patterns = {"first": pattern, "second": Unstructured(0.6)}
-    for name, one in patterns.items():
-        layer = net.get_submodule(name)
-        keep = one.mask(layer.weight.detach().abs())
-        layer.weight.data.masked_fill_(~keep, 0.0)
-        masks[f"{name}.weight"] = Mask.from_bool(keep, str(one))
-    net.gossamer_masks = dict(masks)
-    return net, masks
-
-
-def train_pruned(model, steps=12):
-    optimizer = optimizer_of(model)
-    for step in range(steps):
-        optimizer.zero_grad()
-        x, y = batch(step, width=16)
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-
-@pytest.mark.parametrize("policy", ["ag", "ma"])
-def test_a_2_4_base_keeps_its_pattern_after_merging(tmp_path, policy):
-    net, masks = pruned(NM(2, 4))
-    base = copy.deepcopy(net)
-    model = adapted(net, density=0.2, num_weights=None, policy=policy, **QUICK)
-    train_pruned(model)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    for merged in (model.merge_and_unload(), loaded.merge_and_unload()):
-        for name, mask in masks.items():
-            weight = merged.get_parameter(name)
-            gone = weight[~mask.to_bool()]
-            assert torch.equal(gone.view(torch.int32), torch.zeros_like(gone).view(torch.int32))  # +0.0, bit for bit
-            assert not torch.equal(weight, base.get_parameter(name))
-        assert bool(((merged.first.weight != 0).view(17, 4, 4).sum(-1) <= 2).all())
-
-
-def test_an_adapter_of_another_mask_is_not_merged(tmp_path):
-    net, masks = pruned(NM(2, 4))
-    model = adapted(net, density=0.2, num_weights=None)
-    fill(model)
-    layer = layers_of(model, "default")[0]
-    layer.mask = Mask.from_bool(~layer.mask.to_bool(), "2:4")
-    with pytest.raises(ModelError, match="lie on pruned weights"):
-        model.merge_and_unload()
-
-
-def test_only_pruned_positions():
-    net, masks = pruned(NM(2, 4))
-    model = adapted(net, density=0.2, num_weights=None, where="pruned", policy="ag", **QUICK)
-    train_pruned(model)
-    for layer in layers_of(model, "default"):
-        assert not bool(masks[f"{layer.name}.weight"].to_bool().reshape(-1)[layer.flat("default")].any())
-
-
-def test_seft_revives_and_prunes_to_the_exact_pattern():
-    net, masks = pruned(NM(2, 4))
-    base = copy.deepcopy(net)
-    model = adapted(net, density=0.3, num_weights=None, where="seft", policy="ag", **QUICK)
-    train_pruned(model)
-    layer = layers_of(model, "default")[0]
-    on_pruned = ~masks["first.weight"].to_bool().reshape(-1)[layer.flat("default")]
-    assert bool(on_pruned.any())
-    layer.spiel_values["default"].data[on_pruned] = 3.0  # far above any weight: these must survive
-    model.merge_adapter()
-    model.unmerge_adapter()
-    assert torch.equal(layer.get_base_layer().weight, base.first.weight)
-    merged = model.merge_and_unload()
-    fresh = merged.spiel_masks
-    assert fresh.keys() == masks.keys()
-    for name, mask in fresh.items():
-        assert mask.zeros == masks[name].zeros
-        gone = merged.get_parameter(name)[~mask.to_bool()]
-        assert torch.equal(gone.view(torch.int32), torch.zeros_like(gone).view(torch.int32))
-    assert bool((fresh["first.weight"].to_bool().view(17, 4, 4).sum(-1) == 2).all())
-    assert fresh["first.weight"] != masks["first.weight"]
-    assert merged.gossamer_masks == fresh
