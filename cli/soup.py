@@ -15,6 +15,8 @@ EXAMPLES = o.examples(
     "gossamer soup A B -o OUT --weights 0.7,0.3",
 )
 
+MARGIN = 1.0
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
@@ -48,7 +50,7 @@ def soup(
         typer.Option(
             metavar="X", help="Standard errors by which a further candidate must help.", rich_help_panel=o.DATA
         ),
-    ] = 1.0,
+    ] = MARGIN,
     seqlen: o.SequenceLength = None,
     windows: o.Windows = None,
     overwrite: o.Overwrite = False,
@@ -63,6 +65,10 @@ def soup(
     from .console import hush_libraries, show_json, show_lines, watch
 
     shares = _numbers(weights)
+    if data is None:
+        given = {"--margin": margin != MARGIN, "--seqlen": seqlen is not None, "--windows": windows is not None}
+        if used := [name for name, is_given in given.items() if is_given]:
+            raise RecipeError(f"{', '.join(used)} without --data: nothing is compared", hint="add --data FILE")
     hush_libraries(quiet)
     from ..compress.averaging import average_checkpoints
 

@@ -85,7 +85,7 @@ def trained_stage(method: str, fields: dict[str, Any], patterns: list[str] | Non
 def with_fields(found: dict[str, Any], more: list[str] | None) -> dict[str, Any]:
     """`found` (options that were given) and what --set adds; "none" is no value. RecipeError for one given twice."""
     result = dict(found)
-    for name, value in (_pair("--set", text) for text in more or ()):
+    for name, value in (_pair("--set", text, first=True) for text in more or ()):
         name = name.replace("-", "_")
         if name in result:
             raise RecipeError(f"{name} is given twice", hint=f"leave out --set {name}=...")
@@ -106,9 +106,9 @@ def check_known(method: str) -> None:
         )
 
 
-def _pair(option: str, text: str) -> tuple[str, str]:
-    """The last = separates: a regular expression may hold one."""
-    name, sign, value = text.rpartition("=")
+def _pair(option: str, text: str, *, first: bool = False) -> tuple[str, str]:
+    """NAME, VALUE. The last = separates, or the first: a regular expression may hold one, and so may a path."""
+    name, sign, value = text.partition("=") if first else text.rpartition("=")
     if not sign or not name:
         raise RecipeError(f"{option} {text!r} is not understood", hint=f"write {option} NAME=VALUE")
     return name.strip(), value.strip()

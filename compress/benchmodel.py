@@ -1,7 +1,8 @@
 """Decode speed of models on this machine: dense ones in every way that torch offers, and in ours, beside sparse ones.
 
-All contenders take turns in one process, with the same loop (generate.py), the same prompt and the same threads, so
-that a machine whose speed drifts treats them alike. A contender whose numbers are wrong has no speed.
+All contenders take turns of a few tokens in one process, with the same loop (generate.py), the same prompt and the same
+threads, so that a machine whose memory changes its pace, for seconds or minutes, treats them alike. A contender whose
+numbers are wrong has no speed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ from .progress import Progress
 from .report import human_bytes
 
 COUNTED_TOKENS = 17
+# Tokens of a turn: a third of a second of a billion weights. The first two are not counted: the prompt and the step
+# that finds out which layers belong together; later in the text, what others have left in the caches.
+TURN = 8
 
 
 @dataclass
@@ -72,15 +77,11 @@ def bench_models(
         contender.skipped = _skipped(contender.model, ids)
     order = random.Random(0)
     running = [contender for contender in contenders if contender.right]
-    for turn in range(rounds):
-        for contender in order.sample(running, len(running)):
-            told.working(f"round {turn + 1}/{rounds}: {contender.name}")
-            timing = Timing()
-            with contender.setting():
-                for _ in generate(contender.model, ids, new_tokens, timing=timing):
-                    pass
+    for number in range(rounds):
+        told.working(f"round {number + 1}/{rounds}")
+        for contender, timing in _in_turns(running, ids, new_tokens, order):
             contender.first.append(timing.first_token_seconds)
-            contender.steps += timing.steps[2:]  # the first decode step finds out which layers belong together
+            contender.steps += [seconds for i, seconds in enumerate(timing.steps) if i % TURN > 1]
     return {
         "machine": {
             "processor": processor_name(), "threads": torch.get_num_threads(), "torch": torch.__version__,
@@ -91,6 +92,22 @@ def bench_models(
         "contenders": _rows(contenders),
         "wrong": [contender.name for contender in contenders if not contender.right],
     }  # fmt: skip
+
+
+def _in_turns(
+    contenders: Sequence[Contender], ids: Tensor, new_tokens: int, order: random.Random
+) -> list[tuple[Contender, Timing]]:
+    """One text from every contender, TURN tokens at a time, each time in another order."""
+    timings = [Timing() for _ in contenders]
+    texts = [
+        generate(one.model, ids, new_tokens, timing=timing) for one, timing in zip(contenders, timings, strict=True)
+    ]
+    for _ in range(0, new_tokens, TURN):
+        for i in order.sample(range(len(texts)), len(texts)):
+            with contenders[i].setting():
+                for _ in islice(texts[i], TURN):
+                    pass
+    return list(zip(contenders, timings, strict=True))
 
 
 def _contenders(folder: str, progress: Progress) -> Iterator[Contender]:

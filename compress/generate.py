@@ -87,6 +87,7 @@ class Timing:
         return (len(self.steps) - 1) / rest if rest > 0 else 0.0
 
 
+@torch.no_grad()  # as a decorator: only while a token is computed, never in the loop that takes the tokens
 def generate(
     model: Any,
     ids: Tensor,
@@ -109,22 +110,21 @@ def generate(
     ends = torch.tensor(sorted(stop), device=ids.device)
     done = torch.zeros(batch, dtype=torch.bool, device=ids.device)
     last = ids[:, -1]
-    with torch.no_grad():
+    start = time.perf_counter()
+    cache = _cache(model, length + max_new_tokens)
+    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    for step in range(max_new_tokens):
+        token = choose(logits[:, -1])
+        last = token = torch.where(done, last, token)
+        timing.steps.append(time.perf_counter() - start)
+        yield token
         start = time.perf_counter()
-        cache = _cache(model, length + max_new_tokens)
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        for step in range(max_new_tokens):
-            token = choose(logits[:, -1])
-            last = token = torch.where(done, last, token)
-            timing.steps.append(time.perf_counter() - start)
-            yield token
-            start = time.perf_counter()
-            if ends.numel():
-                done |= torch.isin(token, ends)
-                if bool(done.all()):
-                    return
-            if step + 1 < max_new_tokens:
-                logits = model(input_ids=token[:, None], past_key_values=cache, use_cache=True).logits
+        if ends.numel():
+            done |= torch.isin(token, ends)
+            if bool(done.all()):
+                return
+        if step + 1 < max_new_tokens:
+            logits = model(input_ids=token[:, None], past_key_values=cache, use_cache=True).logits
 
 
 def _check_length(model: Any, length: int, new: int) -> None:

@@ -81,9 +81,12 @@ def select(stage: Selection, model: StreamedModel) -> tuple[list[Prunable], list
     wanted = [p for p in inside if not filters or _matches(p.name, filters)]
     if head is not None and _matches(head.name, stage.include) and not _matches(head.name, filters):
         if model.head_is_tied and not stage.untie:
+            can = "untie" in getattr(type(stage), "model_fields", {})
             raise RecipeError(
                 f"{head.name} shares its weight with the input embedding, which is never pruned",
-                hint="add --untie to give the head a weight of its own",
+                hint="add --untie to give the head a weight of its own"
+                if can
+                else "prune matrices of the blocks alone",
             )
         wanted.append(head)
     kept = [p for p in wanted if not _matches(p.name, stage.exclude)]

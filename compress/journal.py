@@ -108,10 +108,23 @@ def begun(partial: Path) -> bool:
     return journal.exists() and b"\n" in journal.read_bytes()
 
 
-def _compare(before: dict[str, Any], now: dict[str, Any]) -> None:
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise ResumeError(
-                f"the partial run had {key} = {before.get(key)!r}, this one has {now.get(key)!r}",
-                hint="repeat the first command exactly and add --resume, or start afresh with --overwrite",
-            )
+def _compare(before: Any, now: Any, name: str = "") -> None:
+    """ResumeError that names the first difference inside two identities, plain data."""
+    if before == now:
+        return
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            _compare(before.get(key), now.get(key), f"{name} {key}".strip())
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for number, (a, b) in enumerate(zip(before, now, strict=True)):
+            _compare(a, b, f"{name} {number}")
+    else:
+        raise ResumeError(
+            f"the partial run had {name} = {_short(before)}, this one has {_short(now)}",
+            hint="repeat the first command exactly and add --resume, or start afresh with --overwrite",
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:96]} ..."

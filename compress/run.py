@@ -156,7 +156,7 @@ def identity(job: Plan) -> dict[str, Any]:
     """What must be equal before a partial run may be continued."""
     facts: dict[str, Any] = {
         "version": __version__,
-        "recipe": job.recipe.sha256(),
+        "recipe": job.recipe.model_dump(mode="json"),
         "model": job.source.digest(),
         "device": job.device,
         "dtype": job.machine.dtype,

@@ -89,6 +89,7 @@ def _from_records(
         seen += len(example.ids)
         if limit is not None and seen * (1 - heldout) >= limit + length:
             break
+    lost = 0
     if not instructed:
         train, held = (TokenRows(_cut([t for e in parts[k] for t in e.ids], length), name=name) for k in (False, True))
         said = f"documents one after another, each ended by a special token, cut into rows of {length} tokens"
@@ -98,7 +99,10 @@ def _from_records(
         said = f"examples packed into rows of {length} tokens, only responses learned"
         if cut:
             said += f"; {cut} longer ones cut"
-    return _made(train, held, name, said, heldout)
+        lost = sum(not _learned(example, length) for part in parts.values() for example in part)
+        if lost:
+            said += f"; {lost} left out, whose prompt fills a row"
+    return _made(train, held, name, said, heldout, lost)
 
 
 def _example(record: object, where: str, tokenizer: Any) -> Example:
@@ -126,8 +130,8 @@ def pack(examples: Sequence[Example], length: int, pad: int, name: str = "the tr
     room = 0
     for example in examples:
         kept = Example(example.ids[:length], example.labels[:length])
-        if all(label == IGNORED for label in kept.labels[1:]):
-            continue  # nothing to learn is left of it
+        if not _learned(example, length):
+            continue
         if len(kept.ids) > room:
             rows.append([])
             room = length
@@ -146,6 +150,11 @@ def pack(examples: Sequence[Example], length: int, pad: int, name: str = "the tr
             at += size
         positions[row, at:] = torch.arange(length - at)
     return TokenRows(ids, labels, positions, name)
+
+
+def _learned(example: Example, length: int) -> bool:
+    """Whether something to learn is left of an example that is cut to a row."""
+    return any(label != IGNORED for label in example.labels[1:length])
 
 
 def _cut(ids: list[int], length: int) -> Tensor:
@@ -171,14 +180,19 @@ def _pad(tokenizer: Any) -> int:
     return 0
 
 
-def _made(train: TokenRows, held: TokenRows, name: str, protocol: str, share: float) -> TrainingText:
+def _made(train: TokenRows, held: TokenRows, name: str, protocol: str, share: float, lost: int = 0) -> TrainingText:
     if share and len(held) == 0 and len(train) >= MIN_ROWS:  # a short text: its last row
         train, held = _take(train, slice(0, -1)), _take(train, slice(-1, None))
-    if len(train) == 0 or (share and len(held) == 0):
+    count = len(train) + len(held)
+    if len(train) == 0 and len(held) >= MIN_ROWS:
         raise DataError(
-            f"{name} is too short to train on: {len(train) + len(held)} rows of {train.length} tokens",
-            hint="give more text, or a smaller --seqlen; at least two rows are needed, one of them is held out",
+            f"{name} is held out as a whole: heldout {share:g} of {count} rows", hint="use a smaller heldout"
         )
+    if len(train) == 0 or (share and len(held) == 0):
+        hint = "give more text, or a smaller --seqlen; at least two rows are needed, one of them is held out"
+        if lost:
+            hint = f"the prompts of {lost} examples fill a row and leave no response to learn: use a larger --seqlen"
+        raise DataError(f"{name} is too short to train on: {count} rows of {train.length} tokens", hint=hint)
     digest = hashlib.sha256((train.digest() + held.digest()).encode()).hexdigest()
     said = f"{protocol}; {len(train)} rows to train on, {len(held)} held out by a hash of their content"
     return TrainingText(train, held, name, said, digest)

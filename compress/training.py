@@ -55,7 +55,7 @@ def training_plan(stage: TrainingStage, planning: Planning) -> dict[str, Any]:
     """The arguments of a TrainingPlan beyond its jobs. DataError or RecipeError for a text that does not fit."""
     length = sequence_length(stage.seqlen, planning.skeleton.max_positions, "--seqlen")
     steps = stage.count_steps(length)
-    check_teacher(stage, planning)
+    check_teacher(stage, planning, length)
     text = planning.texts.training(stage.data, length, stage.heldout, steps * stage.batch * length)
     source = TextSource(text.name, text.protocol, text.digest)
     return {"text": text, "steps": steps, "calibration": source}
@@ -100,7 +100,10 @@ def retrainer(context: Context, plan: TrainingPlan, teacher: Any | None = None) 
 
     def retrain(model: Any, config: TrainingConfig, masks: Any = None) -> Metrics:
         with torch.enable_grad(), distributed.shared(TrainingError):
-            return train(model, config, masks, data=apart(model, plan.text.train), teacher=teacher)
+            rows = apart(model, plan.text.train)
+            if teacher is not None:
+                rows = apart(teacher, rows)
+            return train(model, config, masks, data=rows, teacher=teacher)
 
     return retrain
 

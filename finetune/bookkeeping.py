@@ -23,7 +23,11 @@ _KNOWN = ("step", "loss", "lr", "sparsity", "tokens", "tokens_per_s")
 def last_good(folder: Path) -> str:
     """What a run in `folder` that cannot go on has left, in words: only what was proved is ever saved."""
     good = newest_checkpoint(folder)
-    return "no checkpoint was saved before" if good is None else f"the last good checkpoint is {good.name}"
+    return (
+        "no checkpoint was saved before"
+        if good is None
+        else f"the last good checkpoint is {good.name} in {good.parent}"
+    )
 
 
 class Bookkeeping(TrainerCallback):
@@ -113,5 +117,6 @@ class Bookkeeping(TrainerCallback):
     def _not_finite(self, step: int) -> TrainingError:
         return TrainingError(
             f"the loss is not finite at step {step}; {last_good(self.trainer.config.folder)}",
-            hint="lower the learning rate, clip gradients, or train in float32 or bfloat16 instead of float16",
+            hint="lower the learning rate, clip gradients, or train in float32 or bfloat16 instead of float16, and "
+            "start again with --overwrite: --resume takes no other settings",
         )

@@ -42,7 +42,7 @@ class Rates:
 
 def ft(step: int, total: int, rates: Rates) -> float:
     """Fine-tuning: the last learning rate of the dense training, constant."""
-    return min(rates.history) if rates.history else rates.floor or rates.peak
+    return rates.history[-1] if rates.history else rates.floor or rates.peak
 
 
 def lrw(step: int, total: int, rates: Rates) -> float:

@@ -71,12 +71,21 @@ class TrainingStage(BaseStage):
             raise Mistake("give tokens or steps, not both", hint="steps = tokens / (batch * seqlen)")
         if self.teacher is not None and not self.needs_teacher:
             raise Mistake("a teacher is given, and the loss is of the text alone", hint="add loss distill or mix")
+        self._unused("momentum", self.optimizer == "sgd", "optimizer sgd has a momentum, the others have their own")
+        self._unused("temperature", self.loss != "lm", "it softens a teacher's predictions: add loss distill or mix")
+        self._unused("share", self.loss == "mix", "it divides loss mix: add loss mix")
         if self.batch % self.accumulation:
             raise Mistake(
                 f"a batch of {self.batch} rows cannot be split into {self.accumulation} micro-batches",
                 hint="make the batch a multiple of the accumulation",
             )
         return self
+
+    def _unused(self, name: str, used: bool, hint: str) -> None:
+        """Mistake when a field has a value of its own that nothing looks at."""
+        value = getattr(self, name)
+        if not used and value != type(self).model_fields[name].default:
+            raise Mistake(f"{name} {value:g} is given, and nothing uses it", hint=hint)
 
     @property
     def needs_teacher(self) -> bool:

@@ -29,9 +29,12 @@ class Imp:
         found = target_plan(index, stage, planning)
         phase_steps(found.steps, stage.phases)
         if not get_method(stage.score).needs:
-            if stage.calibration is not None:
+            given = "calibration", stage.calibration
+            if stage.nsamples != type(stage).model_fields["nsamples"].default:
+                given = "nsamples", str(stage.nsamples)
+            if given[1] is not None:
                 raise RecipeError(
-                    f"score {stage.score} looks at no text, and calibration {stage.calibration} is given",
+                    f"score {stage.score} looks at no text, and {given[0]} {given[1]} is given",
                     hint="leave it out, or choose a score that measures: --set score=wanda",
                 )
             return found

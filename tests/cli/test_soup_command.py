@@ -21,7 +21,7 @@ from gossamer.compress import averaging
     ],
 )
 def test_numbers_that_cannot_be(tmp_path, words, said):
-    result = CliRunner().invoke(app, ["soup", "A", "B", "-o", str(tmp_path / "out"), *words])
+    result = CliRunner().invoke(app, ["soup", "A", "B", "-o", str(tmp_path / "out"), "--data", "held.txt", *words])
     assert result.exit_code == 2
     assert said in " ".join(result.stderr.split())
     assert not list(tmp_path.iterdir())
@@ -36,6 +36,13 @@ def test_windows_are_passed_on(monkeypatch, tmp_path, words, windows):
         return {"weights": [0.5, 0.5], "models": models}
 
     monkeypatch.setattr(averaging, "average_checkpoints", average)
-    result = CliRunner().invoke(app, ["soup", "A", "B", "-o", str(tmp_path / "out"), *words])
+    result = CliRunner().invoke(app, ["soup", "A", "B", "-o", str(tmp_path / "out"), "--data", "held.txt", *words])
     assert result.exit_code == 0, result.output
     assert (asked["models"], asked["windows"]) == (["A", "B"], windows)
+
+
+@pytest.mark.parametrize("words", [["--windows", "3"], ["--margin", "2"], ["--seqlen", "64"]])
+def test_options_of_a_comparison_need_a_text(tmp_path, words):
+    result = CliRunner().invoke(app, ["soup", "A", "B", "-o", str(tmp_path / "out"), *words])
+    assert result.exit_code == 2
+    assert f"{words[0]} without --data: nothing is compared" in " ".join(result.stderr.split())

@@ -29,6 +29,33 @@ def test_calibration_is_refused_elsewhere(method):
         trained_stage(method, {"calibration": "c.txt"}, None, None)
 
 
+def test_a_value_may_hold_an_equals_sign():
+    built = trained_stage(
+        "nm-flow", {"data": "t.txt"}, ["self_attn=2:4", "a=b=dense"], ["teacher=/tmp/a=b", "loss=mix"]
+    )
+    assert built.teacher == "/tmp/a=b"
+    assert built.patterns == {"self_attn": "2:4", "a=b": "dense"}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["momentum=0.3"], "momentum 0.3 is given, and nothing uses it"),
+        (["temperature=2"], "temperature 2 is given, and nothing uses it"),
+        (["loss=distill", "share=0.2"], "share 0.2 is given, and nothing uses it"),
+    ],
+)
+def test_a_field_that_nothing_looks_at_is_refused(more, said):
+    with pytest.raises(RecipeError, match=said):
+        trained_stage("gradual", {"data": "t.txt"}, None, more)
+    assert (
+        trained_stage(
+            "gradual", {"data": "t.txt"}, None, [w for w in more if w != "loss=distill"] + ["optimizer=sgd", "loss=mix"]
+        ).loss
+        == "mix"
+    )
+
+
 def test_hints_name_options_that_exist():
     text = CliRunner().invoke(app, ["compress", "--help"], env={"COLUMNS": "200"}).output
     options, fields = set(re.findall(r"--[a-z-]+", text)), {*SoupStage.model_fields}

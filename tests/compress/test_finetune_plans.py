@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import report, save_words
+from families import FAMILIES
+from tiny import report, save_llama, save_words
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from gossamer.cli.main import app
+from gossamer.compress import training
+from gossamer.compress.instructions import Example
 from gossamer.compress.load import load
 from gossamer.compress.recipe import ExportStage, FinetuneStage, PruneStage, Recipe, build
 from gossamer.compress.run import compress
+from gossamer.compress.traindata import pack
 from gossamer.errors import RecipeError
 from gossamer.finetune.spiel import method
 
@@ -208,3 +213,42 @@ def test_a_teacher_with_other_tokens_is_refused(tiny, sparse, tmp_path):
         compress(sparse, tmp_path / "out", Recipe(stages=(tune(tiny, method="full", loss="mix", teacher=str(other)),)))
     with pytest.raises(RecipeError, match="the loss is of the text alone"):
         build(FinetuneStage, data=str(tiny / "calibration.txt"), teacher=str(tiny))
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "said"),
+    [
+        ({"hidden_size": 64}, {"loss": "lm", "hidden": 0.5}, "has 64 hidden channels, .* has 32"),
+        ({"num_hidden_layers": 2}, {"hidden": 0.5}, "has 2 blocks, .* has 3"),
+        ({"max_position_embeddings": 8}, {}, "rows of 16 tokens are longer than the 8 positions of the teacher"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(tiny, sparse, tmp_path, config, fields, said):
+    other = save_llama(tmp_path / "other", **config)
+    tuned = tune(tiny, **{"method": "full", "loss": "distill", "teacher": str(other)} | fields)
+    with pytest.raises(RecipeError, match=said):
+        compress(sparse, tmp_path / "out", Recipe(stages=(tuned,)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_with_another_tokenizer_of_that_size_is_refused(tiny, sparse, tmp_path):
+    other = save_llama(tmp_path / "other")
+    save_words(other, 320)
+    tuned = tune(tiny, method="full", loss="distill", teacher=str(other))
+    with pytest.raises(RecipeError, match="has another tokenizer than"):
+        compress(sparse, tmp_path / "out", Recipe(stages=(tuned,)))
+
+
+@pytest.mark.parametrize(("family", "packed"), [("llama", True), ("opt", False)])
+def test_packed_examples_are_apart_for_the_teacher_too(monkeypatch, family, packed):
+    """OPT takes no notice of positions that begin again, so a Llama that learns from it gets one example per row."""
+    student, teacher = (
+        AutoModelForCausalLM.from_config(FAMILIES[name].config(), dtype=torch.float32) for name in ("llama", family)
+    )
+    rows = pack([Example([3, 4, 5, 6], [3, 4, 5, 6])] * 6, 8, 0)
+    plan = SimpleNamespace(stage=SimpleNamespace(needs_teacher=True), text=SimpleNamespace(train=rows))
+    seen = {}
+    monkeypatch.setattr(training, "train", lambda model, config, masks, **given: seen.update(given))
+    training.retrainer(None, plan, teacher)(student, None)
+    assert (seen["data"] is rows) == packed
+    assert len(seen["data"]) == (3 if packed else 6)

@@ -226,6 +226,7 @@ def test_a_candidate_with_another_mask_is_refused(tiny, tmp_path, monkeypatch):
         ("soup", {"factor": "length", "factor_values": ("2", "x")}, "'x' is not a value of length"),
         ("soup", {"margin": float("nan")}, "margin must be a finite number"),
         ("imp", {"calibration": "none.txt"}, "score magnitude looks at no text, and calibration none.txt is given"),
+        ("imp", {"nsamples": 4}, "score magnitude looks at no text, and nsamples 4 is given"),
         ("imp", {"temperature": float("inf")}, "temperature must be a finite number, got inf"),
         ("imp", {"weight_decay": float("inf")}, "weight_decay must be a finite number, got inf"),
         ("gradual", {"schedule": "allr"}, "only the stages imp and soup have phases"),

@@ -195,10 +195,10 @@ def test_overwrite_throws_the_partial_run_away(default, partial):
 
 
 OTHERS = [
-    (("--sparsity", "0.6"), "recipe"),
-    (("--seed", "1"), "recipe"),
-    (("--method", "wanda"), "recipe"),
-    (("--nsamples", "6"), "recipe"),
+    (("--sparsity", "0.6"), "recipe stages 0 sparsity"),
+    (("--seed", "1"), "recipe seed"),
+    (("--method", "wanda"), "recipe stages 0 method"),
+    (("--nsamples", "6"), "recipe stages 0 nsamples"),
     (("--dtype", "bfloat16"), "dtype"),
 ]
 

@@ -218,6 +218,25 @@ def test_texts_that_are_too_short(tokenizer, tmp_path, content):
         load_training(str(tmp_path / "a.txt"), tokenizer, 32)
 
 
+def test_prompts_that_fill_a_row_ask_for_longer_ones(tokenizer, tmp_path):
+    records = [{"prompt": "ka to mi ren sol ux ba lin dor pe", "response": f"ka {i}"} for i in range(20)]
+    path = str(write(tmp_path / "a.jsonl", records))
+    with pytest.raises(DataError, match="0 rows of 8 tokens") as told:
+        load_training(path, tokenizer, 8)
+    assert "the prompts of 20 examples fill a row" in told.value.hint
+    assert "larger --seqlen" in told.value.hint
+    records += [{"prompt": "ka", "response": f"to {i}"} for i in range(9)]
+    found = load_training(str(write(tmp_path / "b.jsonl", records)), tokenizer, 8)
+    assert "20 left out, whose prompt fills a row" in found.protocol
+
+
+def test_a_text_that_is_held_out_as_a_whole(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("ka to mi ren sol ux ba lin dor pe. " * 99)
+    with pytest.raises(DataError, match="is held out as a whole") as told:
+        load_training(str(tmp_path / "a.txt"), tokenizer, 16, heldout=0.99999)
+    assert "smaller heldout" in told.value.hint
+
+
 def test_a_missing_file():
     with pytest.raises(DataError, match="does not exist"):
         load_training("./nowhere.txt", None, 32)
