@@ -54,7 +54,7 @@ def inspect(
         origin = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
         _show_activation(model, data, seqlen, windows, json, origin)
         return
-    if data or seqlen or windows:
+    if data is not None or seqlen is not None or windows is not None:
         raise RecipeError("--data, --seqlen and --windows belong to --activation", hint="add --activation")
     from ..compress.inspect import inspect_model
     from .console import show_json, show_lines, show_table
@@ -75,15 +75,13 @@ def _show_activation(
     from ..compress.stage_recipes.evaluate import DEFAULT_EVALUATION
     from .console import show_json, show_lines, show_table
 
-    found = inspect_activation(model, data or DEFAULT_EVALUATION, seqlen=seqlen, windows=windows or 16, **origin)
+    text, count = data or DEFAULT_EVALUATION, 16 if windows is None else windows
+    found = inspect_activation(model, text, seqlen=seqlen, windows=count, **origin)
     if as_json:
         show_json(found)
         return
-    shares = [list(layer["cett"].items()) for layer in found["layers"]]
-    header = ("MLP", *(f"CETT at {float(share):.0%}" for share, _ in shares[0][3::3]))
-    rows = [
-        (layer["name"], *(f"{v:.3f}" for _, v in c[3::3])) for layer, c in zip(found["layers"], shares, strict=True)
-    ]
+    header = ("MLP", *(f"CETT at {share:.0%}" for share in found["table"]))
+    rows = [(layer["name"], *(f"{cett:.3f}" for cett in layer["table"])) for layer in found["layers"]]
     show_table(str(model), header, rows)
     lines = [f"perplexity {found['perplexity']:.4f}: {found['protocol']['method']}"]
     for limit, ppl in found["ppl"].items():

@@ -28,6 +28,8 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.SiLU: "silu", SiLUActivation: "silu", nn.ReLU: "relu", GELUTanh: "gelu_tanh", GELUActivation: "gelu",
 }  # fmt: skip
 
+_CONSTANTS = ("scaling", "variance_epsilon")  # attributes of modules that the compiled halves were given
+
 
 class _Part:
     """`compiled`: what to call, None where this half is not of a known kind. `watch`: for how long that holds."""
@@ -37,7 +39,7 @@ class _Part:
 
     def __init__(self, block: Any, dtype: torch.dtype, modules: list[Any]) -> None:
         self.dtype, self.code = dtype, CODES[dtype]
-        self.watch = Watch([module for module in [block, *modules] if isinstance(module, nn.Module)])
+        self.watch = Watch([module for module in [block, *modules] if isinstance(module, nn.Module)], _CONSTANTS)
         self.tier = current()
         self.held: list[Any] = []
 
@@ -145,7 +147,7 @@ class FeedPart(_Part):
         self.hidden = norm.weight.shape[-1]
         if type(mlp) is NeuronSubsetMLP:
             self._of_neurons(mlp, norm, weight)
-        elif _known(mlp) and type(acting) in _ACTIVATIONS and getattr(acting, "approximate", "none") == "none":
+        elif _known(mlp) and _plain_activation(acting):
             neurons = layers[2].in_features
             first = stage(layers[:2], self.hidden, [neurons, neurons], dtype)
             second = stage(layers[2:], neurons, [self.hidden], dtype)
@@ -211,6 +213,11 @@ def _chosen(mlp: str, batch: int) -> Tensor | None:
     first = chosen[0]
     fits = first.dtype is torch.int32 and first.is_cpu and first.is_contiguous() and first.numel() > 0
     return first if fits else None
+
+
+def _plain_activation(acting: Any) -> bool:
+    own = getattr(acting, "__dict__", {})
+    return type(acting) in _ACTIVATIONS and "forward" not in own and getattr(acting, "approximate", "none") == "none"
 
 
 def _known(mlp: Any) -> bool:

@@ -13,11 +13,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging as hf_logging
 
 from ..errors import ModelError
 
 _ONE_THREAD = "HF_DEACTIVATE_ASYNC_LOAD"
+# What reading a config.json may end in; the last one where its values contradict each other.
+CONFIG_ERRORS = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 TESTED_VERSIONS = ("5.23.0",)
 
 # what we use -> where it lives; "Class.member" is looked up inside the class.

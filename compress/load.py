@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from ..errors import CheckpointError, GossamerError, ModelError
 from .attached import ModelMasks
 from .attachments import apply_attachments, attaching
+from .hf_private import CONFIG_ERRORS
 from .keymap import KeyMap
 from .memory import release
 from .modelfolder import SPARSE, SPARSE_INDEX, find_weights, read_config, resolve_folder
@@ -115,7 +116,7 @@ def _from_pretrained(folder: Path, options: dict[str, Any]) -> tuple[Any, dict[s
         return read(folder, **arguments)
     except GossamerError:
         raise
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except (*CONFIG_ERRORS, ImportError) as error:
         raise ModelError(
             f"{folder} cannot be loaded: {(str(error).strip().splitlines() or [type(error).__name__])[0]}",
             hint="models with their own code need trust_remote_code=True",

@@ -205,9 +205,11 @@ def _check_attachments(recipe: Recipe, source: FolderSource) -> None:
 
 
 def sequence_length(given: int | None, limit: int | None, option: str) -> int:
-    """`given`, or min(2048, the model's positions). RecipeError beyond the model's positions."""
+    """`given`, or min(2048, the model's positions). RecipeError below 2 and beyond the model's positions."""
     if given is None:
         return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
+    if given < 2:
+        raise RecipeError(f"{option} must be at least 2, got {given}", hint="a window predicts all its tokens but one")
     if limit is not None and given > limit:
         raise RecipeError(f"{option} {given} is longer than the model's {limit} positions", hint=f"use at most {limit}")
     return given

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import ModelError
-from .hf_private import GradientCheckpointingLayer, quiet_loading
+from .hf_private import CONFIG_ERRORS, GradientCheckpointingLayer, quiet_loading
 
 # Checkpoints whose source hands out dense tensors although config.json speaks of a quantisation.
 _DENSE_FOR_US = frozenset({"gossamer", "compressed-tensors"})
@@ -31,7 +31,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise ModelError(f"{folder} has no config.json", hint="give the folder of a HuggingFace model")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (*CONFIG_ERRORS, json.JSONDecodeError) as error:
         raise ModelError(
             f"{folder}/config.json cannot be used: {_first_line(error)}",
             hint="give the folder of a language model; one with code of its own needs --trust-remote-code",

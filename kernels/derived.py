@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ class Derived(Generic[T]):
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Record, T]] = {}  # by the number of the packed memory
+        self._lock = Lock()
 
     def __len__(self) -> int:
         return len(self._known)
@@ -27,8 +29,10 @@ class Derived(Generic[T]):
         known = self._known.get(record.memory.cdata)
         if known is not None and known[0] is record:
             return known[1]
-        for key in [key for key, (old, _) in self._known.items() if old.memory.expired()]:
-            del self._known[key]
+        with self._lock:
+            for key in [key for key, (old, _) in self._known.items() if old.memory.expired()]:
+                del self._known[key]
         made = make()
-        self._known[record.memory.cdata] = (record, made)
+        with self._lock:
+            self._known[record.memory.cdata] = (record, made)
         return made

@@ -3,13 +3,15 @@
 A kernel follows offsets that it reads from the tensor, so the whole tensor is checked before its address is passed for
 the first time. That takes as long as reading it, so the result is kept, and every later call only compares memory,
 address, length and version. `.to`, deepcopy, offload hooks and assign-load bring other memory, in-place writes another
-version: then the check runs again.
+version: then the check runs again. Writes that torch does not count, those by way of `.data` and into tensors made in
+inference mode, are not seen: whoever makes them must leave a well-formed tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -47,6 +49,7 @@ class Records:
         self._fault, self._header, self._dtypes = fault, header, dtypes
         self._known: dict[int, Record] = {}
         self._next_sweep = 64
+        self._lock = Lock()  # several threads may run models, and what they learn comes here
 
     def __len__(self) -> int:
         return len(self._known)
@@ -90,11 +93,12 @@ class Records:
             size=packed.numel(),
             version=version,
         )
-        if len(self._known) >= self._next_sweep:
-            for key in [key for key, old in self._known.items() if old.memory.expired()]:
-                del self._known[key]
-            self._next_sweep = 2 * len(self._known) + 64
-        self._known[memory.cdata] = record
+        with self._lock:
+            if len(self._known) >= self._next_sweep:
+                for key in [key for key, old in self._known.items() if old.memory.expired()]:
+                    del self._known[key]
+                self._next_sweep = 2 * len(self._known) + 64
+            self._known[memory.cdata] = record
         return record
 
 

@@ -222,8 +222,10 @@ class _NeuronHooks:
             if self.sequences.clusters is not None:
                 assert self.entry.clusters is not None
                 core = self.entry.clusters[self.sequences.clusters[number]]
-            else:
+            elif start > 1:
                 core = stable_core(sequence[1:start], self.entry, self.guide.alpha)
+            else:  # nobody votes: all neurons, as at decode
+                core = torch.arange(each.shape[2], device=inner.device)
             mask[number][:, core.long()] = True
         return mask.view(*inner.shape[:-2], -1, inner.shape[-1])
 

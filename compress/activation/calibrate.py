@@ -110,7 +110,8 @@ class Calibration:
             raise RecipeError(
                 f"{self.method.name} can skip at most {highest:.1%} of this model's linear weights, asked for is "
                 f"{target:.1%}",
-                hint=f"ask for at most {int(highest * 1000) / 1000}, or use --activation auto",
+                hint=f"ask for at most {int(highest * 1000) / 1000}"
+                + (", or use --activation auto" if self.method.name != "auto" else ""),
             )
         if target <= 0:
             return self._with_facts(self._policy([], None), target, Reads())

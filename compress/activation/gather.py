@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...activation_sparsity.method import BlockData, Site
+from ...errors import DataError
 from .. import distributed
 from ..blocks import StreamedModel
 from ..hidden import HiddenStore
@@ -36,6 +37,10 @@ def gather(
 ) -> BlockData:
     """Run every window through the block and keep what `needs` names; `usable` [n, L]: tokens that are no padding."""
     model = walk.model
+    if "prompts" in needs and walk.start < 2:
+        raise DataError(
+            "a prompt of one token has none that votes for core neurons", hint="give a larger --seqlen, or prompt"
+        )
     rows = sampled(usable, walk.start)
     wanted = {site[0].name for site in found.sites if "inputs" in needs}
     downs = {parts.down: path for path, parts in found.mlps if "prompts" in needs}
@@ -160,8 +165,6 @@ def _cut(
 
 def check_usable(usable: Tensor, start: int, name: str) -> Sequence[int]:
     """Usable sparse tokens of every window. DataError when there is none."""
-    from ...errors import DataError
-
     counts = usable[:, start:].sum(1).tolist()
     if not sum(counts):
         raise DataError(

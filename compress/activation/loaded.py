@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...activation_sparsity.base import CoreNeurons, GateThreshold, LinearPolicy, MLPParts, Policy
 from ...errors import CheckpointError
-from ...kernels.arguments import CODES
+from ...kernels.arguments import CODES, MAX_ROWS
 from ...kernels.bitmask_gemv import dispatch as bitmask
 from ...kernels.channel_gemv.dispatch import transpose
 from ...kernels.dual_gemv import dispatch as dual
@@ -28,6 +28,8 @@ from ..skeleton import find_blocks
 from .calls import watch_generate
 from .hook import StepHook
 
+MORE = "the module computes more than its three maps: neurons outside the set are zeroed, and every weight is read"
+ROUNDING = 0.01  # of the output's norm, in bfloat16
 FORMAT = "no kernel skips inputs of {kind}: they are zeroed, and every weight is read"
 
 
@@ -176,12 +178,29 @@ def _put_mlp(
         gate, up, down = (str(part).removeprefix(f"{name}.") for part in (parts.gate, parts.up, parts.down))
         before = model.get_submodule(name)
         made = NeuronSubsetMLP(own, gate, up, down, parts.activation, name=name, threshold=threshold)
-        _replace(model, name, made.train(before.training))
-        applied.mlps.append(name)
-        return
+        if _alike(before, made):
+            _replace(model, name, made.train(before.training))
+            applied.mlps.append(name)
+            return
+        reason = MORE
     applied.fallback[name] = reason
     masked = MaskedNeurons(name, parts.activation, threshold=threshold, fused=parts.fused)
     masked.attach(None if parts.gate is None else model.get_submodule(parts.gate), model.get_submodule(parts.down))
+
+
+def _alike(before: nn.Module, made: NeuronSubsetMLP) -> bool:
+    """Whether the module computes what its three maps and the activation say, and nothing more (factors, norms)."""
+    weight, _ = made.weights()
+    x = torch.randn(1, MAX_ROWS + 1, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    x = x.to(weight.device, weight.dtype)
+    with torch.no_grad():
+        try:
+            wanted, found = before(x), made(x)
+        except TypeError:  # it asks for more than x
+            return False
+    if not isinstance(wanted, torch.Tensor) or wanted.shape != found.shape:
+        return False
+    return bool((wanted - found).float().norm() <= ROUNDING * wanted.float().norm())
 
 
 def _unfit(model: Any, name: str, parts: MLPParts) -> str | None:

@@ -20,6 +20,11 @@ from ..prunable import owner_of
 
 TOLERANCE = 0.02  # of the input's norm; bfloat16 rounding stays far below
 
+_NAMES = {
+    "silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_accurate": "gelu_tanh",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class BlockSites:
@@ -60,7 +65,8 @@ def find_sites(
     inputs = {g[0].name: seen[g[0].name][0].float() for g in sites}
     inside = {member.name for site in sites for member in site}
     dense = [p for p in model.prunables(index) if p.name not in inside]
-    mlps = [found for down in sites if (found := _mlp(down, sites, inputs, given)) is not None]
+    named = _named(model.config.get_text_config())
+    mlps = [found for down in sites if (found := _mlp(down, sites, inputs, given, named)) is not None]
     return BlockSites(sites, mlps, dense)
 
 
@@ -71,17 +77,29 @@ def _keep(name: str, into: dict[str, Tensor]) -> Callable[..., None]:
     return hook
 
 
+def _named(config: object) -> str | None:
+    """The activation that the configuration names, as MLPParts calls it."""
+    said = (getattr(config, name, None) for name in ("hidden_activation", "hidden_act", "activation_function"))
+    return _NAMES.get(next((str(name) for name in said if name is not None), ""))
+
+
 def _mlp(
-    down: Sequence[Prunable], sites: list[list[Prunable]], inputs: dict[str, Tensor], given: dict[str, Tensor]
+    down: Sequence[Prunable],
+    sites: list[list[Prunable]],
+    inputs: dict[str, Tensor],
+    given: dict[str, Tensor],
+    named: str | None,
 ) -> tuple[str, MLPParts] | None:
+    """Of ways within the tolerance, one with the activation `named`: rounding hides gelu from its approximation."""
     inner = inputs[down[0].name]
     if len(down) > 1:
         return None
     neurons = inner.shape[1]
     ways = [way for site in sites if site is not down for way in _matches(site, neurons, inner, given)]
-    distance, gate, up, activation = min(ways, key=lambda way: way[0], default=(1.0, None, "", ""))
-    if distance > TOLERANCE:
+    near = [way for way in ways if way[0] <= TOLERANCE]
+    if not near:
         return None
+    _, gate, up, activation = min(near, key=lambda way: (way[3] != named, way[0]))
     return _common([up, down[0].name]), MLPParts(gate, up, down[0].name, activation, neurons)
 
 

@@ -161,8 +161,8 @@ class Walk:
             hidden.close()
 
     def clusters(self, policy: Policy) -> dict[int, int] | None:
-        """Cluster of every followed window, by its dense prompt."""
-        if policy.guide is None or policy.guide.signature is None:
+        """Cluster of every followed window, by its dense prompt; None where no token of it votes."""
+        if policy.guide is None or policy.guide.signature is None or self.start < 2:
             return None
         down = policy.mlps[policy.guide.signature].parts.down
         found: dict[int, int] = {}

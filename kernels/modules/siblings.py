@@ -57,7 +57,8 @@ class Siblings:
         if self._held is not None:  # somebody did not come for his result: they are not always called in turn
             self._part()
             return run(x, [layer])[0]
-        here = [other for other in self.layers if other.matrix().device == x.device]
+        matrices = [(other, other.matrix()) for other in self.layers]
+        here = [other for other, one in matrices if one.device == x.device and not wants_gradient(one)]
         results = run(x, here)
         kept = {id(other): y for other, y in zip(here, results, strict=True)}
         own = kept.pop(id(layer))

@@ -53,6 +53,8 @@ def stage(layers: Sequence[nn.Module], cols: int, rows: Sequence[int], dtype: to
 
 
 def _fits(layer: Any, rows: int, cols: int, dtype: torch.dtype) -> bool:
+    if "forward" in layer.__dict__:  # somebody's own, as accelerate's hooks set it
+        return False
     if type(layer) is DenseLinear:
         check_weight(layer.weight, "weight")
         place, shape, own = layer.weight, tuple(layer.weight.shape), layer.weight.dtype

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 class Watch:
     """Some modules. Their tensors are not kept alive."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        """Modules, not their children: what of them matters is to be named as well."""
+    def __init__(self, modules: Sequence[nn.Module], constants: Sequence[str] = ()) -> None:
+        """Modules, not their children: what of them matters is to be named as well, attributes by `constants`."""
         self._modules = [
             (module, module.__dict__, type(module), module.__dict__.get("forward"), _hooked(module), _children(module))
             for module in modules
@@ -28,6 +28,13 @@ class Watch:
             for module in modules
             for held in (module._parameters, module._buffers)
             for name, tensor in held.items()
+        ]
+
+        self._constants = [
+            (module.__dict__, name, module.__dict__[name])
+            for module in modules
+            for name in constants
+            if name in module.__dict__
         ]
 
     def plain(self) -> bool:
@@ -49,7 +56,10 @@ class Watch:
             for name, child in children:
                 if held.get(name) is not child:
                     return False
-        for held, name, known, place, size, dtype, version in self._tensors:
+        for own, name, value in self._constants:
+            if own.get(name) != value:
+                return False
+        for held, name, known, place, strides, dtype, version in self._tensors:
             tensor = held.get(name)
             if tensor is None:
                 if known is not None:
@@ -59,7 +69,7 @@ class Watch:
                 known is None
                 or known() is not tensor
                 or tensor.data_ptr() != place
-                or tensor.numel() != size
+                or tensor.stride() != strides
                 or tensor.dtype is not dtype
                 or (version is not None and tensor._version != version)
             ):
@@ -78,9 +88,9 @@ def _children(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
 def _known(held: Any, name: str, tensor: Tensor | None) -> tuple[Any, ...]:
     """Where the tensor is held, the tensor without keeping it alive, and what is compared."""
     if tensor is None:
-        return held, name, None, 0, 0, None, None
+        return held, name, None, 0, (), None, None
     version = None if tensor.is_inference() else tensor._version
-    return held, name, weakref.ref(tensor), tensor.data_ptr(), tensor.numel(), tensor.dtype, version
+    return held, name, weakref.ref(tensor), tensor.data_ptr(), tensor.stride(), tensor.dtype, version
 
 
 def globally_hooked() -> bool:

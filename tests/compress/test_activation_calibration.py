@@ -23,12 +23,13 @@ from gossamer.activation_sparsity.method import Method
 from gossamer.activation_sparsity.rsparse import RSparse
 from gossamer.activation_sparsity.threshold import Threshold
 from gossamer.activation_sparsity.wina import Wina
-from gossamer.compress.activation import calibrate
+from gossamer.compress.activation import calibrate, sites
 from gossamer.compress.activation.calibrate import Calibration
 from gossamer.compress.activation.parts import Parts
 from gossamer.compress.activation.walk import Walk, increase, prompt_length
 from gossamer.compress.blocks import StreamedModel
 from gossamer.compress.progress import Progress
+from gossamer.compress.prunable import Prunable
 from gossamer.compress.source import open_source
 from gossamer.errors import DataError, ModelError, RecipeError
 
@@ -131,6 +132,18 @@ def test_mlps_are_found_by_their_numbers(name: str, tinies) -> None:
     extent = calibration.extent
     whole = sum(p.size for i in range(tiny.model.num_blocks) for p in tiny.model.prunables(i))
     assert extent.whole == extent.sites == whole
+
+
+@pytest.mark.parametrize(("named", "found"), [(None, "gelu"), ("gelu_tanh", "gelu_tanh"), ("relu", "gelu")])
+def test_rounding_does_not_decide_between_gelu_and_its_approximation(named: str | None, found: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate, up = (torch.randn(50, 16, generator=generator) for _ in range(2))
+    maps = [Prunable(f"mlp.{name}", 0, (16, 8), "linear") for name in ("gate", "up")]
+    down = [Prunable("mlp.down", 0, (8, 16), "linear")]
+    inputs = {"mlp.gate": torch.zeros(50, 8), "mlp.down": nn.functional.gelu(gate) * up}
+    given = {"mlp.gate": gate, "mlp.up": up, "mlp.down": torch.zeros(50, 8)}
+    _, parts = sites._mlp(down, [maps, down], inputs, given, named)
+    assert (parts.gate, parts.up, parts.activation) == ("mlp.gate", "mlp.up", found)
 
 
 METHODS = {
@@ -335,6 +348,18 @@ def test_more_than_a_method_can_reach_says_what_it_can(tinies) -> None:
     with pytest.raises(RecipeError, match=r"cats can skip at most 4\d\.\d%.*0\.4\d") as caught:
         tiny.calibration(Cats()).run(0.9)
     assert "auto" in str(caught.value)
+
+
+def test_core_neurons_need_a_token_that_votes(tinies, tmp_path: Path) -> None:
+    tiny = tinies("llama")
+    walk = Walk(tiny.model, tiny.windows, memory_bytes=1 << 28, scratch=tmp_path, prompt=0.01)
+    assert walk.start == 1
+    with pytest.raises(DataError, match="a prompt of one token has none that votes"):
+        Calibration(
+            tiny.model, tiny.windows, CoreInfer(mode="similarity"), memory_bytes=1 << 28, scratch=tmp_path, walk=walk
+        ).run(0.2)
+    policy = tiny.calibration(CoreInfer()).run(0.2)
+    assert walk.run(policy).reads.sparsity == 0.0  # as at decode
 
 
 def test_padding_and_short_windows_are_named(tinies) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from activation_cases import core_policy, decode, family_with, gate_policy, give, ids, plain_model
 from exports import dense_twin, save_family_sparse
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import gossamer
 from gossamer.activation_sparsity.base import CoreNeurons
@@ -198,6 +199,19 @@ def test_counted_neurons_and_a_prompt_without_voters(tmp_path):
     with counting() as counted:
         decode(model, ids(1, 3), 1)  # the first token does not vote: all neurons
     assert realised(model, counted)["skipped"] == pytest.approx(0.0)
+
+
+def test_an_mlp_that_does_more_keeps_its_module(tmp_path, monkeypatch):
+    """A factor behind down is nowhere in gate, up and down: the prompt would be of another model."""
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: 0.5 * forward(self, x))
+    policy = core_policy("llama")
+    folder = family_with("llama", tmp_path / "m", policy)
+    model, given = gossamer.load(folder), ids(1, 16)
+    assert model.gossamer_activation.mlps == []
+    assert all("more than its three maps" in why for why in model.gossamer_activation.fallback.values())
+    plain, _ = masked(plain_model(folder), policy)
+    close(decode(model, given, 11), decode(plain, given, 11))
 
 
 def test_packed_mlps_are_expanded_for_core_neurons(tmp_path):

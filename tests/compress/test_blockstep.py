@@ -218,6 +218,45 @@ def test_hooks_are_called(path, tmp_path, taken):
     assert seen.calls > 100
 
 
+@pytest.mark.parametrize("path", ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn"])
+@pytest.mark.parametrize("kind", ["dense", "bitmask"])
+def test_a_forward_of_somebodys_own_runs(path, kind, tmp_path):
+    """Set on the module itself, as accelerate's hooks do it: before the first token and after some."""
+    for before in (True, False):
+        model = loaded(kind, tmp_path / str(before), torch.bfloat16)
+        if not before:
+            decode(model)
+        module = model.model.layers[1].get_submodule(path)
+        module.forward = lambda x, forward=module.forward: forward(x) * 0.25
+        wanted = by_modules(model)
+        assert float((decode(model) - wanted).abs().max()) <= 2e-2 * float(wanted.abs().max())
+
+
+def test_constants_that_change_are_seen(tmp_path):
+    model = loaded("dense", tmp_path, torch.float32)
+    before = decode(model)
+    attention, norm = model.model.layers[1].self_attn, model.model.layers[2].post_attention_layernorm
+    attention.scaling, norm.variance_epsilon = 3 * attention.scaling, 0.5
+    found = decode(model)
+    assert not torch.allclose(found, before, atol=1e-3)
+    torch.testing.assert_close(found, by_modules(model), rtol=1e-4, atol=1e-4)
+    weight = attention.o_proj.weight
+    weight.data = weight.data.t()  # the same memory, in another order
+    torch.testing.assert_close(decode(model), by_modules(model), rtol=1e-4, atol=1e-4)
+
+
+def test_one_of_three_siblings_is_trained(tmp_path):
+    """Query, key and value are computed together once seen in turn; one that needs a gradient goes its own way."""
+    model = loaded("dense", tmp_path, torch.float32)
+    with torch.no_grad():
+        model(torch.tensor([[5, 6, 7]]))
+    model.requires_grad_(False)
+    weight = model.model.layers[0].self_attn.v_proj.weight.requires_grad_(True)
+    model(torch.tensor([[5, 6, 7]])).logits.sum().backward()
+    assert weight.grad is not None
+    assert bool((weight.grad != 0).any())
+
+
 def test_what_is_put_in_the_place_of_a_part_is_used(tmp_path, taken):
     model = loaded("dense", tmp_path, torch.float32)
     before = decode(model)
