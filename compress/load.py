@@ -65,7 +65,7 @@ def load(
         options["variant"] = "sparse"
     with runtime(how), attaching(attachments):
         model, info = _from_pretrained(folder, options)
-    _check_info(folder, info)
+    _check_info(folder, info, source)
     if not hasattr(model, "gossamer_masks"):
         _attach_dense(model, source)
     if not hasattr(model, "gossamer_runtime"):
@@ -130,12 +130,18 @@ def _from_pretrained(folder: Path, options: dict[str, Any]) -> tuple[Any, dict[s
         ) from error
 
 
-def _check_info(folder: Path, info: dict[str, Any]) -> None:
+def _check_info(folder: Path, info: dict[str, Any], source: FolderSource) -> None:
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
         name, found, wanted = mismatched[0]
         raise CheckpointError(
             f"{folder}: {name} has shape {list(found)}, config.json asks for {list(wanted)}",
+            hint="config.json and weights belong to different models",
+        )
+    without_place = sorted(source.records().keys() & set(info["unexpected_keys"]))
+    if without_place:
+        raise CheckpointError(
+            f"{folder} has a mask of {without_place[0]}, which the model of its config.json does not have",
             hint="config.json and weights belong to different models",
         )
     missing = sorted(info["missing_keys"])

@@ -14,6 +14,7 @@ DEFAULT_ACTIVATION_SPARSITY = 0.5
 LARGE = 0.5  # a perplexity target beyond it is written with %
 COREINFER = ("guide", "refresh", "alpha", "keep", "drift", "layers")
 RSPARSE = ("rho", "population", "generations")
+SEARCHING = ("auto", "threshold", "wina", "rsparse")
 
 
 class ActivationStage(BaseStage):
@@ -126,6 +127,8 @@ class ActivationStage(BaseStage):
             if foreign and self.method != method:
                 verb = "belong" if len(foreign) > 1 else "belongs"
                 raise Mistake(f"{' and '.join(foreign)} {verb} to {method}, the method is {self.method}")
+        if not self.search and self.method not in SEARCHING:
+            raise Mistake(f"search belongs to {', '.join(SEARCHING)}, the method is {self.method}")
         if not self.search and (self.population is not None or self.generations is not None):
             raise Mistake("population and generations are of the search, and search is off", hint="leave them out")
         return self

@@ -46,6 +46,10 @@ def test_fields_reach_their_method():
     [
         ({"method": "auto", "alpha": 0.3}, "alpha belongs to coreinfer, the method is auto"),
         ({"method": "auto", "drift": 0}, "drift belongs to coreinfer"),
+        (
+            {"method": "coreinfer", "search": False},
+            "search belongs to auto, threshold, wina, rsparse, the method is core",
+        ),
         ({"method": "coreinfer", "rho": 0.3}, "rho belongs to rsparse"),
         ({"method": "coreinfer", "keep": 0.3, "sparsity": 0.2}, "give one of sparsity and keep"),
         ({"method": "coreinfer", "keep": 1.5}, "keep"),

@@ -153,6 +153,25 @@ def test_a_misshapen_tensor(tmp_path):
     one_line(folder, CheckpointError, r"model\.norm\.weight has shape \[47\]")
 
 
+@pytest.mark.parametrize("form", ["sparse", "dense"])
+def test_a_config_of_fewer_blocks(tmp_path, form):
+    folder = save_family_sparse("llama", tmp_path / "sparse", dtype=torch.bfloat16)
+    if form == "dense":
+        convert(folder, tmp_path / "dense", "dense")
+    path = tmp_path / form / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 1}))
+    with pytest.raises((CheckpointError, ModelError), match=r"has a mask of model\.layers\.1\."):
+        gossamer.load(tmp_path / form)
+
+
+def test_a_config_that_contradicts_itself(tmp_path):
+    folder = save_family_sparse("llama", tmp_path / "sparse", dtype=torch.bfloat16)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": 7}))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        gossamer.load(folder)
+
+
 def test_a_missing_expert_of_an_ordinary_folder(tmp_path):
     folder = save_family("mixtral", tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
