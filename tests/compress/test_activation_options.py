@@ -48,7 +48,7 @@ def test_fields_reach_their_method():
         ({"method": "auto", "drift": 0}, "drift belongs to coreinfer"),
         (
             {"method": "coreinfer", "search": False},
-            "search belongs to auto, threshold, wina, rsparse, the method is core",
+            "search belongs to auto, threshold, wina, rsparse, the method",
         ),
         ({"method": "coreinfer", "rho": 0.3}, "rho belongs to rsparse"),
         ({"method": "coreinfer", "keep": 0.3, "sparsity": 0.2}, "give one of sparsity and keep"),
