@@ -303,7 +303,7 @@ def test_disk_full(run, tmp_path, size, words):
 @pytest.mark.parametrize("line", ["prune 1/3", "evaluate before: 3"])
 def test_ctrl_c(launcher, tiny, tmp_path, line):
     slow = "import gossamer.compress.blocks as b, time\nold = b.StreamedModel.run_block\n"
-    slow += "def run(*a, **k):\n    time.sleep(0.02)\n    return old(*a, **k)\nb.StreamedModel.run_block = run\n"
+    slow += "def run(*a, **k):\n    time.sleep(0.05)\n    return old(*a, **k)\nb.StreamedModel.run_block = run\n"
     texts = ["--calibration", tiny / "calibration.txt", "--eval", tiny / "heldout.txt"]
     words = ["compress", tiny, "-o", "out", *texts, "--nsamples", "8", "--seqlen", "32"]
     running = launcher.start(*words, cwd=tmp_path, before=slow)
