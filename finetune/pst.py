@@ -132,13 +132,17 @@ class PstWeight(nn.Module):
     def advance(self, weight: Tensor, step: int, steps: int) -> None:
         """The schedule at optimizer step 0 <= `step` < `steps`; `weight` is the frozen one, as its module stores it.
 
-        The threshold is found anew every `refresh` steps, and at the first one after a resume if the counts differ.
+        The threshold is found anew every `refresh` steps, in short runs every twentieth of them, and where the sparsity
+        that is asked for is reached.
         """
         final = self.pattern.sparsity
-        self.sparsity.fill_(cubic_sparsity(step, steps, final, self.config))
+        target = cubic_sparsity(step, steps, final, self.config)
+        reached = target == final and step > 0 and cubic_sparsity(step - 1, steps, final, self.config) != final
+        due = reached or step % max(1, min(self.config.refresh, steps // 20)) == 0
+        self.sparsity.fill_(target)
         if isinstance(self.pattern, NM):
             self.sparsity.fill_(final if step >= self.config.warmup * steps else 0.0)
-        elif step % self.config.refresh == 0:
+        elif due:
             scores = self.scores(weight)
             zeros = round(float(self.sparsity) * scores.numel())
             lowest = -math.inf if zeros == 0 else float(scores.reshape(-1).kthvalue(zeros).values)
@@ -184,8 +188,9 @@ class _Masked(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(weight, left, right, score_left, score_right, row, column, threshold, allowed)
         ctx.group, ctx.config = group, config
-        effective = _effective(weight, left, right, config.beta)
-        scores = _score(effective, score_left, score_right, row, column, config)
+        with torch.autocast(weight.device.type, enabled=False):  # as in the backward pass: the same mask
+            effective = _effective(weight, left, right, config.beta)
+            scores = _score(effective, score_left, score_right, row, column, config)
         return effective.masked_fill_(~_keep(scores, threshold, allowed, group), 0.0).to(weight.dtype)
 
     @staticmethod

@@ -85,10 +85,18 @@ def sample_of(weight: Tensor) -> Tensor:
     return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].to("cpu", torch.bfloat16, copy=True).contiguous()
 
 
+class Dequantised(nn.Linear):
+    """A float32 layer in a model of any dtype: what it gives back has the dtype of what it gets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(self.weight.dtype)
+        return nn.functional.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
+
+
 def plain(layer: Any) -> nn.Linear:
     """An ordinary layer with the float32 matrix that a quantised one stands for, and its bias."""
     weight = dequantised(layer)
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    made = Dequantised(weight.shape[1], weight.shape[0], bias=False, device="meta")
     made.weight = nn.Parameter(weight, requires_grad=False)
     made.bias = layer.bias
     return made.train(layer.training)

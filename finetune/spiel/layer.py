@@ -61,6 +61,15 @@ class Linear(nn.Module, SpielLayer):
         self.merged_adapters: list[str] = []
         self._overwritten: list[list[Overwritten]] = []
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear:
+        """`.to(torch.bfloat16)` is for the base: deltas stay float32, not rounded on the way."""
+        before = {name: values.data for name, values in self.spiel_values.items()}
+        super()._apply(fn, recurse)
+        for name, values in self.spiel_values.items():
+            if values.element_size() < 4:
+                values.data = before[name].to(values.device, torch.float32)
+        return self
+
     def update_layer(self, adapter_name: str, config: SpielConfig, inference_mode: bool = False) -> None:
         """A new adapter, without entries as yet."""
         place = config.where or ("all" if self.mask is None else "kept")

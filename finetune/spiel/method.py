@@ -128,14 +128,16 @@ class _Spiel(Adapting):
                 f"where={where} needs masks, and {missing}",
                 hint="leave where out: then each matrix is trained where its mask allows",
             )
+        self.config(["any"], options, 0)  # it knows what goes together
         count = total(shapes, *(options[name] for name in BUDGET))
         if room is not None and where != "seft":
             sizes = [rows * cols for rows, cols in shapes]
             rooms = [size if one is None else one for one, size in zip(room, sizes, strict=True)]
             share_out(count, shapes, rooms, options["allocation"])
 
-    def tuner(self, model: Any, names: list[str], options: Mapping[str, Any], seed: int) -> SpielModel:
-        config = SpielConfig(
+    def config(self, names: list[str], options: Mapping[str, Any], seed: int) -> SpielConfig:
+        """Of the adapter on layers of these names."""
+        return SpielConfig(
             target_modules=names,
             policy=self.policy,
             selection=options["selection"] or self.selection,
@@ -145,7 +147,9 @@ class _Spiel(Adapting):
             task_type="CAUSAL_LM",  # type: ignore[arg-type]
             **{name: options[name] for name in (*BUDGET, "allocation", "where", "interval", "window", "anneal")},
         )
-        return SpielModel(model, config, ADAPTER)
+
+    def tuner(self, model: Any, names: list[str], options: Mapping[str, Any], seed: int) -> SpielModel:
+        return SpielModel(model, self.config(names, options, seed), ADAPTER)
 
     def optimizer(self, options: Mapping[str, Any]) -> Callable[[Any], Any]:
         def make(model: Any) -> SpielOptimizer:
@@ -172,6 +176,7 @@ class SpielMA(_Spiel):
 class Static(_Spiel):
     """Positions are chosen once, by the gradient on a few rows unless `selection` says otherwise."""
 
+    reads = _Spiel.reads - {"interval", "window", "replace", "anneal"}
     policy = "static"
     selection = "gradient"
 

@@ -16,6 +16,7 @@ from ... import __version__
 from ...errors import CheckpointError
 from ...pruning.mask import Mask
 from ..budget import share_out, total
+from ..quantised import keep_unpacked
 from .base import UNCHECKED, fingerprints
 from .config import SpielConfig
 from .layer import Linear, SpielLayer, layers_of, named_layers
@@ -43,6 +44,7 @@ class SpielModel(BaseTuner):
         config: SpielConfig = copy.copy(self.peft_config[adapter_name])  # type: ignore[assignment]
         self.peft_config[adapter_name] = config
         self._prepare_adapter_config(config, {})
+        keep_unpacked(model)  # bitsandbytes repacks 4-bit weights on CPUs, and has no gradient beside what is repacked
         check_targets(config, model)
         include_packed(config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)

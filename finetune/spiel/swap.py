@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
-from .layer import layers_of, named_layers
+from .layer import Linear, layers_of, named_layers
 from .layout import COLUMNS, COUNTS, VALUES, decode
 from .model import PREFIX
+
+Delta = tuple[Tensor, Tensor, Tensor]  # values, rowptr, columns
 
 
 def swap_adapter(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str = "default") -> None:
@@ -21,7 +23,8 @@ def swap_adapter(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: 
         tensors: as `peft.load_peft_weights(folder)` reads them.
 
     Raises:
-        CheckpointError: the file is of another model or of other layers; then nothing was changed.
+        CheckpointError: the file is of another model or of other layers.
+        ModelError: it cannot be merged where the other one was. Whatever is raised, nothing has changed.
     """
     found = []
     for name, layer in named_layers(model, adapter_name):
@@ -38,11 +41,31 @@ def swap_adapter(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: 
             f"which adapter {adapter_name!r} of this model does not adapt",
             hint="swap adapters of the same target modules",
         )
-    for layer, (values, rowptr, columns) in found:
-        merged = list(layer.merged_adapters)
-        if adapter_name in merged:
-            layer.unmerge()
-        layer.set_csr(adapter_name, values, rowptr, columns)
+    before = []
+    try:
+        for layer, new in found:
+            before.append((layer, list(layer.merged_adapters), _delta(layer, adapter_name)))
+            _put(layer, adapter_name, new, before[-1][1])
+    except Exception:
+        for layer, merged, old in before:
+            _put(layer, adapter_name, old, merged)
+        raise
+    for layer, _ in found:
         layer.waiting.discard(adapter_name)
-        if adapter_name in merged:
-            layer.merge(adapter_names=merged)
+
+
+def _delta(layer: Linear, name: str) -> Delta:
+    return (
+        layer.spiel_values[name].detach().clone(),
+        layer.spiel_rowptr[name].clone(),
+        layer.spiel_columns[name].clone(),
+    )
+
+
+def _put(layer: Linear, name: str, delta: Delta, merged: list[str]) -> None:
+    """The delta in place of the adapter's own; `merged`: the adapters that lie in the weight, before and after."""
+    if layer.merged and name in merged:
+        layer.unmerge()
+    layer.set_csr(name, *delta)
+    if name in merged:
+        layer.merge(adapter_names=merged)

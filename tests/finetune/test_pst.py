@@ -112,16 +112,40 @@ def test_the_threshold_waits_for_its_turn_and_survives_a_checkpoint():
     weight = torch.randn(8, 8)
     pst = PstWeight(weight, HALF, PstConfig(refresh=4, warmup=0, tail=0.5))
     assert float(pst.threshold) == -math.inf
-    pst.advance(weight, 8, 10)
+    pst.advance(weight, 80, 100)
     first = float(pst.threshold)
     pst.right.data.fill_(0.5)
-    pst.advance(weight, 9, 10)
+    pst.advance(weight, 81, 100)
     assert float(pst.threshold) == first
     again = PstWeight(weight, HALF, PstConfig(refresh=4, warmup=0, tail=0.5))
     again.load_state_dict(pst.state_dict())
     assert torch.equal(again(weight), pst(weight))
-    pst.advance(weight, 12, 20)
+    pst.advance(weight, 84, 100)
     assert float(pst.threshold) != first
+
+
+@pytest.mark.parametrize("steps", [1, 8, 10, 25, 93])
+def test_short_runs_prune_while_they_train(steps):
+    """The last steps are trained under the sparsity asked for, and so is whatever comes before by the schedule."""
+    weight = torch.randn(40, 50)
+    pst = PstWeight(weight, HALF)
+    for step in range(steps):
+        pst.advance(weight, step, steps)
+        share = float((pst(weight) == 0).float().mean())
+        assert share == pytest.approx(float(pst.sparsity), abs=0.25 if steps > 25 else 0.02)
+    if steps > 1:
+        assert share == pytest.approx(0.5, abs=1e-3)
+
+
+def test_autocast_does_not_move_the_mask():
+    weight = torch.randn(64, 48)
+    pst = PstWeight(weight, HALF, PstConfig(warmup=0, tail=1.0))
+    for parameter in pst.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    pst.advance(weight, 0, 10)
+    wanted = pst(weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(pst(weight), wanted)
 
 
 def test_what_cannot_be_done_is_refused():

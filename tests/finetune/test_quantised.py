@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from peft import get_peft_model
+from spiel_models import adapted, fill
 from torch import nn
 
 from gossamer.errors import ModelError
@@ -22,6 +25,8 @@ from gossamer.finetune.quantised import (
     quantise,
     sample_of,
 )
+from gossamer.finetune.spiel.config import SpielConfig
+from gossamer.finetune.spiel.layer import layers_of
 
 
 def four_bit(kind: str = "nf4", rows: int = 64, cols: int = 128) -> tuple[bnb.nn.Linear4bit, torch.Tensor]:
@@ -112,3 +117,45 @@ def test_quantise_keeps_zeros_and_nothing_of_the_old_weight(kind, dtype):
     x = torch.randn(3, 200, dtype=dtype)
     wanted = x.float() @ found.weight.t() + bias.float()
     torch.testing.assert_close(net.train()(x).float(), wanted, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_adapted_layers_train_after_evaluation_and_merge_in_a_bfloat16_model(kind):
+    """Whoever wraps by peft need not know that bitsandbytes repacks; what is dequantised runs among 16-bit layers."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(128, 96), nn.Tanh(), nn.Linear(96, 64)).bfloat16()
+    quantise(net, ["0", "2"], kind, torch.bfloat16)
+    for layer in net:
+        if is_4bit(layer):
+            layer.support_avx512bf16_for_cpu = True  # as transformers loads it
+    x = torch.randn(4, 128, dtype=torch.bfloat16)
+    made = {}
+    for evaluated in (False, True):
+        model = get_peft_model(copy.deepcopy(net), SpielConfig(target_modules=["0", "2"], num_weights=80))
+        fill(model)
+        if evaluated:
+            with torch.no_grad():
+                model.eval()(x)
+        model.train()(x).float().square().sum().backward()
+        made[evaluated] = [layer.spiel_values["default"].grad.clone() for layer in layers_of(model, "default")]
+    for once, again in zip(made[False], made[True], strict=True):
+        torch.testing.assert_close(once, again, rtol=0.02, atol=0.02 * float(once.abs().max()))
+    with torch.no_grad():
+        wanted = model.eval()(x)
+        for layer in layers_of(model, "default"):
+            layer.dequantise()
+        found = model.merge_and_unload()(x)
+    assert found.dtype is torch.bfloat16
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05 * float(wanted.abs().max()))
+
+
+def test_deltas_stay_float32_in_a_model_that_is_cast():
+    model = adapted(num_weights=60)
+    fill(model)
+    before = [layer.spiel_values["default"].detach().clone() for layer in layers_of(model, "default")]
+    model.to(torch.bfloat16)
+    values = [layer.spiel_values["default"] for layer in layers_of(model, "default")]
+    assert all(torch.equal(now, then) for now, then in zip(values, before, strict=True))
+    x = torch.randn(3, 13, dtype=torch.bfloat16)
+    model.train()(x).float().sum().backward()
+    assert all(value.grad is not None and value.grad.dtype is torch.float32 for value in values)

@@ -12,6 +12,9 @@ from torch import nn
 
 from gossamer.errors import ModelError
 from gossamer.finetune.spiel.layer import layers_of
+from gossamer.finetune.spiel.layout import encode
+from gossamer.finetune.spiel.positions import to_csr
+from gossamer.finetune.spiel.swap import swap_adapter
 from gossamer.pruning.mask import Mask
 from gossamer.pruning.pattern import NM, Unstructured
 
@@ -97,3 +100,28 @@ def test_seft_revives_and_prunes_to_the_exact_pattern():
     assert bool((fresh["first.weight"].to_bool().view(17, 4, 4).sum(-1) == 2).all())
     assert fresh["first.weight"] != masks["first.weight"]
     assert merged.gossamer_masks == fresh
+
+
+def test_a_swap_that_cannot_be_merged_changes_nothing():
+    """The first layer would take it; the second is what refuses."""
+    net, masks = pruned(NM(2, 4))
+    model = adapted(net, density=0.2, num_weights=None, policy="static").eval()
+    fill(model)
+    model.merge_adapter()
+    x, _ = batch(0, width=16)
+    weights = [layer.get_base_layer().weight.clone() for layer in layers_of(model, "default")]
+    before, tensors = model(x), {}
+    for layer, mask in zip(layers_of(model, "default"), masks.values(), strict=True):
+        places = mask.to_bool().reshape(-1) if layer.name == "first" else ~mask.to_bool().reshape(-1)
+        flat = places.nonzero().flatten()[: len(layer.spiel_values["default"])]
+        csr = to_csr(flat, layer.out_features, layer.in_features)
+        made = encode(torch.ones(len(flat)), *csr, layer.in_features, torch.float32)
+        tensors |= {f"base_model.model.{layer.name}.{key}": tensor for key, tensor in made.items()}
+    with pytest.raises(ModelError):
+        swap_adapter(model, tensors)
+    assert torch.equal(model(x), before)
+    for layer, weight in zip(layers_of(model, "default"), weights, strict=True):
+        assert torch.equal(layer.get_base_layer().weight, weight)
+    model.unmerge_adapter()
+    for layer in layers_of(model, "default"):
+        assert not bool(layer.get_base_layer().weight[~masks[f"{layer.name}.weight"].to_bool()].any())

@@ -73,3 +73,27 @@ def test_top_product_against_the_outer_product():
     outer[taken] = 0.0
     assert torch.equal(top_product(rows, cols, 40, taken, allowed), outer.topk(40).indices.sort().values)
     assert filled(torch.tensor([2.0, 0.0, 4.0]), torch.tensor([1.0, 5.0, 2.0])).tolist() == [2.0, 10.0, 4.0]
+
+
+@pytest.mark.parametrize("selection", ["gradient", "snip", "fisher"])
+def test_every_batch_counts(selection):
+    """Gradients are cleared between the batches, as whoever scores does."""
+    model = adapted(policy="static", selection=selection, num_weights=60)
+    layers, twin = layers_of(model, "default"), Net()
+    shares = [len(layer.spiel_values["default"]) for layer in layers]
+    weights = [twin.first.weight, twin.second.weight]
+    sums = [torch.zeros_like(weight) for weight in weights]
+    with selecting(model):
+        for number in range(4):
+            loss_of(model, number).backward()
+            model.zero_grad()
+            loss_of(twin, number).backward()
+            for total, weight in zip(sums, weights, strict=True):
+                gradient = weight.grad.detach()
+                total += gradient**2 if selection == "fisher" else gradient
+            twin.zero_grad()
+    overlap = 0
+    for layer, total, weight, k in zip(layers, sums, weights, shares, strict=True):
+        score = (total * weight.detach() if selection == "snip" else total).abs().reshape(-1)
+        overlap += int(torch.isin(layer.flat("default"), score.topk(k).indices).sum())
+    assert overlap >= 0.9 * sum(shares)  # a sketch: what was let go before it mattered is lost
