@@ -138,10 +138,19 @@ def run_line(line: dict[str, Any], shared: Path, device: str) -> dict[str, Any]:
 
 
 def final_cells(lines: Sequence[Line], model: str) -> dict[tuple[str, str | None], dict[int, float]]:
-    """(row, sparsity) -> seed -> perplexity, of "best of ROW" and "ensemble of ROW" too; the last line counts."""
+    """(row, sparsity) -> seed -> perplexity, of "best of ROW" and "ensemble of ROW" too; the last line counts.
+
+    Cells with options that further trials have replaced do not count.
+    """
     found: dict[tuple[str, str | None], dict[int, float]] = {}
+    best = {row: best_trial(lines, model=model, row=searched(row)) for row in ROWS}
     for line in lines:
-        if line["kind"] == "cell" and line["model"] == model:
+        chosen = best.get(line["row"])
+        if (
+            line["kind"] == "cell"
+            and line["model"] == model
+            and (chosen is None or line["options"] == chosen["options"])
+        ):
             found.setdefault((line["row"], line["sparsity"]), {})[line["seed"]] = line["after"]
             for name in DERIVED:
                 if name in line:

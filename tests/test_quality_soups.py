@@ -20,9 +20,9 @@ def cell(row: str, seed: int, after: float, **more: Any) -> dict[str, Any]:
 
 
 def test_every_row_that_trains_has_as_many_trials() -> None:
-    assert {len(trials(row)) for row in ROWS if row != ONE_SHOT} == {6}
+    assert {len(trials(row)) for row in ROWS if row != ONE_SHOT} == {10}
     lines = wanted(suite._options(["--search", "--models", "stories260k"]), [])
-    assert len({key(line) for line in lines}) == len(lines) == 6 * (len(ROWS) - len(SOUPS))  # soups: those of one
+    assert len({key(line) for line in lines}) == len(lines) == 10 * (len(ROWS) - len(SOUPS))  # soups: those of one
     assert {line["tokens"] for line in lines} == {125_000}
 
 
@@ -44,6 +44,13 @@ def test_the_best_trial_wins() -> None:
     assert best_options(found, "tiny-llama", IMP) == trials(IMP)[0]
     of_soups = cell("soup m=3 uniform", 0, 9.0, kind="trial", heldout=1.0, options={"learning_rate": 0.3})
     assert {best_options([of_soups], "stories260k", row)["learning_rate"] for row in SOUPS} == {0.3}
+
+
+def test_cells_of_options_that_lost_do_not_count() -> None:
+    trial = cell(IMP, 0, 9.0, kind="trial", heldout=1.0, options={"learning_rate": 0.3})
+    lines = [trial, cell(IMP, 0, 9.0), cell(IMP, 1, 8.0, options={"learning_rate": 0.3})]
+    assert suite.final_cells(lines, "stories260k") == {(IMP, "0.9"): {1: 8.0}}
+    assert suite.final_cells(lines[1:2], "stories260k") == {(IMP, "0.9"): {0: 9.0}}
 
 
 def test_when_a_claim_holds() -> None:
