@@ -170,8 +170,9 @@ def render(lines: Sequence[Line]) -> str:
         parts.append("| dense | " + " | ".join([f"{dense:.3f}"] * len(SPARSITIES)) + " |")
         rows = [row for base in ROWS for row in (base, *(f"{name} of {base}" for name in DERIVED if base in SOUPS))]
         for row in rows:
-            texts = [spread(cells.get((row, None if row == DENSE else sparsity))) for sparsity in SPARSITIES]
-            parts.append(f"| {row} | " + " | ".join(texts) + " |")
+            own = [cells.get((row, None if row == DENSE else sparsity)) for sparsity in SPARSITIES]
+            if any(own):
+                parts.append(f"| {row} | " + " | ".join(map(spread, own)) + " |")
         parts.append("\nA soup against IMP with the tokens of one candidate, and against its own best candidate:\n")
         for sparsity, row in itertools.product(SPARSITIES, SOUPS):
             soup = cells.get((row, sparsity), {})
