@@ -29,7 +29,6 @@ class Watch:
             for held in (module._parameters, module._buffers)
             for name, tensor in held.items()
         ]
-
         self._constants = [
             (module.__dict__, name, module.__dict__[name])
             for module in modules
@@ -59,7 +58,7 @@ class Watch:
         for own, name, value in self._constants:
             if own.get(name) != value:
                 return False
-        for held, name, known, place, strides, dtype, version in self._tensors:
+        for held, name, known, place, shape, strides, dtype, version in self._tensors:
             tensor = held.get(name)
             if tensor is None:
                 if known is not None:
@@ -69,6 +68,7 @@ class Watch:
                 known is None
                 or known() is not tensor
                 or tensor.data_ptr() != place
+                or tensor.shape != shape
                 or tensor.stride() != strides
                 or tensor.dtype is not dtype
                 or (version is not None and tensor._version != version)
@@ -88,9 +88,9 @@ def _children(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
 def _known(held: Any, name: str, tensor: Tensor | None) -> tuple[Any, ...]:
     """Where the tensor is held, the tensor without keeping it alive, and what is compared."""
     if tensor is None:
-        return held, name, None, 0, (), None, None
+        return held, name, None, 0, (), (), None, None
     version = None if tensor.is_inference() else tensor._version
-    return held, name, weakref.ref(tensor), tensor.data_ptr(), tensor.stride(), tensor.dtype, version
+    return held, name, weakref.ref(tensor), tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, version
 
 
 def globally_hooked() -> bool:

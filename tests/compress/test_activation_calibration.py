@@ -23,13 +23,12 @@ from gossamer.activation_sparsity.method import Method
 from gossamer.activation_sparsity.rsparse import RSparse
 from gossamer.activation_sparsity.threshold import Threshold
 from gossamer.activation_sparsity.wina import Wina
-from gossamer.compress.activation import calibrate, sites
+from gossamer.compress.activation import calibrate
 from gossamer.compress.activation.calibrate import Calibration
 from gossamer.compress.activation.parts import Parts
 from gossamer.compress.activation.walk import Walk, increase, prompt_length
 from gossamer.compress.blocks import StreamedModel
 from gossamer.compress.progress import Progress
-from gossamer.compress.prunable import Prunable
 from gossamer.compress.source import open_source
 from gossamer.errors import DataError, ModelError, RecipeError
 
@@ -132,18 +131,6 @@ def test_mlps_are_found_by_their_numbers(name: str, tinies) -> None:
     extent = calibration.extent
     whole = sum(p.size for i in range(tiny.model.num_blocks) for p in tiny.model.prunables(i))
     assert extent.whole == extent.sites == whole
-
-
-@pytest.mark.parametrize(("named", "found"), [(None, "gelu"), ("gelu_tanh", "gelu_tanh"), ("relu", "gelu")])
-def test_rounding_does_not_decide_between_gelu_and_its_approximation(named: str | None, found: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    gate, up = (torch.randn(50, 16, generator=generator) for _ in range(2))
-    maps = [Prunable(f"mlp.{name}", 0, (16, 8), "linear") for name in ("gate", "up")]
-    down = [Prunable("mlp.down", 0, (8, 16), "linear")]
-    inputs = {"mlp.gate": torch.zeros(50, 8), "mlp.down": nn.functional.gelu(gate) * up}
-    given = {"mlp.gate": gate, "mlp.up": up, "mlp.down": torch.zeros(50, 8)}
-    _, parts = sites._mlp(down, [maps, down], inputs, given, named)
-    assert (parts.gate, parts.up, parts.activation) == ("mlp.gate", "mlp.up", found)
 
 
 METHODS = {

@@ -25,6 +25,7 @@ from gossamer.compress.generate import generate
 from gossamer.compress.heads import apply, new_cache
 from gossamer.kernels.modules.counting import counting
 from gossamer.kernels.modules.sparse_linear import dense_products
+from gossamer.kernels.modules.watch import Watch
 from gossamer.kernels.tier import current, forced
 
 pytestmark = pytest.mark.skipif(current() is None, reason="the compiled kernels are not there")
@@ -243,6 +244,14 @@ def test_constants_that_change_are_seen(tmp_path):
     weight = attention.o_proj.weight
     weight.data = weight.data.t()  # the same memory, in another order
     torch.testing.assert_close(decode(model), by_modules(model), rtol=1e-4, atol=1e-4)
+
+
+def test_a_tensor_cut_short_in_its_memory_is_seen():
+    layer = nn.Linear(8, 6)
+    watch = Watch([layer])
+    assert watch.same()
+    layer.weight.data = layer.weight.data[:3]  # the same address and strides
+    assert not watch.same()
 
 
 def test_one_of_three_siblings_is_trained(tmp_path):
