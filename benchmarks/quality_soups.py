@@ -4,9 +4,9 @@
     python benchmarks/quality.py soups --models stories260k --seeds 0 1 2
     python benchmarks/quality.py soups --render                         # only write docs/quality-soups.md
 
-Tokens are those of one candidate over all phases. Every row that trains has as many trials, judged by the loss on the
-training text's held-out split; soups share those of one. Final cells alone read the evaluation text. A trial or cell is
-one JSON line.
+Tokens are those of one candidate over all phases. Every row that trains has as many trials at every sparsity, judged by
+the loss on the training text's held-out split; soups share those of one. Final cells alone read the evaluation text. A
+trial or cell is one JSON line.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ TEXTS = {  # training, evaluation, evaluation windows, tokens
     "tiny-llama": ("data/gsm8k/train.txt", "data/gsm8k/test.txt", 200, 200_000),
 }
 SPARSITIES = ["0.7", "0.9"]
-SEARCHED_AT = "0.9"
 PHASES, SEQLEN, BATCH = 3, 256, 4
 
 DENSE, ONE_SHOT, IMP, LONGER = "dense, trained further", "one-shot", "imp", "imp, 3 times the tokens"
@@ -36,17 +35,17 @@ ROWS = [DENSE, ONE_SHOT, RETRAIN, IMP, LONGER, *SOUPS]
 DERIVED = ("best", "ensemble")  # measured in the cells of soups, of the candidates of their last phase
 SEARCHED_SOUP = "soup m=3 uniform"  # every soup takes the options of its trials: as many as a row of one model has
 
-RATES = (1e-3, 3e-3, 1e-2, 2e-2, 4e-2)
+RATES = {"stories260k": (1e-3, 3e-3, 1e-2, 2e-2, 4e-2), "tiny-llama": (3e-4, 1e-3, 3e-3, 1e-2)}
 FACTORS = ("seed", "learning-rate")
 DECAYS = (0.0, 0.1)
 
 
-def trials(row: str) -> list[dict[str, Any]]:
-    """Options to try for a row, as many for every row that trains."""
+def trials(model: str, row: str) -> list[dict[str, Any]]:
+    """Options to try for a row, as many for every row of a model that trains."""
     if row == ONE_SHOT:
         return [{}]
     name, values = ("factor", FACTORS) if row in SOUPS else ("weight_decay", DECAYS)
-    return [{"learning_rate": rate, name: value} for rate, value in itertools.product(RATES, values)]
+    return [{"learning_rate": rate, name: value} for rate, value in itertools.product(RATES[model], values)]
 
 
 def searched(row: str) -> str:
@@ -62,10 +61,20 @@ def key(line: Line) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def best_options(lines: Sequence[Line], model: str, row: str) -> dict[str, Any]:
-    """Those of the row's trial with the lowest held-out loss; those of the first trial where none was run."""
-    best = best_trial(lines, model=model, row=searched(row))
-    return trials(row)[0] if best is None else dict(best["options"])
+def at(row: str, sparsity: str) -> str | None:
+    """The sparsity in the lines of a row."""
+    return None if row == DENSE else sparsity
+
+
+def best(lines: Sequence[Line], model: str, row: str, sparsity: str | None) -> dict[str, Any] | None:
+    """The options of the trial with the lowest held-out loss; None where none was run."""
+    found = best_trial(lines, model=model, row=searched(row), sparsity=sparsity)
+    return None if found is None else dict(found["options"])
+
+
+def best_options(lines: Sequence[Line], model: str, row: str, sparsity: str | None) -> dict[str, Any]:
+    """The best ones; those of the first trial where none was run."""
+    return best(lines, model, row, sparsity) or trials(model, row)[0]
 
 
 def wanted(options: argparse.Namespace, lines: Sequence[Line]) -> list[dict[str, Any]]:
@@ -74,15 +83,17 @@ def wanted(options: argparse.Namespace, lines: Sequence[Line]) -> list[dict[str,
     for seed, model, sparsity, row in itertools.product(
         [0] if options.search else options.seeds,
         options.models,
-        [SEARCHED_AT] if options.search else options.sparsities,
+        options.sparsities,
         dict.fromkeys(map(searched, options.rows)) if options.search else options.rows,
     ):
         tokens = options.tokens or TEXTS[model][3]
-        line = {"model": model, "row": row, "sparsity": None if row == DENSE else sparsity, "seed": seed}
+        line = {"model": model, "row": row, "sparsity": at(row, sparsity), "seed": seed}
         if options.search and row != ONE_SHOT:
-            found += [line | {"kind": "trial", "tokens": tokens // 4, "options": tried} for tried in trials(row)]
+            found += [line | {"kind": "trial", "tokens": tokens // 4, "options": tried} for tried in trials(model, row)]
         elif not options.search:
-            found.append(line | {"kind": "cell", "tokens": tokens, "options": best_options(lines, model, row)})
+            found.append(
+                line | {"kind": "cell", "tokens": tokens, "options": best_options(lines, model, row, line["sparsity"])}
+            )
     return list({key(line): line for line in found}.values())
 
 
@@ -143,14 +154,10 @@ def final_cells(lines: Sequence[Line], model: str) -> dict[tuple[str, str | None
     Cells with options that further trials have replaced do not count.
     """
     found: dict[tuple[str, str | None], dict[int, float]] = {}
-    best = {row: best_trial(lines, model=model, row=searched(row)) for row in ROWS}
     for line in lines:
-        chosen = best.get(line["row"])
-        if (
-            line["kind"] == "cell"
-            and line["model"] == model
-            and (chosen is None or line["options"] == chosen["options"])
-        ):
+        if line["kind"] != "cell" or line["model"] != model:
+            continue
+        if best(lines, model, line["row"], line["sparsity"]) in (None, line["options"]):
             found.setdefault((line["row"], line["sparsity"]), {})[line["seed"]] = line["after"]
             for name in DERIVED:
                 if name in line:
@@ -170,7 +177,7 @@ def render(lines: Sequence[Line]) -> str:
         parts.append("| dense | " + " | ".join([f"{dense:.3f}"] * len(SPARSITIES)) + " |")
         rows = [row for base in ROWS for row in (base, *(f"{name} of {base}" for name in DERIVED if base in SOUPS))]
         for row in rows:
-            own = [cells.get((row, None if row == DENSE else sparsity)) for sparsity in SPARSITIES]
+            own = [cells.get((row, at(row, sparsity))) for sparsity in SPARSITIES]
             if any(own):
                 parts.append(f"| {row} | " + " | ".join(map(spread, own)) + " |")
         parts.append("\nA soup against IMP with the tokens of one candidate, and against its own best candidate:\n")
@@ -178,8 +185,8 @@ def render(lines: Sequence[Line]) -> str:
             soup = cells.get((row, sparsity), {})
             rivals = {"imp": cells.get((IMP, sparsity), {}), "best": cells.get((f"best of {row}", sparsity), {})}
             parts += [f"- {sparsity}, {row} - {name}: {paired(soup, other)}" for name, other in rivals.items() if soup]
-        parts.append("\nOptions, by held-out loss:\n")
-        parts += [f"- {row}: {said(best_options(lines, model, row))}" for row in ROWS if row != ONE_SHOT]
+        parts.append(f"\nOptions, the best of {len(trials(model, IMP))} trials by held-out loss:\n")
+        parts += [f"- {row}: {_chosen(lines, model, row)}" for row in (DENSE, RETRAIN, IMP, LONGER, SEARCHED_SOUP)]
         parts.append("")
     return "\n".join(parts)
 
@@ -187,11 +194,25 @@ def render(lines: Sequence[Line]) -> str:
 _INTRODUCTION = f"""# Quality of pruning with retraining
 
 Perplexity on windows of {SEQLEN} tokens, made by `python benchmarks/quality.py soups --render`. Global magnitude,
-{PHASES} phases, float32. Mean over seeds, the smallest and the largest in brackets. Every row that trains had
-{len(RATES) * 2} trials at {SEARCHED_AT} on a quarter of the tokens, {TRIALS}; soups share those of "{SEARCHED_SOUP}".
+{PHASES} phases, float32. Mean over seeds, the smallest and the largest in brackets. Every row that trains had as many
+trials at every sparsity, on a quarter of the tokens, {TRIALS};
+soups share those of "{SEARCHED_SOUP}".
 "Best of" and "ensemble of" are the best candidate of the last phase by held-out loss, and the mean of its candidates'
 predictions. Tokens are those of one candidate: a soup of m candidates trains on m times as many.
 """
+
+
+def _chosen(lines: Sequence[Line], model: str, row: str) -> str:
+    """The options of a row, by sparsity; "edge" where no rate beyond the best was tried on one side."""
+    told: dict[str, list[str]] = {}
+    for sparsity in SPARSITIES:
+        options = best(lines, model, row, at(row, sparsity))
+        edge = options is not None and options["learning_rate"] in (RATES[model][0], RATES[model][-1])
+        words = "not searched" if options is None else said(options) + (" (edge)" if edge else "")
+        told.setdefault(words, []).append(sparsity)
+    if len(told) == 1:
+        return next(iter(told))
+    return "; ".join(f"at {sparsities[0]} {words}" for words, sparsities in told.items())
 
 
 def main(words: Sequence[str]) -> None:

@@ -9,7 +9,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import quality_soups as suite
-from quality_soups import DENSE, IMP, ONE_SHOT, ROWS, SOUPS, best_options, key, paired, render, stages, trials, wanted
+from quality_soups import (
+    DENSE,
+    IMP,
+    ONE_SHOT,
+    RATES,
+    ROWS,
+    SOUPS,
+    best_options,
+    key,
+    paired,
+    render,
+    stages,
+    trials,
+    wanted,
+)
 
 
 def cell(row: str, seed: int, after: float, **more: Any) -> dict[str, Any]:
@@ -20,10 +34,13 @@ def cell(row: str, seed: int, after: float, **more: Any) -> dict[str, Any]:
 
 
 def test_every_row_that_trains_has_as_many_trials() -> None:
-    assert {len(trials(row)) for row in ROWS if row != ONE_SHOT} == {10}
-    lines = wanted(suite._options(["--search", "--models", "stories260k"]), [])
-    assert len({key(line) for line in lines}) == len(lines) == 10 * (len(ROWS) - len(SOUPS))  # soups: those of one
-    assert {line["tokens"] for line in lines} == {125_000}
+    for model, tokens in (("stories260k", 125_000), ("tiny-llama", 50_000)):
+        each = 2 * len(RATES[model])
+        assert {len(trials(model, row)) for row in ROWS if row != ONE_SHOT} == {each}
+        lines = wanted(suite._options(["--search", "--models", model]), [])
+        rows = 2 * (len(ROWS) - len(SOUPS)) - 1  # two sparsities; the dense row has none, soups those of one
+        assert len({key(line) for line in lines}) == len(lines) == each * rows
+        assert {line["tokens"] for line in lines} == {tokens}
 
 
 def test_every_line_is_a_recipe(tmp_path: Path) -> None:
@@ -40,10 +57,11 @@ def test_every_line_is_a_recipe(tmp_path: Path) -> None:
 
 def test_the_best_trial_wins() -> None:
     found = [cell(IMP, 0, 9.0, kind="trial", heldout=h, options={"learning_rate": r}) for h, r in ((2, 0.1), (1, 0.2))]
-    assert best_options(found, "stories260k", IMP) == {"learning_rate": 0.2}
-    assert best_options(found, "tiny-llama", IMP) == trials(IMP)[0]
+    assert best_options(found, "stories260k", IMP, "0.9") == {"learning_rate": 0.2}
+    assert best_options(found, "stories260k", IMP, "0.7") == trials("stories260k", IMP)[0]
+    assert best_options(found, "tiny-llama", IMP, "0.9") == trials("tiny-llama", IMP)[0]
     of_soups = cell("soup m=3 uniform", 0, 9.0, kind="trial", heldout=1.0, options={"learning_rate": 0.3})
-    assert {best_options([of_soups], "stories260k", row)["learning_rate"] for row in SOUPS} == {0.3}
+    assert {best_options([of_soups], "stories260k", row, "0.9")["learning_rate"] for row in SOUPS} == {0.3}
 
 
 def test_cells_of_options_that_lost_do_not_count() -> None:
