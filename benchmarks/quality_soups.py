@@ -35,7 +35,8 @@ ROWS = [DENSE, ONE_SHOT, RETRAIN, IMP, LONGER, *SOUPS]
 DERIVED = ("best", "ensemble")  # measured in the cells of soups, of the candidates of their last phase
 SEARCHED_SOUP = "soup m=3 uniform"  # every soup takes the options of its trials: as many as a row of one model has
 
-RATES = {"stories260k": (1e-3, 3e-3, 1e-2, 2e-2, 4e-2), "tiny-llama": (3e-4, 1e-3, 3e-3, 1e-2)}
+RATES = {"stories260k": (1e-3, 3e-3, 1e-2, 2e-2, 4e-2), "tiny-llama": (1e-3, 3e-3, 1e-2)}
+HELDOUT = {"stories260k": 0.1, "tiny-llama": 0.01}  # 128 and 49 rows; 128 would take tiny-llama longer than the steps
 FACTORS = ("seed", "learning-rate")
 DECAYS = (0.0, 0.1)
 
@@ -104,6 +105,7 @@ def stages(line: Line, shared: Path) -> list[Any]:
     training, evaluation, windows, _ = TEXTS[line["model"]]
     row, final = line["row"], line["kind"] == "cell"
     common: dict[str, Any] = {"data": str(shared / training), "seqlen": SEQLEN, "batch": BATCH, **line["options"]}
+    common["heldout"] = HELDOUT[line["model"]]
     common["tokens"] = line["tokens"] * (3 if row == LONGER else 1)
     if row == DENSE:
         found: list[Any] = [FinetuneStage(method="full", **common)]
