@@ -45,7 +45,7 @@ def register(app: typer.Typer) -> None:
 
 def info(adapter: _Adapter, json: o.Json = False) -> None:
     """Show method, base, entries and bytes of ADAPTER. No model is loaded."""
-    from ..compress.adapters import adapter_info
+    from ..compress.adapterinfo import adapter_info
     from ..compress.report import human_bytes
     from .console import show_json, show_lines, show_table
 

@@ -1,4 +1,4 @@
-"""Folders of adapters: what is in one, the difference of two, the weighted sum of several. No model is loaded."""
+"""Folders of adapters: opening one, the difference of two, the weighted sum of several. No model is loaded."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .checkpoint import atomic_write_text
 from .safefile import SafeFile
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-SPIEL = "SPIEL"
-_PARTS = (VALUES, COLUMNS, COUNTS)
+SPIEL, LORA = "SPIEL", "LORA"
+PARTS = (VALUES, COLUMNS, COUNTS)
 _MOST_INPUTS = 2**31 - 1
 PREFIX = "base_model.model."
 
@@ -41,7 +41,7 @@ class Adapter:
 
     def layers(self) -> list[str]:
         """Names of the layers with sparse deltas, or with a part of one, in the file's order."""
-        return list(dict.fromkeys(key.rpartition(".")[0] for key in self.file.entries if key.endswith(_PARTS)))
+        return list(dict.fromkeys(key.rpartition(".")[0] for key in self.file.entries if key.endswith(PARTS)))
 
     def delta(self, layer: str) -> Delta:
         """One layer's entries, checked as when they are loaded, but for the number of inputs, which no file says.
@@ -49,13 +49,13 @@ class Adapter:
         CheckpointError for a tensor that is missing or damaged.
         """
         name = f"{self.file.path}: {layer.removeprefix(PREFIX)}"
-        stored = {p: self.file.read(f"{layer}.{p}") for p in _PARTS if f"{layer}.{p}" in self.file.entries}
+        stored = {p: self.file.read(f"{layer}.{p}") for p in PARTS if f"{layer}.{p}" in self.file.entries}
         decode(stored, stored[COUNTS].numel() if COUNTS in stored else 0, _MOST_INPUTS, name)
-        return Delta(*(stored[part] for part in _PARTS))
+        return Delta(*(stored[part] for part in PARTS))
 
     def others(self) -> Iterator[str]:
         """Names of the tensors that belong to no sparse delta, such as those of modules_to_save."""
-        return (key for key in self.file.entries if not key.endswith(_PARTS))
+        return (key for key in self.file.entries if not key.endswith(PARTS))
 
 
 def open_adapter(folder: str | Path) -> Adapter:
@@ -74,37 +74,6 @@ def open_adapter(folder: str | Path) -> Adapter:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path / CONFIG} is not a JSON object")
     return Adapter(path, config, SafeFile(path / WEIGHTS))
-
-
-def adapter_info(folder: str | Path) -> dict[str, Any]:
-    """Method, base, bytes, and of sparse deltas the entries of every layer."""
-    adapter = open_adapter(folder)
-    rows: list[dict[str, Any]] = []
-    for layer in adapter.layers() if adapter.kind == SPIEL else []:
-        delta = adapter.delta(layer)
-        values = delta.values.float()
-        rows.append(
-            {
-                "layer": layer.removeprefix(PREFIX),
-                "rows": len(delta.counts),
-                "entries": len(values),
-                "bytes": sum(adapter.file.entries[f"{layer}.{part}"].nbytes for part in _PARTS),
-                "norm": float(values.norm()),
-                "largest": float(values.abs().max()) if len(values) else 0.0,
-            }
-        )
-    entries = sum(row["entries"] for row in rows)
-    return {
-        "adapter": str(folder),
-        "method": adapter.kind,
-        "base": adapter.config.get("base_model_name_or_path"),
-        "fingerprint": adapter.config.get("base_fingerprint"),
-        "layers": rows,
-        "entries": entries,
-        "bytes": adapter.file.size,
-        "bytes_per_entry": adapter.file.size / entries if entries else None,
-        "other_tensors": list(adapter.others()) if adapter.kind == SPIEL else list(adapter.file.entries),
-    }
 
 
 def diff_adapters(first: str | Path, second: str | Path, out: Path | None = None) -> dict[str, Any]:
@@ -150,7 +119,7 @@ def combine(parts: Sequence[tuple[str | Path, float]], out: Path) -> dict[str, A
         found = [(adapter.delta(layer), weight) for adapter, weight in opened if layer in adapter.layers()]
         made = weighted_sum(found, layer.removeprefix(PREFIX))
         entries += len(made.values)
-        tensors |= dict(zip((f"{layer}.{p}" for p in _PARTS), (made.values, made.columns, made.counts), strict=True))
+        tensors |= dict(zip((f"{layer}.{p}" for p in PARTS), (made.values, made.columns, made.counts), strict=True))
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
     config = dict(opened[0][0].config)

@@ -26,6 +26,9 @@ def check_budget(density: float | None, num_weights: int | None, rank_equivalent
             f"{' and '.join(named)} are both given; allowed: one of {', '.join(given)}",
             hint="they are three ways to say how many entries are trained",
         )
+    for name in named:
+        if isinstance(given[name], bool) or not isinstance(given[name], (int, float)):
+            raise RecipeError(f"{name} must be a number, got {given[name]!r}")
     if density is not None and not 0 < density <= 1:
         raise RecipeError(
             f"density must be in (0, 1], got {density:g}",

@@ -11,12 +11,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from ...errors import CheckpointError, RecipeError
 from ...finetune.methods import get_method
 from ...finetune.spiel.layout import COUNTS
-from ..adapters import PREFIX, SPIEL, Adapter
+from ..adapters import LORA, PREFIX, SPIEL, Adapter
 from ..plan import Planning
 from ..prunable import Prunable
 from ..stage_recipes.finetune import FinetuneStage
-
-LORA = "LORA"
 
 
 def masked_before(index: int, planning: Planning) -> bool:
@@ -59,6 +57,12 @@ def check_adapter(adapter: Adapter, masked: bool, planning: Planning) -> None:
         )
     sizes = {p.name: p.shape for i in range(planning.skeleton.num_blocks) for p in planning.skeleton.prunables(i)}
     for name, shape in _layers(adapter):
+        if _is_tied(name, planning):
+            raise CheckpointError(
+                f"{adapter.folder} adapts {name}, whose weights are the embedding's in {planning.model}: merging would "
+                "change the embedding as well",
+                hint="load it beside the model with PeftModel.from_pretrained, or train one without this layer",
+            )
         if f"{name}.weight" not in planning.skeleton.keys.groups and name not in sizes:
             raise CheckpointError(
                 f"{adapter.folder} adapts {name}, which is no layer of {planning.model}",
@@ -71,6 +75,11 @@ def check_adapter(adapter: Adapter, masked: bool, planning: Planning) -> None:
                 f"{adapter.folder} has {said} for {name}, which is {known[0]} x {known[1]} in {planning.model}",
                 hint="it was made for another model: its adapter_config.json names one",
             )
+
+
+def _is_tied(name: str, planning: Planning) -> bool:
+    head = planning.skeleton.head()
+    return head is not None and name == head.name and planning.skeleton.head_is_tied
 
 
 def _layers(adapter: Adapter) -> list[tuple[str, tuple[int | None, int | None]]]:

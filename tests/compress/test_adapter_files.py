@@ -7,13 +7,14 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_adapter_command import deltas, run
 from tiny import save_llama
 from transformers import AutoModelForCausalLM
 
-from gossamer.compress.adapters import adapter_info, combine
+from gossamer.compress.adapterinfo import adapter_info
+from gossamer.compress.adapters import combine
 from gossamer.errors import CheckpointError
 from gossamer.finetune.spiel.config import SpielConfig
 from gossamer.finetune.spiel.layer import layers_of
@@ -94,6 +95,37 @@ def test_damage_is_seen_by_everything_that_reads(tiny, tmp_path, change, message
         combine([(tmp_path / "a", 1.0), (tmp_path / "b", 1.0)], tmp_path / "sum")
 
 
+# ---- looking into adapters of peft's own methods ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"use_rslora": True}, {"alpha_pattern": {"up_proj": 5}}, {"modules_to_save": ["norm"]}]
+)
+def test_info_of_a_lora_is_that_of_the_delta_it_stands_for(tiny, tmp_path, more):
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "up_proj"], init_lora_weights=False, **more)
+    get_peft_model(opened(tiny), config).save_pretrained(tmp_path / "lora")
+    found = adapter_info(tmp_path / "lora")
+    merged = PeftModel.from_pretrained(opened(tiny), tmp_path / "lora").merge_and_unload()
+    base = opened(tiny)
+    for row in found["layers"]:
+        one, other = (model.get_submodule(row["layer"]).weight.double() for model in (merged, base))
+        assert row["norm"] == pytest.approx((one - other).norm().item(), rel=1e-4)
+        assert (row["rank"], row["rows"], row["entries"]) == (2, len(one), 2 * sum(one.shape))
+        assert row["bytes"] == 4 * row["entries"]
+    assert len(found["layers"]) == 2 * base.config.num_hidden_layers
+    assert found["entries"] == sum(row["entries"] for row in found["layers"])
+    assert bool(found["other_tensors"]) == ("modules_to_save" in more)
+
+
+def test_info_of_another_method_counts_what_is_stored(tiny, tmp_path):
+    get_peft_model(opened(tiny), IA3Config(target_modules=["k_proj"], feedforward_modules=[])).save_pretrained(tmp_path)
+    found = adapter_info(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert (found["method"], found["layers"]) == ("IA3", [])
+    assert found["entries"] == sum(t.numel() for t in stored.values())
+    assert found["other_tensors"] == list(stored)
+
+
 # ---- merging what does not fit ---------------------------------------------------------------------------------------
 
 
@@ -119,3 +151,13 @@ def test_an_adapter_of_another_model_is_found_while_planning(tiny, tmp_path):
         assert done.exit_code == 2, text
         assert message in text
         assert not list(tmp_path.glob("out*"))
+
+
+def test_an_adapter_on_a_tied_head_is_refused_for_what_it_would_do(tmp_path):
+    tied = save_llama(tmp_path / "tied", tie_word_embeddings=True)
+    model = get_peft_model(opened(tied), LoraConfig(r=2, target_modules=["lm_head"]))
+    model.save_pretrained(tmp_path / "lora")
+    result = run("merge", str(tied), str(tmp_path / "lora"), "-o", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert "lm_head, whose weights are the embedding's" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()

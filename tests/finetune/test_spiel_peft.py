@@ -224,6 +224,8 @@ def test_a_damaged_file_is_refused(tmp_path, change, message):
     [
         ({"density": 0}, "density must be in"),
         ({"density": 1.01}, "density must be in"),
+        ({"density": "0.1"}, "density must be a number, got '0.1'"),
+        ({"num_weights": True}, "num_weights must be a number, got True"),
         ({"density": 0.1, "rank_equivalent": 2}, "are both given"),
         ({"num_weights": -3}, "num_weights must be greater"),
         ({"num_weights": 2.5}, "num_weights must be a whole number"),
