@@ -16,10 +16,10 @@ from torch import Tensor
 from ..errors import DataError, GossamerError, RecipeError
 from .blocks import StreamedModel
 from .evaluate import Protocol
-from .format import METADATA_KEY
 from .jobs import MatrixJob
 from .journal import begun
-from .recipe import STAGES, Machine, Recipe
+from .recipe import Machine, Recipe
+from .recipechecks import check_attachments, check_values
 from .shrinking import check_targets
 from .source import FolderSource
 from .stage_recipes.base import BaseStage
@@ -167,7 +167,8 @@ def make_plan(
     overlap = None
     ordered = tuple(in_order(stages))
     for check in (
-        lambda: _check_attachments(recipe, source),
+        lambda: check_attachments(recipe, source),
+        lambda: check_values(recipe, source, ordered),
         lambda: check_targets(ordered, source),
         texts.check_overlap,
     ):
@@ -188,20 +189,6 @@ def in_order(stages: Sequence[StagePlan]) -> list[StagePlan]:
     early = [stage for stage in stages[: last + 1] if stage.stage.attaches]
     first = [stage for stage in stages[: last + 1] if not stage.stage.attaches]
     return [*first, *early, *stages[last + 1 :]]
-
-
-def _check_attachments(recipe: Recipe, source: FolderSource) -> None:
-    """RecipeError when weights change under something that was measured on them."""
-    own = source.config.get(METADATA_KEY)
-    changed = [stage.stage for stage in recipe.stages if stage.changes_weights]
-    made = {stage.attaches for stage in recipe.stages}
-    known = {kind.attaches for kind in STAGES.values() if kind.attaches}
-    for name in sorted(known & set(own if isinstance(own, dict) else ())):
-        if changed and name not in made:
-            raise RecipeError(
-                f"{source.folder} has its {name} measured on its weights, and {changed[0]} changes them",
-                hint=f"add a stage that makes the {name} anew, or start from the checkpoint before it",
-            )
 
 
 def sequence_length(given: int | None, limit: int | None, option: str) -> int:

@@ -198,6 +198,14 @@ def test_tied_head_needs_untie(before_weights, run, tmp_path):
     assert len(rows) == 22
 
 
+def test_int8_values_of_nothing(before_weights, tmp_path, run):
+    words = ["--activation", "threshold", "--activation-sparsity", "0.5", "--values", "int8"]
+    before_weights("nothing here is pruned", *words, hint="--sparsity 0.5")
+    pruned = run("--method", "magnitude", "-q", out=tmp_path / "pruned")
+    assert pruned.returncode == 0
+    assert run(*words, "--dry-run", model=tmp_path / "pruned").returncode == 0
+
+
 def test_every_mistake_at_once(before_weights):
     words = ["--pattern", "2:5", "--eval", "missing.txt"]
     before_weights("2 problems: pattern 2:5 does not fit", *words)
