@@ -6,6 +6,7 @@
     python benchmarks/quality.py --methods gossamer --redo                # run again what is there
     python benchmarks/quality.py --render                                 # only write docs/quality.md
     python benchmarks/quality.py nm --help                                # N:M by training: quality_nm.py
+    python benchmarks/quality.py pst --help                               # PST: quality_pst.py
     python benchmarks/quality.py recovery --help                          # after one-shot pruning: quality_recovery.py
     python benchmarks/quality.py soups --help                             # IMP and soups: quality_soups.py
 
@@ -36,7 +37,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
 PAGE = ROOT / "docs" / "quality.md"
 METHODS = ["magnitude", "wanda", "ria", "sparsegpt", OURS]
 # first word -> module here; its `main` takes the rest
-SUITES = {"nm": "quality_nm", "recovery": "quality_recovery", "soups": "quality_soups"}
+SUITES = {"nm": "quality_nm", "pst": "quality_pst", "recovery": "quality_recovery", "soups": "quality_soups"}
 SEEDS = [0, 1, 2, 3, 4]
 NSAMPLES, SEQLEN = 128, 256
 WITHOUT_TEXT = {"magnitude"}  # the same result for every calibration seed: run once

@@ -19,12 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from suite import TRIALS, Line, best_trial, compressed, paired, parser, run, said, spread
+from suite import HELDOUT, TEXTS, TRIALS, Line, best_trial, compressed, paired, parser, run, said, spread
 
-TEXTS = {  # training, evaluation, evaluation windows, tokens
-    "stories260k": ("data/tinystories/calibration.txt", "data/tinystories/evaluation.txt", 400, 500_000),
-    "tiny-llama": ("data/gsm8k/train.txt", "data/gsm8k/test.txt", 200, 200_000),
-}
 SPARSITIES = ["0.7", "0.9"]
 PHASES, SEQLEN, BATCH = 3, 256, 4
 
@@ -36,7 +32,6 @@ DERIVED = ("best", "ensemble")  # measured in the cells of soups, of the candida
 SEARCHED_SOUP = "soup m=3 uniform"  # every soup takes the options of its trials: as many as a row of one model has
 
 RATES = {"stories260k": (1e-3, 3e-3, 1e-2, 2e-2, 4e-2), "tiny-llama": (1e-3, 3e-3, 1e-2)}
-HELDOUT = {"stories260k": 0.1, "tiny-llama": 0.01}  # 128 and 49 rows; 128 would take tiny-llama longer than the steps
 FACTORS = ("seed", "learning-rate")
 DECAYS = (0.0, 0.1)
 

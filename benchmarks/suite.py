@@ -18,6 +18,12 @@ from typing import Any
 from quality_table import Spread
 
 ROOT = Path(__file__).resolve().parent.parent
+TEXTS = {  # model -> training text, evaluation text, evaluation windows, tokens of a run
+    "stories260k": ("data/tinystories/calibration.txt", "data/tinystories/evaluation.txt", 400, 500_000),
+    "tiny-llama": ("data/gsm8k/train.txt", "data/gsm8k/test.txt", 200, 200_000),
+}
+# at most 128 rows are measured; 49 are enough for tiny-llama, where 128 would take longer than a trial's steps
+HELDOUT = {"stories260k": 0.1, "tiny-llama": 0.01}
 TRIALS = "judged by the loss on the held-out split of the training text"
 
 Line = Mapping[str, Any]
