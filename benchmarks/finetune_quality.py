@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "finetune.jsonl"
 SEEDS = [0, 1, 2, 3, 4]
 SPARSE = ("spiel-ag", "spiel-ma", "static", "random")
 ADAPTERS = (*SPARSE, "lora")
-METHODS = ("base", *ADAPTERS, "full")
+METHODS = ("base", *ADAPTERS, "full")  # of the first and last no rank is asked: theirs is 0
 GRIDS = {"spiel-ma": (2e-3, 5e-3, 1e-2), "full": (1e-3, 2e-3, 5e-3), "base": (0.0,)}
 GRID = (5e-3, 1e-2, 2e-2)  # of the others
 LADDER = tuple(float(f"{digit}e{power}") for power in range(-6, 0) for digit in (1, 2, 5))
@@ -104,8 +104,10 @@ def jobs(options: argparse.Namespace, cells: list[dict[str, Any]]) -> Iterator[J
     for name in options.tasks:
         task = TASKS[name]
         tokens = options.tokens or task.tokens
-        for rank in options.ranks or task.ranks:
+        for rank in (0, *(options.ranks or task.ranks)):
             for method in options.methods:
+                if (rank > 0) != (method in ADAPTERS):
+                    continue
                 quant = options.base_quant if method in ADAPTERS else None
                 if options.base_quant and method == "full":
                     continue  # it trains the weights themselves
@@ -216,7 +218,7 @@ def _texts(task: Task, shared: Path, folder: Path) -> tuple[Path, Path]:
     return parts
 
 
-def _options() -> argparse.Namespace:
+def _options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -230,7 +232,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder with models/ and data/")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "quality-finetune.md")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":

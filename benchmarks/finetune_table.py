@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,11 +56,12 @@ def _table(group: Sequence[Cell]) -> list[str]:
         "| rank | method | entries | rate | test perplexity | on the old text | peak, MB | s | file, MB | seeds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for rank, method in dict.fromkeys((cell["rank"], cell["method"]) for cell in group):
+    rows = dict.fromkeys((cell["rank"], cell["method"]) for cell in group)
+    for rank, method in sorted(rows, key=lambda row: row[0] or math.inf):  # without a rank: last
         found = chosen(group, rank, method)
         first = found[0]
         lines.append(
-            f"| {rank} | {method} | {first['trained']:,} | {_rate(group, found)} | "
+            f"| {rank or '-'} | {method} | {first['trained']:,} | {_rate(group, found)} | "
             f"{spread({cell['seed']: cell['test'] for cell in found})} | "
             f"{statistics.fmean(cell['before'] for cell in found):.2f} | {max(c['peak'] for c in found) / 1e6:.0f} | "
             f"{statistics.median(cell['seconds'] for cell in found):.0f} | {first['file'] / 1e6:.2f} | {len(found)} |"

@@ -127,7 +127,10 @@ def render(lines: Sequence[Line]) -> str:
         if not cells:
             continue
         dense = next(line["before"] for line in lines if line["kind"] == "cell" and line["model"] == model)
-        parts += [f"## {model}\n", f"Untouched: {dense:.3f}. {TEXTS[model][3]:,} tokens.\n"]
+        tokens = ", ".join(
+            f"{count:,}" for count in sorted({one["tokens"] for of in cells.values() for one in of.values()})
+        )
+        parts += [f"## {model}\n", f"Untouched: {dense:.3f}. {tokens} tokens.\n"]
         header = ["", "trained", *(f"{100 * float(s):g} %" for s in SPARSITIES), "rates"]
         parts += [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
         for row in ROWS:

@@ -39,7 +39,7 @@ class Pst(Method):
         head = model.get_output_embeddings()
         if head is not None and head.weight is not model.get_input_embeddings().weight:
             head.weight.requires_grad_(True)
-        run = _Run()
+        run = _Run(beside=sum(p.numel() for p in model.parameters() if p.requires_grad))
         skipped = []
         for number, name in enumerate(targets):
             module = model.get_submodule(name.rpartition(".")[0])
@@ -66,9 +66,13 @@ def target_pattern(options: Mapping[str, Any]) -> Pattern:
 
 
 class _Run(TrainerCallback):
-    """The parametrized weights of one run; moves their schedules and takes them off in the end."""
+    """The parametrized weights of one run; moves their schedules and takes them off in the end.
 
-    def __init__(self) -> None:
+    `beside`: numbers that are trained besides: norms, biases, the head.
+    """
+
+    def __init__(self, beside: int = 0) -> None:
+        self.beside = beside
         self.weights: dict[str, tuple[Any, PstWeight]] = {}
         self.masks: dict[str, Tensor] = {}
         self.patterns: dict[str, str] = {}
@@ -93,7 +97,7 @@ class _Run(TrainerCallback):
     @torch.no_grad()
     def finish(self) -> dict[str, Any]:
         """Ordinary modules again, with exact zeros."""
-        trained = 0
+        trained = self.beside
         for name, (module, made) in self.weights.items():
             original = module.parametrizations.weight.original
             weight, keep = made.finish(original)

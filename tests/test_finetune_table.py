@@ -57,3 +57,13 @@ def test_the_search_goes_on_while_the_best_rate_is_the_last(tried, following):
     cells = [cell("lora", rate, 0, loss, 1.0) for rate, loss in tried.items()]
     like = finetune_quality.Job("stories-gsm8k", "lora", 2, 0.002, 0, 1000)
     assert finetune_quality.next_rate(cells, like) == following
+
+
+def test_what_has_no_rank_is_run_once_and_stands_last():
+    words = ["--tasks", "stories-gsm8k", "--methods", "base", "lora", "full", "--seeds", "0", "--rates", "0.01"]
+    done: list[dict] = []
+    for job in finetune_quality.jobs(finetune_quality._options(words), done):
+        done.append(cell(job.method, job.learning_rate, job.seed, 1.0, 5.0, rank=job.rank, tokens=job.tokens))
+    assert [(c["method"], c["rank"]) for c in done] == [("base", 0), ("full", 0), ("lora", 1), ("lora", 2)]
+    page = render(done, {"stories-gsm8k": "stories260k"}, 256, 200)
+    assert page.index("| 1 | lora |") < page.index("| 2 | lora |") < page.index("| - | full |")

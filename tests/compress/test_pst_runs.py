@@ -38,6 +38,9 @@ def test_counts_are_exact_and_the_loss_is_reported(model, tmp_path):
     stage = report(tmp_path / "out")["stages"][0]
     assert stage["method"] == "pst"
     assert stage["zeros"] == sum(int((tensor == 0).sum()) for tensor in out.values())
+    beside = [tensor for key, tensor in tensors(model).items() if "norm" in key or key == "lm_head.weight"]
+    factors = (2 + 8 + 1) * sum(sum(tensor.shape) for tensor in out.values())
+    assert stage["trained"] == factors + sum(tensor.numel() for tensor in beside)
 
 
 def test_groups_hold_and_an_earlier_mask_only_shrinks(model, tmp_path):
