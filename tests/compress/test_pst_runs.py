@@ -39,7 +39,7 @@ def test_counts_are_exact_and_the_loss_is_reported(model, tmp_path):
     assert stage["method"] == "pst"
     assert stage["zeros"] == sum(int((tensor == 0).sum()) for tensor in out.values())
     beside = [tensor for key, tensor in tensors(model).items() if "norm" in key or key == "lm_head.weight"]
-    factors = (2 + 8 + 1) * sum(sum(tensor.shape) for tensor in out.values())
+    factors = (2 + 2 + 1) * sum(sum(tensor.shape) for tensor in out.values())
     assert stage["trained"] == factors + sum(tensor.numel() for tensor in beside)
 
 
