@@ -12,7 +12,7 @@ from ..errors import DataError
 Role = Literal["calibration", "evaluation"]
 
 SEPARATOR = "\n\n"
-_COLUMNS = ("text", "messages", "prompt and response")
+_COLUMNS = ("text", "messages", "prompt and response", "prompt and completion")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ def record_text(record: Mapping[str, Any], where: str, column: str | None = None
         return _plain(record["messages"], where, "messages")
     if "prompt" in record and "response" in record:
         return "\n".join(_plain(record[key], where, key) for key in ("prompt", "response"))
+    if "prompt" in record and "completion" in record:
+        between = "" if isinstance(record["completion"], str) else "\n"
+        return between.join(_plain(record[key], where, key) for key in ("prompt", "completion"))
     raise DataError(
         f"{where} has none of the fields {', '.join(_COLUMNS)}; it has {_names(record)}",
         hint="rename the field that holds the text to `text`",

@@ -67,6 +67,8 @@ def test_gzip(tmp_path):
         {"text": "ask\nanswer", "id": 3},
         {"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]},
         {"prompt": "ask", "response": "answer"},
+        {"prompt": "ask\nans", "completion": "wer"},
+        {"prompt": [{"role": "user", "content": "ask"}], "completion": [{"role": "assistant", "content": "answer"}]},
     ],
 )
 def test_jsonl_records(tmp_path, record):

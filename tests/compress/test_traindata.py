@@ -100,6 +100,33 @@ def test_only_the_response_is_learned(tokenizer):
     assert example.ids.count(tokenizer.bos_token_id) == 1
 
 
+def test_a_prompt_and_its_completion_follow_each_other_as_they_are(tokenizer):
+    record = {"prompt": "kato kami", "completion": " ren sol"}
+    tokenizer.chat_template = TEMPLATE
+    try:
+        for _ in range(2):
+            example = example_of(record, "here", tokenizer)
+            assert learned(example, tokenizer) == " ren sol</s>"
+            assert tokenizer.decode(example.ids) == "<s>kato kami ren sol</s>"
+            tokenizer.chat_template = None
+    finally:
+        tokenizer.chat_template = None
+
+
+def test_of_a_conversation_in_two_parts_the_second_is_learned(tokenizer):
+    turn = [{"role": "user", "content": "kato"}, {"role": "assistant", "content": "ren"}]
+    record = {"prompt": [*turn, {"role": "user", "content": "ba"}], "completion": [turn[1] | {"content": "sol ux"}]}
+    assert learned(example_of(record, "here", tokenizer), tokenizer) == "sol ux</s>"
+    tokenizer.chat_template = TEMPLATE
+    try:
+        example = example_of(record, "here", tokenizer)
+        assert learned(example, tokenizer) == "sol ux</s>"
+        whole = "<|user|>kato</s><|assistant|>ren</s><|user|>ba</s><|assistant|>sol ux</s>"
+        assert tokenizer.decode(example.ids) == whole
+    finally:
+        tokenizer.chat_template = None
+
+
 def test_a_chat_template_decides_what_a_response_is(tokenizer):
     tokenizer.chat_template = TEMPLATE
     try:
@@ -188,6 +215,8 @@ def test_a_file_of_instructions(tokenizer, tmp_path):
 def test_what_is_an_instruction():
     assert is_instruction({"prompt": "a", "response": "b"})
     assert is_instruction({"messages": []})
+    assert is_instruction({"prompt": "a", "completion": "b"})
+    assert not is_instruction({"prompt": "a"})
     assert not is_instruction({"text": "a", "messages": []})
     assert not is_instruction("a")
 
@@ -199,6 +228,9 @@ BAD = [
     ([{"messages": [{"content": "a"}]}], "has no `role`"),
     ([{"messages": [{"role": "user", "content": "a"}]}], "has no response to learn from"),
     ([{"prompt": "a", "response": 3}], "content of assistant is int"),
+    ([{"prompt": "a", "completion": " "}], "has no response to learn from"),
+    ([{"prompt": ["a"], "completion": "b"}], "content of prompt is list"),
+    ([{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}], "'prompt' holds no list of messages"),
     ([{"text": "ka"}], "is too short to train on: 0 rows of 32 tokens"),
     ([{"question": "a"}], "has none of the fields"),
     ([7], "line 1 is int"),
