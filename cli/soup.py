@@ -40,7 +40,8 @@ def soup(
         Optional[str],
         typer.Option(
             metavar="DATA",
-            help="Held-out text: compare candidates, ensemble and soups on it, and write the greedy soup.",
+            help="Held-out text, of instructions the responses: compare candidates, ensemble and soups on it, and "
+            "write the greedy soup.",
             rich_help_panel=o.DATA,
             show_default=False,
         ),

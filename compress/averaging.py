@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RecipeError
+from ..finetune.packing import apart
 from ..finetune.tokens import TokenRows
 from ..kernels.bitmask.dispatch import compress as packed_rows
 from ..pruning.mean import Mean
@@ -35,6 +36,7 @@ from .soups import ensemble_per_row, log_probabilities, per_row
 from .source import FolderSource, open_source
 from .table import byte_view
 from .text import load_tokenizer
+from .traindata import instruction_rows
 from .values import FloatSource
 from .writer import storage_errors
 
@@ -88,7 +90,8 @@ def average_checkpoints(
     """Average `models` into the new folder `out`; what was done, as in OUT/soup.json.
 
     `weights`: one per model, not negative; default equal parts. `data`: a held-out text on which every candidate, their
-    prediction ensemble and the soups are compared; without weights, the greedy soup on it is written.
+    prediction ensemble and the soups are compared (of instructions, the responses); without weights, the greedy soup on
+    it is written.
 
     The form is that of the first model. OUT appears only when it was read back and found right. Raises RecipeError for
     a wrong request, CheckpointError for other masks or shapes, ModelError for other architectures or tokenizers.
@@ -145,9 +148,13 @@ def _rows(source: FolderSource, data: str, seqlen: int | None, limit: int | None
     from .blocks import StreamedModel
 
     skeleton = StreamedModel.open(source, source.folder, trust_remote_code=trust)
-    text = load_text(data, "evaluation")
     length = sequence_length(seqlen, skeleton.max_positions, "--seqlen")
-    ids = token_ids(load_tokenizer(source.folder), text)
+    tokenizer = load_tokenizer(source.folder)
+    instructed = instruction_rows(data, tokenizer, length, limit)
+    if instructed is not None:
+        return instructed
+    text = load_text(data, "evaluation")
+    ids = token_ids(tokenizer, text)
     return TokenRows(evaluation_windows(ids, length, limit, text.name), name=text.name)
 
 
@@ -165,6 +172,7 @@ def _compare(
     count = len(sources)
 
     def scored(weights: tuple[float, ...]) -> Tensor:
+        nonlocal rows
         folder = partial / "trial"
         shutil.rmtree(folder, ignore_errors=True)
         mean = MeanSource(sources, names, weights)
@@ -172,6 +180,7 @@ def _compare(
         config = dense_config(_plain(sources[0]), summarise(mean.records()))
         atomic_write_text(folder / "config.json", json.dumps(config))
         model = load(folder, dtype=torch.float32, packed=False, attachments=False, trust_remote_code=trust)
+        rows = apart(model, rows)  # the same for every candidate: they are of one architecture
         found = log_probabilities(model, rows, 4)
         del model
         memory.release()

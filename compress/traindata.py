@@ -60,6 +60,16 @@ def load_training(
     )  # fmt: skip
 
 
+def instruction_rows(spec: str, tokenizer: Any, length: int, limit: int | None) -> TokenRows | None:
+    """Rows of `length` tokens in which only responses are labels, at most `limit`; None for other text."""
+    records = records_of(spec)
+    first = None if records is None else next(iter(records[1]), None)
+    if first is None or not is_instruction(first[0]):
+        return None
+    text = load_training(spec, tokenizer, length, heldout=0.0, limit=None if limit is None else limit * length)
+    return _take(text.train, slice(0, limit))
+
+
 def records_of(spec: str) -> tuple[str, Iterable[tuple[object, str]]] | None:
     """(name, (record, where it is)) of a source that comes in records; None for running text."""
     path = Path(spec).expanduser()

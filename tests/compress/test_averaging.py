@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import save_llama, save_texts, tensors
+from tiny import save_llama, save_texts, tensors, words
 
 import gossamer
 from gossamer.compress.averaging import average_checkpoints
@@ -87,6 +87,37 @@ def test_with_a_text_everything_is_compared(candidates, parent, tmp_path):
         candidates, tmp_path / "two", weights=[1, 1, 1], data=str(parent / "heldout.txt"), seqlen=32, windows=4
     )
     assert given["compared"]["soups"]["given"]["loss"] == given["compared"]["soups"]["uniform"]["loss"]
+
+
+def test_of_instructions_responses_are_compared(candidates, tmp_path):
+    """Per row of packed examples the mean loss of its responses' tokens, each example by itself."""
+    from transformers import AutoTokenizer
+
+    from gossamer.compress.instructions import example_of
+
+    records = [{"prompt": words(2, k), "completion": " " + words(1 + k % 2, 50 + k)} for k in range(7)]
+    path = tmp_path / "held.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = average_checkpoints(candidates[:2], tmp_path / "out", data=str(path), seqlen=32, windows=2)["compared"]
+    tokenizer = AutoTokenizer.from_pretrained(candidates[0])
+    rows: list[list] = [[]]
+    for example in (example_of(record, "", tokenizer) for record in records):
+        if sum(len(one.ids) for one in [*rows[-1], example]) > 32:
+            rows.append([])
+        rows[-1].append(example)
+    assert len(rows) > 2  # --windows leaves some out
+    assert len(rows[0]) > 1
+    for folder, loss in zip(candidates, found["candidates"], strict=False):
+        model, means = gossamer.load(folder, packed=False, dtype=torch.float32), []
+        for row in rows[:2]:
+            losses = []
+            for example in row:
+                ids, labels = torch.tensor([example.ids]), torch.tensor(example.labels)
+                log_p = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+                losses += [-log_p[i, label] for i, label in enumerate(labels[1:].tolist()) if label >= 0]
+            means.append(torch.stack(losses).mean())
+        assert loss == pytest.approx(torch.stack(means).mean().item(), rel=1e-4)
+    assert found["windows"] == 2
 
 
 def test_a_dense_form_stays_dense(candidates, tmp_path):
