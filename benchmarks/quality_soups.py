@@ -31,7 +31,7 @@ ROWS = [DENSE, ONE_SHOT, RETRAIN, IMP, LONGER, *SOUPS]
 DERIVED = ("best", "ensemble")  # measured in the cells of soups, of the candidates of their last phase
 SEARCHED_SOUP = "soup m=3 uniform"  # every soup takes the options of its trials: as many as a row of one model has
 
-RATES = {"stories260k": (1e-3, 3e-3, 1e-2, 2e-2, 4e-2), "tiny-llama": (1e-3, 3e-3, 1e-2)}
+RATES = {"stories260k": (1e-3, 3e-3, 1e-2, 2e-2, 4e-2), "tiny-llama": (3e-4, 1e-3, 3e-3, 1e-2)}
 FACTORS = ("seed", "learning-rate")
 DECAYS = (0.0, 0.1)
 

@@ -55,7 +55,7 @@ class SoupStage(ImpStage):
     candidates: int = Field(3, ge=2)
     factor: str = Field(DEFAULT_FACTOR, description="what the candidates differ in")
     factor_values: tuple[str, ...] = Field((), description="one per candidate; default: the factor's own")
-    soup: SoupKind = Field("greedy", description="which candidates go in, and how much of each")
+    soup: SoupKind = Field("uniform", description="which candidates go in, and how much of each")
     margin: float = Field(1.0, ge=0, description="greedy: standard errors by which a candidate must help")
     learning_steps: int = Field(10, ge=1, description="learned: gradient steps of the weights")
     measure: str | None = Field(

@@ -53,7 +53,7 @@ def same(one: Path, two: Path) -> None:
 STAGES = {
     "imp": {"stage": "imp", "phases": 2},
     "soup": {"stage": "soup", "phases": 2, "candidates": 3, "soup": "uniform"},
-    "greedy": {"stage": "soup", "phases": 1, "candidates": 2, "factor": "learning-rate"},
+    "greedy": {"stage": "soup", "soup": "greedy", "phases": 1, "candidates": 2, "factor": "learning-rate"},
     "learned": {"stage": "soup", "phases": 1, "candidates": 3, "soup": "learned", "learning_steps": 2},
 }
 
