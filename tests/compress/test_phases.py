@@ -220,7 +220,7 @@ def test_a_candidate_with_another_mask_is_refused(tiny, tmp_path, monkeypatch):
         ("imp", {"include": ("nothing",)}, "matches no matrix"),
         ("soup", {"factor": "sed"}, "factor 'sed' is unknown"),
         ("soup", {"factor": "learning-rate", "factor_values": ("1e-3",)}, "1 values of learning-rate for 2 candidates"),
-        ("soup", {"heldout": 0.0}, "chooses on held-out text"),
+        ("soup", {"soup": "greedy", "heldout": 0.0}, "chooses on held-out text"),
         ("soup", {"candidates": 1}, "candidates"),
         ("soup", {"factor": "length", "steps": 3, "candidates": 3}, "candidates must differ in length, got 1, 2, 1"),
         ("soup", {"factor": "length", "factor_values": ("2", "x")}, "'x' is not a value of length"),
