@@ -31,17 +31,20 @@ ROWS = [DENSE, ONE_SHOT, RETRAIN, IMP, LONGER, *SOUPS]
 DERIVED = ("best", "ensemble")  # measured in the cells of soups, of the candidates of their last phase
 SEARCHED_SOUP = "soup m=3 uniform"  # every soup takes the options of its trials: as many as a row of one model has
 
-RATES = {"stories260k": (1e-3, 3e-3, 1e-2, 2e-2, 4e-2), "tiny-llama": (3e-4, 1e-3, 3e-3, 1e-2)}
+RATES: dict[str, dict[str | None, tuple[float, ...]]] = {  # by sparsity; None: of the dense model
+    "stories260k": dict.fromkeys([None, *SPARSITIES], (1e-3, 3e-3, 1e-2, 2e-2, 4e-2)),
+    "tiny-llama": dict.fromkeys([None, "0.7"], (1e-4, 3e-4, 1e-3, 3e-3)) | {"0.9": (3e-4, 1e-3, 3e-3, 1e-2)},
+}
 FACTORS = ("seed", "learning-rate")
 DECAYS = (0.0, 0.1)
 
 
-def trials(model: str, row: str) -> list[dict[str, Any]]:
+def trials(model: str, row: str, sparsity: str | None) -> list[dict[str, Any]]:
     """Options to try for a row, as many for every row of a model that trains."""
     if row == ONE_SHOT:
         return [{}]
     name, values = ("factor", FACTORS) if row in SOUPS else ("weight_decay", DECAYS)
-    return [{"learning_rate": rate, name: value} for rate, value in itertools.product(RATES[model], values)]
+    return [{"learning_rate": rate, name: value} for rate, value in itertools.product(RATES[model][sparsity], values)]
 
 
 def searched(row: str) -> str:
@@ -70,7 +73,7 @@ def best(lines: Sequence[Line], model: str, row: str, sparsity: str | None) -> d
 
 def best_options(lines: Sequence[Line], model: str, row: str, sparsity: str | None) -> dict[str, Any]:
     """The best ones; those of the first trial where none was run."""
-    return best(lines, model, row, sparsity) or trials(model, row)[0]
+    return best(lines, model, row, sparsity) or trials(model, row, sparsity)[0]
 
 
 def wanted(options: argparse.Namespace, lines: Sequence[Line]) -> list[dict[str, Any]]:
@@ -85,7 +88,10 @@ def wanted(options: argparse.Namespace, lines: Sequence[Line]) -> list[dict[str,
         tokens = options.tokens or TEXTS[model][3]
         line = {"model": model, "row": row, "sparsity": at(row, sparsity), "seed": seed}
         if options.search and row != ONE_SHOT:
-            found += [line | {"kind": "trial", "tokens": tokens // 4, "options": tried} for tried in trials(model, row)]
+            found += [
+                line | {"kind": "trial", "tokens": tokens // 4, "options": tried}
+                for tried in trials(model, row, line["sparsity"])
+            ]
         elif not options.search:
             found.append(
                 line | {"kind": "cell", "tokens": tokens, "options": best_options(lines, model, row, line["sparsity"])}
@@ -182,7 +188,8 @@ def render(lines: Sequence[Line]) -> str:
             soup = cells.get((row, sparsity), {})
             rivals = {"imp": cells.get((IMP, sparsity), {}), "best": cells.get((f"best of {row}", sparsity), {})}
             parts += [f"- {sparsity}, {row} - {name}: {paired(soup, other)}" for name, other in rivals.items() if soup]
-        parts.append(f"\nOptions, the best of {len(trials(model, IMP))} trials by held-out loss:\n")
+        count = len(trials(model, IMP, SPARSITIES[0]))
+        parts.append(f"\nOptions, the best of at least {count} trials by held-out loss:\n")
         parts += [f"- {row}: {_chosen(lines, model, row)}" for row in (DENSE, RETRAIN, IMP, LONGER, SEARCHED_SOUP)]
         parts.append("")
     return "\n".join(parts)
@@ -204,7 +211,9 @@ def _chosen(lines: Sequence[Line], model: str, row: str) -> str:
     told: dict[str, list[str]] = {}
     for sparsity in SPARSITIES:
         options = best(lines, model, row, at(row, sparsity))
-        edge = options is not None and options["learning_rate"] in (RATES[model][0], RATES[model][-1])
+        of = {"kind": "trial", "model": model, "row": searched(row), "sparsity": at(row, sparsity)}
+        tried = [line["options"]["learning_rate"] for line in lines if of.items() <= line.items()]
+        edge = options is not None and options["learning_rate"] in (min(tried), max(tried))
         words = "not searched" if options is None else said(options) + (" (edge)" if edge else "")
         told.setdefault(words, []).append(sparsity)
     if len(told) == 1:

@@ -16,6 +16,7 @@ from quality_soups import (
     RATES,
     ROWS,
     SOUPS,
+    at,
     best_options,
     key,
     paired,
@@ -35,8 +36,9 @@ def cell(row: str, seed: int, after: float, **more: Any) -> dict[str, Any]:
 
 def test_every_row_that_trains_has_as_many_trials() -> None:
     for model, tokens in (("stories260k", 125_000), ("tiny-llama", 50_000)):
-        each = 2 * len(RATES[model])
-        assert {len(trials(model, row)) for row in ROWS if row != ONE_SHOT} == {each}
+        each = 2 * len(RATES[model][None])
+        every = {(row, at(row, sparsity)) for row in ROWS for sparsity in suite.SPARSITIES if row != ONE_SHOT}
+        assert {len(trials(model, *one)) for one in every} == {each}
         lines = wanted(suite._options(["--search", "--models", model]), [])
         rows = 2 * (len(ROWS) - len(SOUPS)) - 1  # two sparsities; the dense row has none, soups those of one
         assert len({key(line) for line in lines}) == len(lines) == each * rows
@@ -58,8 +60,8 @@ def test_every_line_is_a_recipe(tmp_path: Path) -> None:
 def test_the_best_trial_wins() -> None:
     found = [cell(IMP, 0, 9.0, kind="trial", heldout=h, options={"learning_rate": r}) for h, r in ((2, 0.1), (1, 0.2))]
     assert best_options(found, "stories260k", IMP, "0.9") == {"learning_rate": 0.2}
-    assert best_options(found, "stories260k", IMP, "0.7") == trials("stories260k", IMP)[0]
-    assert best_options(found, "tiny-llama", IMP, "0.9") == trials("tiny-llama", IMP)[0]
+    assert best_options(found, "stories260k", IMP, "0.7") == trials("stories260k", IMP, "0.7")[0]
+    assert best_options(found, "tiny-llama", IMP, "0.9") == trials("tiny-llama", IMP, "0.9")[0]
     of_soups = cell("soup m=3 uniform", 0, 9.0, kind="trial", heldout=1.0, options={"learning_rate": 0.3})
     assert {best_options([of_soups], "stories260k", row, "0.9")["learning_rate"] for row in SOUPS} == {0.3}
 
