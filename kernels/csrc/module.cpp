@@ -19,6 +19,7 @@
 #include "step.h"
 #include "tiers.h"
 #include "tiles.h"
+#include "watch.h"
 #include "window.h"
 
 namespace nb = nanobind;
@@ -26,7 +27,7 @@ namespace nb = nanobind;
 namespace {
 
 // Raised whenever a signature changes, so that a stale build is noticed (kernels/extension.py).
-constexpr int kInterface = 9;
+constexpr int kInterface = 10;
 
 using Address = std::uintptr_t;
 
@@ -206,6 +207,9 @@ std::vector<gossamer::Product> products(const std::vector<ProductWords>& words) 
 
 void define_step(nb::module_& m) {
     namespace g = gossamer;
+    m.def("watch_same", [](nb::tuple facts, nb::bytes numbers, nb::bytes lines) {
+        return g::watch_same(facts.ptr(), numbers.ptr(), lines.ptr());
+    });
     using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
     using Cached = std::tuple<Address, Address, std::int64_t, Address, Address>;  // keys, values, rows, slots, ranges
     using Turn = std::tuple<Address, Address, std::int64_t>;
