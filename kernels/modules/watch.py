@@ -10,7 +10,7 @@ import ctypes
 import sys
 import weakref
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,8 +51,8 @@ class Watch:
                     facts += [weakref.ref(tensor), tensor.shape, tensor.stride(), tensor.dtype]
                     numbers.extend([tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version])
         self._facts, self._numbers, self._lines = tuple(facts), numbers.tobytes(), _lines(facts)
-        module = compiled()
-        self._same = None if module is None else module.watch_same
+        extension = compiled()
+        self._look: Callable[..., bool] | None = None if extension is None else extension.watch_same
 
     def plain(self) -> bool:
         """Whether nothing but `forward` runs when one of the modules is called."""
@@ -60,7 +60,7 @@ class Watch:
 
     def same(self) -> bool:
         """In csrc/watch.cpp: it runs for every block and token. False without compiled code."""
-        return self._same is not None and self._same(self._facts, self._numbers, self._lines)
+        return self._look is not None and self._look(self._facts, self._numbers, self._lines)
 
 
 def _lines(facts: Sequence[Any]) -> bytes:
