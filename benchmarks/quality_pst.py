@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from suite import HELDOUT, TEXTS, TRIALS, Line, best_trial, compressed, next_best, paired, parser, run, spread
+from suite import HELDOUT, TEXTS, TRIALS, Line, best_trial, by_sparsity, compressed, next_best, paired, run, spread
 
 SPARSITIES = ["0.5", "0.7", "0.9"]
 SEQLEN, BATCH = 256, 4
@@ -179,8 +179,4 @@ def _told(line: Line) -> str:
 
 
 def _options(words: Sequence[str]) -> argparse.Namespace:
-    made = parser("pst", __doc__, ROWS)
-    made.add_argument("--models", nargs="+", choices=list(TEXTS), default=list(TEXTS))
-    made.add_argument("--sparsities", nargs="+", choices=SPARSITIES, default=SPARSITIES)
-    made.add_argument("--tokens", type=int, help="per run; default: the model's own")
-    return made.parse_args(words)
+    return by_sparsity("pst", __doc__, ROWS, SPARSITIES).parse_args(words)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from suite import HELDOUT, TEXTS, TRIALS, Line, best_trial, compressed, paired, parser, run, said, spread
+from suite import HELDOUT, TEXTS, TRIALS, Line, best_trial, by_sparsity, compressed, paired, run, said, spread
 
 SPARSITIES = ["0.7", "0.9"]
 PHASES, SEQLEN, BATCH = 3, 256, 4
@@ -230,8 +230,4 @@ def _told(line: Line) -> str:
 
 
 def _options(words: Sequence[str]) -> argparse.Namespace:
-    made = parser("soups", __doc__, ROWS)
-    made.add_argument("--models", nargs="+", choices=list(TEXTS), default=list(TEXTS))
-    made.add_argument("--sparsities", nargs="+", choices=SPARSITIES, default=SPARSITIES)
-    made.add_argument("--tokens", type=int, help="of one candidate over all phases; default: the model's")
-    return made.parse_args(words)
+    return by_sparsity("soups", __doc__, ROWS, SPARSITIES).parse_args(words)

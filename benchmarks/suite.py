@@ -44,6 +44,17 @@ def parser(name: str, description: str | None, rows: Sequence[str]) -> argparse.
     return made
 
 
+def by_sparsity(
+    name: str, description: str | None, rows: Sequence[str], sparsities: Sequence[str]
+) -> argparse.ArgumentParser:
+    """The options of a suite on the models of TEXTS at several sparsities."""
+    made = parser(name, description, rows)
+    made.add_argument("--models", nargs="+", choices=list(TEXTS), default=list(TEXTS))
+    made.add_argument("--sparsities", nargs="+", choices=sparsities, default=list(sparsities))
+    made.add_argument("--tokens", type=int, help="of one training run, a soup's candidate; default: the model's")
+    return made
+
+
 def run(
     options: argparse.Namespace,
     *,

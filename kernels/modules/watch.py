@@ -86,7 +86,7 @@ def _lines(facts: Sequence[Any]) -> bytes:
 
 
 def _table(of: dict[Any, Any]) -> list[int]:
-    """Where the entries of a dictionary lie: behind its header, whose third word after the count points to them."""
+    """Addresses of the entries of a dictionary, which lie apart from its header, where `_KEYS` points to them."""
     begin = ctypes.c_size_t.from_address(id(of) + _KEYS).value
     return list(range(begin, begin + max(0, sys.getsizeof(of) - object.__sizeof__({})), _LINE))
 
