@@ -14,14 +14,29 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
+class Rows:
+    """Keys and values of a layer as matrices [rows, D]. `fits`: what has looked at them and can store there."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.made_of = keys, values
+        self.keys, self.values = keys.view(-1, keys.shape[-1]), values.view(-1, values.shape[-1])
+        self.places = self.keys.data_ptr(), self.values.data_ptr(), self.keys.shape[0]
+        self.fits: Any = None
+
+    def __reduce__(self) -> tuple[type[Rows], tuple[Tensor, Tensor]]:
+        return Rows, self.made_of  # a copy lies somewhere else
+
+    def are(self, keys: Tensor | None, values: Tensor | None) -> bool:
+        return self.made_of[0] is keys and self.made_of[1] is values
+
+
 class Place(NamedTuple):
     """Where one token of every sequence is stored, and what it sees then: as of `window_step`.
 
-    keys, values [rows, D]; slots int64 [batch, KV heads]; ranges int64 [batch, KV heads, 4].
+    slots int64 [batch, KV heads]; ranges int64 [batch, KV heads, 4].
     """
 
-    keys: Tensor
-    values: Tensor
+    rows: Rows
     slots: Tensor
     ranges: Tensor
 
@@ -55,6 +70,7 @@ class FilledLayer(SeenLayer):
     def reset(self) -> None:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self._rows: Rows | None = None
         self.seen = 0
         self.is_initialized = False
 
@@ -80,7 +96,7 @@ class FilledLayer(SeenLayer):
 
     def _grown(self, end: int) -> int:
         if end > self._capacity:
-            self._capacity = max(end, 2 * self._capacity)
+            self._capacity, self._rows = max(end, 2 * self._capacity), None
             for name in ("keys", "values"):
                 old: Tensor = getattr(self, name)
                 new = self._empty(old)
@@ -90,12 +106,18 @@ class FilledLayer(SeenLayer):
 
     def place_one(self, reach: int | None = None) -> Place | None:
         """Where the next token of every sequence goes; None for a layer that has not begun. See RaggedLayer."""
+        rows = self._rows
+        if rows is None or not rows.are(self.keys, self.values) or self.seen >= self._capacity:
+            rows = self._rows = self._laid_out()
+        return None if rows is None else Place(rows, *self._steps(self._sizes, self.seen))
+
+    def _laid_out(self) -> Rows | None:
         if self.keys is None or self.values is None or self.keys.shape != self.values.shape:
             return None
         self._grown(self.seen + 1)
-        batch, heads, capacity, width = self.keys.shape
-        slots, ranges = self._steps(batch, heads, capacity, self.seen)
-        return Place(self.keys.view(-1, width), self.values.view(-1, width), slots, ranges)
+        batch, heads, capacity, _ = self.keys.shape
+        self._sizes = batch, heads, capacity
+        return Rows(self.keys, self.values)
 
     def placed_one(self) -> None:
         """The token that `place_one` made room for is there."""
@@ -106,14 +128,18 @@ class Steps:
     """Slots and ranges of one token, computed once for all layers."""
 
     def __init__(self) -> None:
-        self._known: tuple[tuple[int, ...], tuple[Tensor, Tensor]] | None = None
+        self._known: tuple[tuple[int, int, int], int, tuple[Tensor, Tensor]] | None = None
 
-    def __call__(self, batch: int, heads: int, capacity: int, seen: int) -> tuple[Tensor, Tensor]:
-        key = batch, heads, capacity, seen
-        if self._known is None or self._known[0] != key:
-            ranges = every_key(batch, heads, seen + 1, capacity)
-            self._known = key, (ranges[..., 0] + seen, ranges)
-        return self._known[1]
+    def __call__(self, sizes: tuple[int, int, int], seen: int) -> tuple[Tensor, Tensor]:
+        """sizes: batch, KV heads, capacity."""
+        known = self._known
+        if known is not None and known[1] == seen and known[0] == sizes:
+            return known[2]
+        batch, heads, capacity = sizes
+        ranges = every_key(batch, heads, seen + 1, capacity)
+        made = ranges[..., 0] + seen, ranges
+        self._known = sizes, seen, made
+        return made
 
 
 def every_key(batch: int, kv_heads: int, length: int, capacity: int) -> Tensor:
@@ -126,6 +152,8 @@ def every_key(batch: int, kv_heads: int, length: int, capacity: int) -> Tensor:
 
 class FilledCache(Cache):
     """For `layers` layers, with room for `capacity` tokens from the begin."""
+
+    turn: Any = None  # compress/blockturn.py
 
     def __init__(self, layers: int, capacity: int) -> None:
         steps = Steps()

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import KernelError, ModelError
 from ..kernels.arguments import CODES
 from ..kernels.window_attention.dispatch import MAX_GROUP, window_step
-from .filled import Place, SeenLayer
+from .filled import Place, Rows, SeenLayer
 from .layout import Layout
 from .mask import HeadMask
 from .shared import Shared
@@ -178,10 +178,10 @@ class RaggedLayer(SeenLayer):
         after = tuple([count + 1 for count in store.counts])
         if not store.layout.holds(after):
             store.make_room(self.shared.layout(after, store.keys.device))
-        step, width = self.shared.step(store.layout, store.counts), store.keys.shape[-1]
-        return Place(
-            store.keys.view(-1, width), store.values.view(-1, width), step.slots[self.index], step.ranges[self.index]
-        )
+        if store.rows is None or not store.rows.are(store.keys, store.values):
+            store.rows = Rows(store.keys, store.values)
+        step = self.shared.step(store.layout, store.counts)
+        return Place(store.rows, step.slots[self.index], step.ranges[self.index])
 
     def _attend_one(self, store: Store, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         query, key, value = (tensor.squeeze(2).contiguous() for tensor in (query, key, value))
@@ -190,7 +190,7 @@ class RaggedLayer(SeenLayer):
     def _step(self, store: Store, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         place = self._place(store)
         try:
-            out = window_step(query, key, value, *place, scale)
+            out = window_step(query, key, value, place.rows.keys, place.rows.values, place.slots, place.ranges, scale)
         except KernelError as error:
             raise ModelError(
                 f"layer {self.index} cannot run with a ragged cache: {error.message}",

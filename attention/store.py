@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..kernels.memory import zeros_apart
 from .chunk import Span
+from .filled import Rows
 from .layout import Layout
 from .plan import HeadRule
 
@@ -27,6 +28,7 @@ class Store:
         self.layer, self.rules, self.block = layer, rules, block
         self.counts: tuple[int, ...] = (0,) * like.shape[0]
         self.layout, self.keys, self.values = self._empty(layout, like)
+        self.rows: Rows | None = None  # of the keys and values, made where they are needed
 
     def make_room(self, layout: Layout) -> None:
         """Moves everything to `layout`, which holds it."""
@@ -41,7 +43,7 @@ class Store:
                     source = self.layout.row(self.layer, rows[0], head, some)
                     target = layout.row(self.layer, rows[0], head, some)
                     keys[which, target], values[which, target] = self.keys[which, source], self.values[which, source]
-        self.layout, self.keys, self.values = layout, keys, values
+        self.layout, self.keys, self.values, self.rows = layout, keys, values, None
 
     def alike(self, new: Tensor | None, length: int) -> list[tuple[list[int], list[int]]]:
         """Sequences in groups with equal counts and rings and the same real ones of `length` new tokens; and those.
@@ -71,7 +73,7 @@ class Store:
     def select(self, indices: Tensor, layout: Layout) -> None:
         """Only the sequences `indices`, each any number of times; `layout` is the present one, so selected."""
         where = indices.to(self.keys.device)
-        self.keys, self.values = self.keys.index_select(0, where), self.values.index_select(0, where)
+        self.keys, self.values, self.rows = self.keys.index_select(0, where), self.values.index_select(0, where), None
         self.counts = tuple(self.counts[index] for index in indices.tolist())
         self.layout = layout
 

@@ -11,7 +11,7 @@ from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
 from ..attention.alike import alike
 from ..attention.block import shortened
-from ..attention.filled import Place
+from ..attention.filled import Place, Rows
 from ..kernels.arguments import CODES, check_weight
 from ..kernels.modules.channel_linear import ChannelSparseLinear
 from ..kernels.modules.dense_linear import DenseLinear
@@ -28,7 +28,7 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.SiLU: "silu", SiLUActivation: "silu", nn.ReLU: "relu", GELUTanh: "gelu_tanh", GELUActivation: "gelu",
 }  # fmt: skip
 
-_CONSTANTS = ("scaling", "variance_epsilon")  # attributes of modules that the compiled halves were given
+_CONSTANTS = ("scaling", "variance_epsilon", "training")  # attributes of modules that decide what is computed
 
 
 class _Part:
@@ -50,9 +50,13 @@ class _Part:
             return 0
         return weight.data_ptr() if weight.is_cpu and weight.dim() == 1 and weight.is_contiguous() else 0
 
+    def current(self) -> bool:
+        """Whether the compiled code is still that which runs."""
+        return current() is self.tier
+
     def ready(self) -> bool:
-        """Whether tokens skip now what the half's kernels skip."""
-        return current() is self.tier and not (self.skips and current_step().dense)
+        """Whether it runs, and tokens skip now what the half's kernels skip."""
+        return self.current() and not (self.skips and current_step().dense)
 
 
 class AttentionPart(_Part):
@@ -80,6 +84,7 @@ class AttentionPart(_Part):
             return
         self.skips, self.held = inputs.skips or output.skips, [inputs, output]
         sizes = self.hidden, heads, self.kv_heads, self.width
+        self.like = dtype, *sizes
         self.compiled = self.tier.module.AttentionHalf(
             self.code, weight, norm.variance_epsilon, sizes, attention.scaling, inputs.words, output.words
         )
@@ -104,32 +109,46 @@ class AttentionPart(_Part):
 
     def fits(self, place: Place, batch: int) -> bool:
         """Whether a cache's memory is what the half stores into."""
-        keys = place.keys
         return (
-            keys.dtype is self.dtype
-            and keys.is_cpu
-            and keys.shape[1] == self.width
-            and place.values.dtype is self.dtype
-            and place.values.shape == keys.shape
+            self.stores(place.rows)
             and place.slots.shape == (batch, self.kv_heads)
             and place.slots.is_contiguous()
             and place.ranges.shape == (batch, self.kv_heads, 4)
             and place.ranges.is_contiguous()
         )
 
+    def stores(self, rows: Rows) -> bool:
+        """Whether keys and values go into these rows; looked at once."""
+        if rows.fits == self.like:
+            return True
+        keys, values = rows.keys, rows.values
+        if not (keys.dtype is self.dtype and keys.is_cpu and keys.shape[1] == self.width and keys.is_contiguous()):
+            return False
+        if not (values.dtype is self.dtype and values.shape == keys.shape and values.is_contiguous()):
+            return False
+        rows.fits = self.like
+        return True
+
     def run(self, x: Tensor, rotation: Any, place: Place) -> Tensor | None:
         """None, and nothing stored, where slots or ranges lie outside the cache."""
         assert self.tier is not None
-        y, (cos, sin) = torch.empty_like(x), rotation
-        cached = (
-            place.keys.data_ptr(), place.values.data_ptr(), place.keys.shape[0], place.slots.data_ptr(),
-            place.ranges.data_ptr(),
-        )  # fmt: skip
+        y = torch.empty_like(x)
         done = self.compiled.run(
-            self.tier.address, x.data_ptr(), x.shape[0], (cos.data_ptr(), sin.data_ptr(), cos.shape[0]), cached,
-            y.data_ptr(), torch.get_num_threads(),
+            self.tier.address, x.data_ptr(), x.shape[0], turned(rotation), held(place), y.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         return y if done else None
+
+
+def turned(rotation: Any) -> tuple[int, int, int]:
+    """Cosines and sines as compiled code takes them."""
+    cos, sin = rotation
+    return cos.data_ptr(), sin.data_ptr(), cos.shape[0]
+
+
+def held(place: Place) -> tuple[int, int, int, int, int]:
+    """A place as compiled code takes it."""
+    return *place.rows.places, place.slots.data_ptr(), place.ranges.data_ptr()
 
 
 class FeedPart(_Part):
@@ -184,21 +203,23 @@ class FeedPart(_Part):
             subset,
         )  # fmt: skip
 
+    def neurons(self, batch: int) -> tuple[int, int] | None:
+        """Address and number of those that are computed, 0 and 0 for all; None: the MLP itself has to see to it."""
+        if self.subset is None:
+            return 0, 0
+        chosen = _chosen(self.subset, batch)
+        return None if chosen is None else (chosen.data_ptr(), chosen.numel())
+
     def run(self, x: Tensor) -> Tensor | None:
         """None where the MLP itself has to see to it."""
-        if not self.ready() or x.shape[2] != self.hidden:
+        active = self.neurons(x.shape[0]) if self.ready() and x.shape[2] == self.hidden else None
+        if active is None:
             return None
-        place = count = 0
-        if self.subset is not None:
-            chosen = _chosen(self.subset, x.shape[0])
-            if chosen is None:
-                return None
-            place, count = chosen.data_ptr(), chosen.numel()
         assert self.tier is not None
         y = torch.empty_like(x)
         done = self.compiled.run(
-            self.tier.address, x.data_ptr(), x.shape[0], place, count, y.data_ptr(), torch.get_num_threads()
-        )  # fmt: skip
+            self.tier.address, x.data_ptr(), x.shape[0], *active, y.data_ptr(), torch.get_num_threads()
+        )
         return y if done else None
 
 

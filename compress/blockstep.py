@@ -18,16 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.alike import alike
-from ..attention.decode import NAME as DECODE
-from ..attention.filled import FilledCache, Place
-from ..attention.mask import HeadMask
-from ..attention.ragged import RaggedCache
+from ..attention.filled import Place
 from ..kernels.arguments import CODES, MAX_ROWS
 from ..kernels.modules.counting import counts
 from ..kernels.modules.sparse_linear import dense_only
 from ..kernels.modules.watch import globally_hooked
 from ..kernels.ready import cpu_ready
 from .blockhalves import AttentionPart, FeedPart
+from .blockturn import Turn, layer_of, turn_of
 
 KNOWN_WORDS = {"position_ids", "use_cache", "cache_position"}  # nothing that the halves compute depends on them
 
@@ -64,14 +62,19 @@ def _forward(
     position_embeddings: Any = None,
     **kwargs: Any,
 ) -> Tensor:
+    halves: Halves = self._gossamer_halves
+    asks = bool(kwargs) and any(value is not None for name, value in kwargs.items() if name not in KNOWN_WORDS)
+    if not asks:
+        done = _whole(self, halves, hidden_states, attention_mask, past_key_values, position_embeddings)
+        if done is not None:
+            return done
     if not _one_token(self, hidden_states):
         return type(self).forward(
             self, hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
         )
-    halves: Halves = self._gossamer_halves
-    attended = None
-    if not any(value is not None for name, value in kwargs.items() if name not in KNOWN_WORDS):
-        attended = _attended(self, halves, hidden_states, attention_mask, past_key_values, position_embeddings)
+    place = attended = None
+    if not asks:
+        attended, place = _attended(self, halves, hidden_states, attention_mask, past_key_values, position_embeddings)
     if attended is None:
         made, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
@@ -84,7 +87,12 @@ def _forward(
         )
         attended = hidden_states + made
     fed = _fed(self, halves, attended)
-    return attended + self.mlp(self.post_attention_layernorm(attended)) if fed is None else fed
+    if fed is None:
+        return attended + self.mlp(self.post_attention_layernorm(attended))
+    if place is not None and halves.attention is not None:
+        config = self.self_attn.config
+        past_key_values.turn = Turn(halves.attention, position_embeddings, attention_mask, config, place, fed)
+    return fed
 
 
 def _one_token(block: Any, x: Tensor) -> bool:
@@ -104,35 +112,33 @@ def _one_token(block: Any, x: Tensor) -> bool:
     )
 
 
-def _attended(block: Any, halves: Halves, x: Tensor, mask: Any, past: Any, rotation: Any) -> Tensor | None:
+def _whole(block: Any, halves: Halves, x: Tensor, mask: Any, past: Any, rotation: Any) -> Tensor | None:
+    first, second, turn = halves.attention, halves.feed, turn_of(past)
+    if turn is None or turn.x is not x or turn.rotation is not rotation or turn.mask is not mask:
+        return None
+    return None if first is None or second is None else turn.through(block, first, second, past)
+
+
+def _attended(
+    block: Any, halves: Halves, x: Tensor, mask: Any, past: Any, rotation: Any
+) -> tuple[Tensor, Place] | tuple[None, None]:
+    """With the place of the token in its cache."""
     part = halves.attention
     if part is None or not part.watch.same() or part.dtype is not x.dtype:
         part = halves.attention = AttentionPart(block, x.dtype)
     if part.compiled is None or rotation is None or not part.turns(rotation, x):
-        return None
-    layer = _layer(block.self_attn, past, mask, part.index, x.dtype)
+        return None, None
+    layer = layer_of(block.self_attn, past, mask, part.index, x.dtype)
     if layer is None:
-        return None
+        return None, None
     place: Place | None = layer.place_one(getattr(mask, "reach", None))
     if place is None or not part.fits(place, x.shape[0]):
-        return None
+        return None, None
     y = part.run(x, rotation, place)
-    if y is not None:
-        layer.placed_one()
-    return y
-
-
-def _layer(attention: Any, past: Any, mask: Any, index: int, dtype: torch.dtype) -> Any:
-    """The layer of a cache that can say where the token goes; None for others, and for other attention functions."""
-    if type(past) is FilledCache:
-        return past.layers[index] if mask is None and attention.config._attn_implementation == DECODE else None
-    if type(past) is not RaggedCache or type(mask) is not HeadMask or mask.other is not None:
-        return None
-    if mask.new_tokens is not None:
-        return None
-    layer = past.layers[index]
-    begun = layer.store is not None and layer.pending is None and layer.quick(dtype)
-    return layer if begun else None
+    if y is None:
+        return None, None
+    layer.placed_one()
+    return y, place
 
 
 def _fed(block: Any, halves: Halves, x: Tensor) -> Tensor | None:

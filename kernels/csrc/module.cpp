@@ -27,7 +27,7 @@ namespace nb = nanobind;
 namespace {
 
 // Raised whenever a signature changes, so that a stale build is noticed (kernels/extension.py).
-constexpr int kInterface = 10;
+constexpr int kInterface = 11;
 
 using Address = std::uintptr_t;
 
@@ -205,14 +205,29 @@ std::vector<gossamer::Product> products(const std::vector<ProductWords>& words) 
     return made;
 }
 
+using Turn = std::tuple<Address, Address, std::int64_t>;                      // cos, sin, rows
+using Cached = std::tuple<Address, Address, std::int64_t, Address, Address>;  // keys, values, rows, slots, ranges
+
+gossamer::Rotation turned(const Turn& turn) {
+    const auto [cos, sin, rows] = turn;
+    return {at<const void>(cos), at<const void>(sin), rows};
+}
+
+gossamer::Window held(const Cached& cached) {
+    const auto [keys, values, rows, slots, ranges] = cached;
+    gossamer::Window window{};
+    window.keys = at<void>(keys), window.values = at<void>(values), window.rows = rows;
+    window.slots = at<const std::int64_t>(slots), window.ranges = at<const std::int64_t>(ranges);
+    return window;
+}
+
 void define_step(nb::module_& m) {
     namespace g = gossamer;
     m.def("watch_same", [](nb::tuple facts, nb::bytes numbers, nb::bytes lines) {
         return g::watch_same(facts.ptr(), numbers.ptr(), lines.ptr());
     });
+    m.def("watch_view", [](nb::handle tensor) { return g::watch_view(tensor.ptr()); });
     using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
-    using Cached = std::tuple<Address, Address, std::int64_t, Address, Address>;  // keys, values, rows, slots, ranges
-    using Turn = std::tuple<Address, Address, std::int64_t>;
     nb::class_<g::AttentionHalf>(m, "AttentionHalf")
         .def("__init__", [](g::AttentionHalf* self, int dtype, Address norm, float epsilon, Sizes sizes, float scale,
                             const std::vector<ProductWords>& inputs, const std::vector<ProductWords>& output) {
@@ -222,12 +237,8 @@ void define_step(nb::module_& m) {
         })
         .def("run", [](const g::AttentionHalf& self, Address tier, Address x, int batch, Turn turn, Cached cached,
                        Address y, int threads) {
-            const auto [keys, values, rows, slots, ranges] = cached;
-            g::Window window{};
-            window.keys = at<void>(keys), window.values = at<void>(values), window.rows = rows;
-            window.slots = at<const std::int64_t>(slots), window.ranges = at<const std::int64_t>(ranges);
-            const g::Rotation rotation{at<const void>(std::get<0>(turn)), at<const void>(std::get<1>(turn)),
-                                       std::get<2>(turn)};
+            const g::Window window = held(cached);
+            const g::Rotation rotation = turned(turn);
             return g::attend(*at<const g::Tier>(tier), self, at<const void>(x), batch, rotation, window, at<void>(y),
                              threads);
         }, nb::call_guard<nb::gil_scoped_release>());
@@ -245,6 +256,11 @@ void define_step(nb::module_& m) {
             return g::feed(*at<const g::Tier>(tier), self, at<const void>(x), batch, at<const std::int32_t>(active),
                            count, at<void>(y), threads);
         }, nb::call_guard<nb::gil_scoped_release>());
+    m.def("whole", [](Address tier, const g::AttentionHalf& first, const g::FeedHalf& second, Address x, int batch,
+                      Turn turn, Cached cached, Address active, std::int64_t count, Address y, int threads) {
+        return g::whole(*at<const g::Tier>(tier), first, second, at<const void>(x), batch, turned(turn), held(cached),
+                        at<const std::int32_t>(active), count, at<void>(y), threads);
+    }, nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace

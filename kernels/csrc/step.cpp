@@ -139,4 +139,12 @@ bool feed(const Tier& tier, const FeedHalf& half, const void* x, int batch, cons
     return true;
 }
 
+bool whole(const Tier& tier, const AttentionHalf& first, const FeedHalf& second, const void* x, int batch,
+           const Rotation& rotation, const Window& cached, const std::int32_t* active, std::int64_t count, void* y,
+           int threads) {
+    Bytes* between = room<5>(first.dtype, batch * first.hidden);
+    return attend(tier, first, x, batch, rotation, cached, between, threads) &&
+           feed(tier, second, between, batch, active, count, y, threads);
+}
+
 }  // namespace gossamer

@@ -69,4 +69,9 @@ bool attend(const Tier& tier, const AttentionHalf& half, const void* x, int batc
 bool feed(const Tier& tier, const FeedHalf& half, const void* x, int batch, const std::int32_t* active,
           std::int64_t count, void* y, int threads);
 
+// One after the other: feed(attend(x)). False where one of them is; keys and values may be stored then.
+bool whole(const Tier& tier, const AttentionHalf& first, const FeedHalf& second, const void* x, int batch,
+           const Rotation& rotation, const Window& cached, const std::int32_t* active, std::int64_t count, void* y,
+           int threads);
+
 }  // namespace gossamer

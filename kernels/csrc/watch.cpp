@@ -91,16 +91,59 @@ bool number_is(PyObject* number, std::int64_t wanted) {
     return number != nullptr && static_cast<std::int64_t>(PyLong_AsUnsignedLongLongMask(number)) == wanted;
 }
 
-// weak reference, shape, strides, dtype; address, version (-1: none is kept)
-bool tensor_same(PyObject* tensor, Reader& read, const Names& names) {
-    PyObject* known = read.fact();
+// What DLPack calls a tensor (its ABI, version 1).
+struct View {
+    void* data;
+    std::int32_t device, device_index, dims;
+    std::uint8_t code, bits;
+    std::uint16_t lanes;
+    std::int64_t *shape, *strides;
+    std::uint64_t offset;
+};
+
+struct Exchange {
+    std::uint32_t major, minor;
+    void* older;
+    void *allocate, *owning, *made;
+    int (*look)(void* tensor, View* out);  // since 1.3; a torch without it is asked attribute by attribute
+    void* stream;
+};
+
+const Exchange* exchange_of(PyObject* tensor) {
+    const Own kind(PyObject_Type(tensor));
+    const Own held(PyObject_GetAttrString(kind.get(), "__dlpack_c_exchange_api__"));
+    const auto* found = held ? static_cast<const Exchange*>(PyCapsule_GetPointer(held.get(), "dlpack_exchange_api")) : nullptr;
+    if (PyErr_Occurred()) PyErr_Clear();
+    return found != nullptr && found->major == 1 && found->minor >= 3 ? found : nullptr;
+}
+
+// The view's numbers, one after the other, as long as `each` wants more.
+template <class Each>
+bool numbers_of(const View& view, Each each) {
+    const std::int64_t kind = (view.code << 8 | view.bits) << 16 | view.lanes;
+    const std::int64_t device = static_cast<std::int64_t>(view.device) << 32 | view.device_index;
+    if (!each(reinterpret_cast<std::intptr_t>(view.data) + static_cast<std::int64_t>(view.offset)) || !each(kind) ||
+        !each(device) || !each(view.dims)) {
+        return false;
+    }
+    for (std::int32_t i = 0; i < view.dims; ++i) {
+        if (!each(view.shape[i]) || !each(view.strides[i])) return false;
+    }
+    return true;
+}
+
+bool view_same(PyObject* tensor, Reader& read) {
+    const auto* exchange = reinterpret_cast<const Exchange*>(static_cast<std::intptr_t>(read.number()));
+    View view{};
+    return exchange->look(tensor, &view) == 0 &&
+           numbers_of(view, [&](std::int64_t number) { return read.number() == number; });
+}
+
+bool attributes_same(PyObject* tensor, Reader& read, const Names& names) {
     PyObject* shape = read.fact();
     PyObject* strides = read.fact();
     PyObject* dtype = read.fact();
     const std::int64_t place = read.number();
-    const std::int64_t version = read.number();
-    const Own alive(PyObject_CallObject(known, nullptr));
-    if (alive.get() != tensor) return false;
     const Own own_place(PyObject_CallMethodObjArgs(tensor, names.data_ptr, nullptr));
     if (!number_is(own_place.get(), place)) return false;
     const Own own_shape(PyObject_GetAttr(tensor, names.shape));
@@ -108,7 +151,16 @@ bool tensor_same(PyObject* tensor, Reader& read, const Names& names) {
     const Own own_strides(PyObject_CallMethodObjArgs(tensor, names.stride, nullptr));
     if (!own_strides || PyObject_RichCompareBool(own_strides.get(), strides, Py_EQ) != 1) return false;
     const Own own_dtype(PyObject_GetAttr(tensor, names.dtype));
-    if (own_dtype.get() != dtype) return false;
+    return own_dtype.get() == dtype;
+}
+
+// weak reference; version (-1: none is kept), whether a view follows, and that or the attributes
+bool tensor_same(PyObject* tensor, Reader& read, const Names& names) {
+    PyObject* known = read.fact();
+    const std::int64_t version = read.number();
+    const Own alive(PyObject_CallObject(known, nullptr));
+    if (alive.get() != tensor) return false;
+    if (read.number() != 0 ? !view_same(tensor, read) : !attributes_same(tensor, read, names)) return false;
     if (version < 0) return true;
     const Own own_version(PyObject_GetAttr(tensor, names.version));
     return number_is(own_version.get(), version);
@@ -153,6 +205,18 @@ bool all_same(Reader& read, const Names& names) {
 }
 
 }  // namespace
+
+std::vector<std::int64_t> watch_view(PyObject* tensor) {
+    std::vector<std::int64_t> found;
+    const Exchange* exchange = exchange_of(tensor);
+    View view{};
+    if (exchange != nullptr && exchange->look(tensor, &view) == 0) {
+        found.push_back(reinterpret_cast<std::intptr_t>(exchange));
+        numbers_of(view, [&](std::int64_t number) { found.push_back(number); return true; });
+    }
+    if (PyErr_Occurred()) PyErr_Clear();
+    return found;
+}
 
 bool watch_same(PyObject* facts, PyObject* numbers, PyObject* lines) {
     static const Names names;

@@ -29,6 +29,7 @@ class Watch:
     def __init__(self, modules: Sequence[nn.Module], constants: Sequence[str] = ()) -> None:
         """Modules, not their children: what of them matters is to be named as well, attributes by `constants`."""
         self._hooked = any(map(_hooked, modules))
+        extension = compiled()
         facts: list[Any] = []
         numbers = array("q", [len(modules)])
         for module in modules:
@@ -47,11 +48,15 @@ class Watch:
             for name, tensor in held.items():
                 facts.append(name)
                 numbers.append(tensor is None)
-                if tensor is not None:
-                    facts += [weakref.ref(tensor), tensor.shape, tensor.stride(), tensor.dtype]
-                    numbers.extend([tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version])
+                if tensor is None:
+                    continue
+                view = [] if extension is None else extension.watch_view(tensor)
+                facts.append(weakref.ref(tensor))
+                numbers.extend([-1 if tensor.is_inference() else tensor._version, bool(view), *view])
+                if not view:
+                    facts += [tensor.shape, tensor.stride(), tensor.dtype]
+                    numbers.append(tensor.data_ptr())
         self._facts, self._numbers, self._lines = tuple(facts), numbers.tobytes(), _lines(facts)
-        extension = compiled()
         self._look: Callable[..., bool] | None = None if extension is None else extension.watch_same
 
     def plain(self) -> bool:

@@ -39,13 +39,13 @@ def test_the_place_of_a_token_is_where_update_would_put_it():
         place = layer.place_one()
         assert layer.seen == 4 + step
         assert not place.slots.unique().numel() < 6
-        place.keys[place.slots] = key[:, :, 0]
-        place.values[place.slots] = value[:, :, 0]
+        place.rows.keys[place.slots] = key[:, :, 0]
+        place.rows.values[place.slots] = value[:, :, 0]
         layer.placed_one()
         assert torch.equal(layer.keys[:, :, layer.seen - 1], key[:, :, 0])
         assert torch.equal(layer.values[:, :, layer.seen - 1], value[:, :, 0])
         first, count = place.ranges[1, 2, :2].tolist()
-        assert torch.equal(place.keys[first : first + count], layer.keys[1, 2, : layer.seen])
+        assert torch.equal(place.rows.keys[first : first + count], layer.keys[1, 2, : layer.seen])
     assert every_key(2, 3, 5, 7)[..., 0].tolist() == [[0, 7, 14], [21, 28, 35]]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -36,20 +37,34 @@ DTYPES = list(CLOSE)
 
 @pytest.fixture
 def taken(monkeypatch):
-    """How often each half was computed by compiled code, "attention" and "feed", and how often not."""
-    found = {"attention": 0, "feed": 0, "modules": 0}
+    """How often each half was computed by compiled code, "attention" and "feed", and how often not.
 
-    def counted(name, own):
+    "whole": how often both in one call, which counts as both.
+    """
+    found = Counter()
+
+    def counted(name, own, made):
         def call(*words):
-            made = own(*words)
-            found[name if made is not None else "modules"] += 1
-            return made
+            given = own(*words)
+            found[name if made(given) else "modules"] += 1
+            return given
 
         return call
 
-    monkeypatch.setattr(blockstep, "_attended", counted("attention", blockstep._attended))
-    monkeypatch.setattr(blockstep, "_fed", counted("feed", blockstep._fed))
+    def whole(*words, own=blockstep._whole):
+        given = own(*words)
+        found.update(["attention", "feed", "whole"] if given is not None else [])
+        return given
+
+    monkeypatch.setattr(blockstep, "_attended", counted("attention", blockstep._attended, lambda it: it[0] is not None))
+    monkeypatch.setattr(blockstep, "_fed", counted("feed", blockstep._fed, lambda it: it is not None))
+    monkeypatch.setattr(blockstep, "_whole", whole)
     return found
+
+
+def halves(found):
+    """What was counted, but for how many calls it took."""
+    return {name: found[name] for name in ("attention", "feed", "modules")}
 
 
 def cache_of(model, batch=1):
@@ -115,11 +130,14 @@ def test_every_kind_of_layer_is_what_the_modules_compute(kind, dtype, planned, t
     layers = model.config.num_hidden_layers
     for batch in (1, 3):
         wanted = by_modules(model, batch=batch)
-        taken.update(attention=0, feed=0, modules=0)
+        taken.clear()
         found = decode(model, batch=batch)
         # Sequences of a batch have neurons of their own: then the MLP itself deals them out.
         apart = kind == "neurons" and batch > 1
-        assert taken == {"attention": 9 * layers, "feed": 0 if apart else 9 * layers, "modules": 9 * layers * apart}
+        wanted_halves = {"attention": 9 * layers, "feed": 0 if apart else 9 * layers, "modules": 9 * layers * apart}
+        assert halves(taken) == wanted_halves
+        # The first block of a token looks at what came with it, and the very first token prepares the halves.
+        assert taken["whole"] == (0 if apart else (9 - (batch == 1)) * (layers - 1))
         scale = float(wanted.float().abs().max())
         assert float((found.float() - wanted.float()).abs().max()) <= CLOSE[dtype] * scale
 
@@ -186,6 +204,74 @@ def test_memory_that_holds_no_token_is_not_read(tmp_path, monkeypatch):
     assert torch.equal(decode(model), wanted)
 
 
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_copied_cache_goes_its_own_way(planned, tmp_path, taken):
+    """Copied in the middle of a sequence, deep or by pickle: what is stored in one is not in the other."""
+    model = loaded("bitmask", tmp_path, torch.bfloat16)
+    if planned:
+        apply(model, plan_for(model))
+
+    def step(cache, token):
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0, -1]
+
+    def begun():
+        cache = cache_of(model)
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=cache, use_cache=True)
+        return cache, [step(cache, 8), step(cache, 9)]
+
+    ways = {"own": [11, 12, 13], "other": [14, 15, 16]}
+    wanted = {}
+    for name, tokens in ways.items():
+        cache, _ = begun()
+        wanted[name] = [step(cache, token) for token in tokens]
+    copies = [copy.deepcopy] if planned else [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))]
+    for made in copies:
+        cache, _ = begun()
+        assert cache.turn is not None
+        other = made(cache)
+        assert other.turn is None
+        for i in range(3):
+            assert torch.equal(step(other, ways["other"][i]), wanted["other"][i])
+            assert torch.equal(step(cache, ways["own"][i]), wanted["own"][i])
+    assert taken["modules"] == 0 < taken["whole"]
+
+
+def test_what_a_block_is_given_is_looked_at_again_where_it_is_not_what_came_before(tmp_path, taken):
+    """Blocks called by hand, the second with another tensor, rotation or mask than the first returned or had."""
+    model = loaded("dense", tmp_path, torch.float32)
+    first, second = model.model.layers[:2]
+    decode(model)
+
+    def two(change):
+        cache = FilledCache(3, 8)
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[5, 6]]), past_key_values=cache, use_cache=True)
+            x = model.model.embed_tokens(torch.tensor([[7]]))
+            given = {"past_key_values": cache, "use_cache": True, "attention_mask": None}
+            given["position_embeddings"] = model.model.rotary_emb(x, position_ids=torch.tensor([[2]]))
+            y = first(x, **given)
+            taken.clear()
+            y, given = change(y, given)
+            return second(y, **given)
+
+    same = two(lambda y, given: (y, given))
+    assert taken["whole"] == 1
+    assert torch.equal(two(lambda y, given: (y.clone(), given)), same)
+    cos_sin = lambda given: tuple(one.clone() for one in given["position_embeddings"])  # noqa: E731
+    assert torch.equal(two(lambda y, given: (y, given | {"position_embeddings": cos_sin(given)})), same)
+    assert taken["whole"] == 0
+    other = two(lambda y, given: (2 * y, given))
+    assert not torch.allclose(other, same)
+    flat = torch.zeros(1, 1, 1, 3)
+    torch.testing.assert_close(two(lambda y, given: (y, given | {"attention_mask": flat})), same, rtol=1e-5, atol=1e-5)
+    assert halves(taken) == {"attention": 0, "feed": 1, "modules": 1}
+    first.train(), second.train()  # noqa: B018
+    torch.testing.assert_close(two(lambda y, given: (y, given)), same, rtol=1e-5, atol=1e-5)
+    assert not taken
+
+
 class _Seen:
     def __init__(self):
         self.calls = 0
@@ -203,12 +289,12 @@ def test_hooks_are_called(path, tmp_path, taken):
     wanted = decode(model)
     seen = _Seen()
     handle = model.model.layers[1].get_submodule(path).register_forward_hook(seen)
-    taken.update(attention=0, feed=0, modules=0)
+    taken.clear()
     found = decode(model)
     assert (seen.calls, taken["modules"]) == (10, 9)  # the prompt, and nine tokens of one half
     assert float((found - wanted).abs().max()) <= 2e-2 * float(wanted.abs().max())
     handle.remove()
-    taken.update(attention=0, feed=0, modules=0)
+    taken.clear()
     assert torch.equal(decode(model), wanted)
     assert taken["modules"] == 0
     handle = nn.modules.module.register_module_forward_hook(seen)
@@ -276,7 +362,7 @@ def test_what_is_put_in_the_place_of_a_part_is_used(tmp_path, taken):
     block.mlp.up_proj.weight = nn.Parameter(block.mlp.up_proj.weight.detach() / 2)  # another tensor
     torch.testing.assert_close(decode(model), before)
     block.self_attn.o_proj = nn.Linear(*block.self_attn.o_proj.weight.shape[::-1], bias=False)  # another layer
-    taken.update(attention=0, feed=0, modules=0)
+    taken.clear()
     other = decode(model)
     assert taken["modules"] == 9
     assert not torch.equal(other, before)
@@ -313,7 +399,7 @@ def test_other_dtypes_copies_and_pickles(tmp_path, taken):
 def test_who_wants_more_than_numbers_gets_the_modules(tmp_path, taken):
     model = loaded("active", tmp_path, torch.bfloat16)
     wanted = decode(model)
-    taken.update(attention=0, feed=0, modules=0)
+    taken.clear()
     with counting() as counts:
         assert torch.allclose(decode(model).float(), wanted.float(), atol=0.05)
     assert counts.steps == 9
@@ -322,14 +408,14 @@ def test_who_wants_more_than_numbers_gets_the_modules(tmp_path, taken):
         decode(model)
     model.train()
     decode(model)
-    assert taken == {"attention": 0, "feed": 0, "modules": 0}
+    assert halves(taken) == {"attention": 0, "feed": 0, "modules": 0}
 
 
 def test_a_gradient_goes_through_the_modules(tmp_path, taken):
     model = loaded("dense", tmp_path, torch.float32)
     model(input_ids=torch.tensor([[5]]), use_cache=False).logits.sum().backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
-    assert taken == {"attention": 0, "feed": 0, "modules": 0}
+    assert halves(taken) == {"attention": 0, "feed": 0, "modules": 0}
 
 
 def test_low_rank_rests_and_gate_thresholds_are_left_to_their_modules(tmp_path, taken):
@@ -355,10 +441,10 @@ def test_an_attention_function_of_somebodys_own_is_used(tmp_path, taken):
     AttentionInterface.register("somebodys_own", own)
     AttentionMaskInterface.register("somebodys_own", sdpa_mask)
     model.set_attn_implementation("somebodys_own")
-    taken.update(attention=0, feed=0, modules=0)
+    taken.clear()
     torch.testing.assert_close(decode(model), wanted, rtol=1e-4, atol=1e-4)
     assert seen == [7] * 3 + [1] * 27
-    assert taken == {"attention": 0, "feed": 27, "modules": 27}
+    assert halves(taken) == {"attention": 0, "feed": 27, "modules": 27}
 
 
 def test_blocks_of_another_kind_stay_as_they_are(tmp_path, taken):
@@ -371,7 +457,7 @@ def test_blocks_of_another_kind_stay_as_they_are(tmp_path, taken):
         layer.forward = layer.forward
         kind = type(layer.mlp)
         layer.mlp.__class__ = type("Other", (kind,), {"forward": lambda self, x: self.down_proj(self.up_proj(x))})
-    taken.update(attention=0, feed=0, modules=0)
+    taken.clear()
     decode(model)
     assert taken["feed"] == 0
 
@@ -381,7 +467,7 @@ def test_a_norm_without_a_weight_is_left_to_itself(tmp_path, taken):
     block = model.model.layers[1]
     block.input_layernorm, block.post_attention_layernorm = nn.Identity(), nn.Identity()
     torch.testing.assert_close(decode(model), by_modules(model), rtol=1e-4, atol=1e-4)
-    assert taken == {"attention": 18, "feed": 18, "modules": 18}
+    assert halves(taken) == {"attention": 18, "feed": 18, "modules": 18}
 
 
 def test_the_decode_loop_runs_on_it(tmp_path, taken):
@@ -390,7 +476,7 @@ def test_the_decode_loop_runs_on_it(tmp_path, taken):
     given = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(3))
     wanted = plain_model(tmp_path / "m").generate(given, max_new_tokens=12, do_sample=False, eos_token_id=None)[:, 6:]
     assert torch.equal(torch.stack(list(generate(model, given, 12)), 1), wanted)
-    assert taken == {"attention": 33, "feed": 33, "modules": 0}
+    assert halves(taken) == {"attention": 33, "feed": 33, "modules": 0}
     mine = model.generate(given, max_new_tokens=12, do_sample=False, eos_token_id=None)[:, 6:]
     assert torch.equal(mine, wanted)
     assert taken["feed"] == 66  # its cache is transformers' own: attention in the modules, the MLP here

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import types
 import weakref
 
 import pytest
@@ -30,6 +31,17 @@ class Part(nn.Module):
 @pytest.fixture
 def part() -> Part:
     return Part().requires_grad_(False)
+
+
+@pytest.fixture(params=["views", "attributes"])
+def way(request, monkeypatch):
+    """How tensors are looked at: through torch's table of functions, or attribute by attribute where there is none."""
+    own = compiled()
+    if request.param == "attributes":
+        blind = types.SimpleNamespace(watch_same=own.watch_same, watch_view=lambda tensor: [])
+        monkeypatch.setattr(module, "compiled", lambda: blind)
+    elif not own.watch_view(torch.zeros(1)):
+        pytest.skip("this torch has no such table")
 
 
 def watched(part: Part) -> Watch:
@@ -72,6 +84,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.usefixtures("way")
 def test_a_change_is_seen(part, change):
     found = watched(part)
     assert found.plain()
@@ -82,6 +95,7 @@ def test_a_change_is_seen(part, change):
         assert watched(part).same()
 
 
+@pytest.mark.usefixtures("way")
 def test_what_changes_nothing_is_none(part):
     found = watched(part)
     part.scaling = 1.0 / 2.0
@@ -94,6 +108,32 @@ def test_what_changes_nothing_is_none(part):
     assert found.same()
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(3, 4, dtype=torch.bfloat16).t(), torch.zeros(5)[2:], torch.tensor(1.0), torch.zeros(0, 3),
+     nn.Parameter(torch.ones(2, 2)), torch.zeros(2, dtype=torch.uint16), torch.zeros(3, dtype=torch.bool)],
+)  # fmt: skip
+def test_the_view_of_a_tensor(tensor):
+    """Behind the table's address: place, dtype, device, and sizes and strides in turn."""
+    found = compiled().watch_view(tensor)
+    if not found:
+        pytest.skip("this torch has no such table")
+    place, kind, device, dims, *rest = found[1:]
+    assert place == tensor.data_ptr()
+    assert kind >> 16 & 255 == 8 * tensor.element_size()
+    assert (device >> 32, dims) == (1, tensor.dim())
+    assert rest[::2] == list(tensor.shape)
+    # Where there is nothing or one thing in a dimension, its stride is anybody's.
+    assert all(
+        given == own for given, own, size in zip(rest[1::2], tensor.stride(), tensor.shape, strict=True) if size > 1
+    )
+
+
+def test_what_has_no_memory_has_no_view():
+    for other in (nn.Linear(2, 2), 3, "tensor"):
+        assert compiled().watch_view(other) == []
+
+
 def test_hooks_that_were_there(part):
     handle = part.act.register_forward_hook(lambda *_: None)
     found = watched(part)
@@ -103,6 +143,7 @@ def test_hooks_that_were_there(part):
     assert not found.same()
 
 
+@pytest.mark.usefixtures("way")
 def test_inference_tensors_have_no_version():
     with torch.inference_mode():
         part = Part()
@@ -112,6 +153,7 @@ def test_inference_tensors_have_no_version():
         assert found.same()
 
 
+@pytest.mark.usefixtures("way")
 def test_nothing_is_kept_alive_and_nothing_leaks(part):
     found = watched(part)
     tensor = weakref.ref(part.table)
