@@ -16,7 +16,7 @@ from ..quantised import is_quantised, plain
 from .base import describe, has_hooks, writable_weight
 from .config import SpielConfig
 from .merge import MergeReport, Overwritten, add, check_zeros, prune_again, restore, summed
-from .positions import inverted, to_csr, to_flat
+from .positions import ByColumn, inverted, to_csr, to_flat
 from .product import Watch, choose, delta_product
 
 
@@ -51,6 +51,7 @@ class Linear(nn.Module, SpielLayer):
         self.spiel_rowptr = BufferDict(persistent=True)
         self.places: dict[str, str] = {}
         self.backends: dict[str, str | None] = {}
+        self._by_column: dict[str, ByColumn] = {}
         self.watches: dict[str, Watch] = {}
         self.reports: dict[str, MergeReport] = {}
         self.merged_mask: Mask | None = None
@@ -152,6 +153,7 @@ class Linear(nn.Module, SpielLayer):
         return delta_product(
             x, self.spiel_values[name], self.spiel_rowptr[name], self.spiel_columns[name], self.out_features,
             backend, weight=weight, bias=bias, watch=self.watches.get(name),
+            by_column=self._by_column.setdefault(name, ByColumn()),
         )  # fmt: skip
 
     def _check_arrived(self) -> None:

@@ -26,6 +26,25 @@ def to_flat(rowptr: Tensor, columns: Tensor, cols: int) -> Tensor:
     return torch.repeat_interleave(rows * cols, rowptr.diff().long(), output_size=len(columns)) + columns
 
 
+class ByColumn:
+    """Positions column by column, made when they are first asked for and again when they have changed."""
+
+    def __init__(self) -> None:
+        self._made_of: tuple[Tensor, int] | None = None
+
+    def __call__(self, rowptr: Tensor, columns: Tensor, cols: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(colptr [cols + 1], rows [K], order [K]), int32: entry order[i] is the i-th, column by column."""
+        if self._made_of is None or self._made_of[0] is not columns or self._made_of[1] != columns._version:
+            self._made_of = columns, columns._version
+            order = columns.argsort(stable=True)
+            rows = torch.arange(len(rowptr) - 1, dtype=torch.int32, device=columns.device)
+            rows = rows.repeat_interleave(rowptr.diff().long(), output_size=len(columns))
+            edges = torch.arange(cols + 1, dtype=torch.int32, device=columns.device)
+            colptr = torch.searchsorted(columns[order], edges).to(torch.int32)
+            self._made = colptr, rows[order], order.to(torch.int32)
+        return self._made
+
+
 def check(rowptr: Tensor, columns: Tensor, rows: int, cols: int, name: str) -> None:
     """CheckpointError unless these are strictly ascending positions of a [rows, cols] matrix."""
     counts = rowptr.diff()

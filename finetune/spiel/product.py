@@ -1,6 +1,7 @@
 """The products of a linear layer with a sparse delta S [out, in], forward and backward, by three back ends.
 
-    csr      x S^T by torch's sparse product; the gradient of S by a sampled product: for CPUs at low density
+    csr      x S^T by torch's sparse product; the gradient of S by a sampled product: for CPUs at low density. Both
+             are two to four times as fast on operands that lie channel by channel, transposes included
     dense    x S^T with S written out as a dense matrix for the moment of the product: for any device, dtype and base
     weight   x (W + S)^T + b with a copy of the base weight W: one product fewer where W has the precision of S
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from .positions import to_flat
+from .positions import ByColumn, to_flat
 
 BACKENDS = ("csr", "dense", "weight")
 BLOCK = 1 << 22  # entries of dW that exist at a time
@@ -67,6 +68,7 @@ def delta_product(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     watch: Watch | None = None,
+    by_column: ByColumn | None = None,
 ) -> Tensor:
     """x [..., in] times S^T, or with back end "weight" times (W + S)^T plus the bias; [..., out] in x's dtype.
 
@@ -76,13 +78,16 @@ def delta_product(
         rows: out.
         weight, bias: of the base, for back end "weight".
         watch: sees the gradient of the whole matrix.
+        by_column: what keeps the order of the entries by columns from call to call, for back end "csr".
     """
     if backend not in BACKENDS:
         raise ValueError(f"back end {backend!r}; known: {', '.join(BACKENDS)}")
     if (backend == "weight") != (weight is not None):
         raise ValueError("a weight goes with back end 'weight', and only with it")
     flat = x.reshape(-1, x.shape[-1])
-    y: Tensor = _DeltaProduct.apply(flat, values, rowptr, columns, weight, bias, rows, backend, watch)
+    y: Tensor = _DeltaProduct.apply(
+        flat, values, rowptr, columns, weight, bias, rows, backend, watch, by_column or ByColumn()
+    )
     return y.view(*x.shape[:-1], rows)
 
 
@@ -99,12 +104,13 @@ class _DeltaProduct(torch.autograd.Function):
         rows: int,
         backend: str,
         watch: Watch | None,
+        by_column: ByColumn,
     ) -> Tensor:
         ctx.save_for_backward(x, values, rowptr, columns, weight if x.requires_grad else None)
-        ctx.rows, ctx.backend, ctx.watch = rows, backend, watch
+        ctx.rows, ctx.backend, ctx.watch, ctx.by_column = rows, backend, watch, by_column
         with torch.autocast(x.device.type, enabled=False):
             if backend == "csr":
-                y = (_csr(values, rowptr, columns, (rows, x.shape[1])) @ x.to(values.dtype).t()).t()
+                y = (_csr(values, rowptr, columns, (rows, x.shape[1])) @ _by_channel(x, values)).t()
                 return y.to(x.dtype)
             matrix = _matrix(x, values, rowptr, columns, rows, weight)
             return functional.linear(x, matrix, bias)
@@ -115,13 +121,19 @@ class _DeltaProduct(torch.autograd.Function):
         x, values, rowptr, columns, weight = ctx.saved_tensors
         gx = gs = gb = None
         with torch.autocast(x.device.type, enabled=False):
+            turned = _by_channel(gy, values) if ctx.backend == "csr" else gy
             if ctx.needs_input_grad[0]:
-                gx = _input_gradient(ctx, gy, x, values, rowptr, columns, weight)
+                gx = _input_gradient(ctx, turned, x, values, rowptr, columns, weight)
             if ctx.needs_input_grad[1]:
-                gs = _delta_gradient(ctx, gy, x, values, rowptr, columns)
+                gs = _delta_gradient(ctx, gy, turned, x, values, rowptr, columns)
             if ctx.needs_input_grad[5]:
                 gb = gy.sum(0)
-        return gx, gs, None, None, None, gb, None, None, None
+        return gx, gs, None, None, None, gb, None, None, None, None
+
+
+def _by_channel(x: Tensor, values: Tensor) -> Tensor:
+    """x [tokens, channels] as [channels, tokens] in the delta's dtype, in memory too."""
+    return values.new_empty(x.shape[1], x.shape[0]).copy_(x.t())
 
 
 def _csr(values: Tensor, rowptr: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -153,25 +165,29 @@ def _matrix(x: Tensor, values: Tensor, rowptr: Tensor, columns: Tensor, rows: in
 def _input_gradient(
     ctx: Any, gy: Tensor, x: Tensor, values: Tensor, rowptr: Tensor, columns: Tensor, weight: Tensor | None
 ) -> Tensor:
+    """`gy`: of back end "csr" channel by channel."""
     if ctx.backend == "csr":
-        delta = _csr(values, rowptr, columns, (ctx.rows, x.shape[1]))
-        return (delta.t() @ gy.to(values.dtype).t()).t().to(x.dtype)
+        colptr, rows, order = ctx.by_column(rowptr, columns, x.shape[1])
+        delta = _csr(values.index_select(0, order), colptr, rows, (x.shape[1], ctx.rows))
+        return (delta @ gy).t().to(x.dtype)
     return gy @ _matrix(x, values, rowptr, columns, ctx.rows, weight)
 
 
-def _delta_gradient(ctx: Any, gy: Tensor, x: Tensor, values: Tensor, rowptr: Tensor, columns: Tensor) -> Tensor:
+def _delta_gradient(
+    ctx: Any, gy: Tensor, turned: Tensor, x: Tensor, values: Tensor, rowptr: Tensor, columns: Tensor
+) -> Tensor:
     watch: Watch | None = ctx.watch
     if watch is not None:
         watch.begin(_pass_number() if values.grad is None or not bool(values.grad.any()) else None)
         if not watch.needs_matrix:
             watch.outer(gy, x)
-    if ctx.backend == "csr":
-        gy, x = gy.to(values.dtype), x.to(values.dtype)
     if ctx.backend == "csr" and (watch is None or not watch.needs_matrix):
         zero = _csr(torch.zeros_like(values), rowptr, columns, (ctx.rows, x.shape[1]))
-        gradient = torch.sparse.sampled_addmm(zero, gy.t(), x, beta=0.0).values()
+        gradient = torch.sparse.sampled_addmm(zero, turned, _by_channel(x, values).t(), beta=0.0).values()
     else:
         gradient = torch.empty_like(values)
+        if ctx.backend == "csr":
+            gy, x = gy.to(values.dtype), x.to(values.dtype)
         for first, start, stop, block in _gradient_rows(gy, x, rowptr):
             block = block.to(values.dtype)
             place = to_flat(rowptr[first : first + len(block) + 1] - start, columns[start:stop], x.shape[1])
