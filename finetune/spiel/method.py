@@ -108,7 +108,7 @@ class _Spiel(Adapting):
     )
     optimizers = frozenset({"adamw", "adamw-8bit"})
     policy = "ag"
-    selection = "random"
+    selection = "gradient"
 
     def share(self, parameters: int, shapes: Sequence[tuple[int, int]], options: Mapping[str, Any]) -> float:
         return total(shapes, *(options[name] for name in BUDGET)) / parameters
@@ -170,6 +170,7 @@ class SpielMA(_Spiel):
 
     optimizers = frozenset({"adamw"})
     policy = "ma"
+    selection = "random"
     learning_rate = 2e-3
 
 
@@ -178,7 +179,6 @@ class Static(_Spiel):
 
     reads = _Spiel.reads - {"interval", "window", "replace", "anneal"}
     policy = "static"
-    selection = "gradient"
 
 
 class Lora(Adapting):
