@@ -55,7 +55,7 @@ def tune(tiny, **fields) -> FinetuneStage:
         ("pruned", {**MOVING, "where": "kept"}, "1 of its matrices have none"),
         ("tiny", {**MOVING, "where": "kept"}, "the model has none"),
         ("tiny", {**MOVING, "where": "seft"}, "the model has none"),
-        ("tiny", {**MOVING, "allocation": "global", "selection": "random"}, "allocation 'global' compares scores"),
+        ("tiny", {**MOVING, "method": "spiel-ma", "allocation": "global"}, "allocation 'global' compares scores"),
     ],
 )
 def test_refused_before_a_weight_is_read(tiny, pruned, sparse, tmp_path, name, fields, message):
