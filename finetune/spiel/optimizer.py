@@ -164,6 +164,7 @@ class SpielOptimizer(torch.optim.Optimizer):
             grown = self._policy.grow(slot.layer, slot.adapter, tracker, self.state[slot.values], count)
             self._move(slot, grown, done)
             replaced += len(grown.flat)
+            del slot.layer.watches[slot.adapter]  # the next window, which may begin at once, has other candidates
         entries = sum(len(slot.values) for slot in self._slots)
         self.history.append({"update": done, "share": share, "replaced": replaced, "entries": entries})
         check_equal(self.positions(), "the positions of sparse deltas")

@@ -103,6 +103,27 @@ def test_new_entries_begin_with_adams_own_moments(micro, clip):
     assert held["birth"].tolist() == [0] * len(want)
 
 
+def test_windows_that_follow_each_other_know_nothing_of_each_other():
+    """Without updates between them: every choice is by the gradients of its own window, among positions that are free."""
+    model = adapted(policy="ag", slots=1000, interval=3, window=3, share=0.5)
+    first = layers_of(model, "default")[0]
+    optimizer = optimizer_of(model, lr=0.0)
+    for window in range(3):
+        taken, total = first.flat("default"), torch.zeros(first.get_base_layer().weight.numel())
+        for step in range(3 * window, 3 * window + 3):
+            twin = Net()  # the deltas are 0
+            loss_of(twin, step).backward()
+            total += twin.first.weight.grad.reshape(-1)
+            train(model, optimizer, step, step + 1)
+        found = first.flat("default")
+        assert torch.equal(found, found.unique())
+        count = int(optimizer.history[-1]["share"] * len(taken))
+        assert count > 0
+        total[taken] = 0.0
+        want = total.abs().topk(count).indices
+        assert set(found.tolist()) - set(taken.tolist()) == set(want.tolist())
+
+
 def test_moments_of_new_entries_take_the_scale_of_their_first_gradient():
     """Clipping that begins with them must not leave them with momentum that outweighs everything after."""
     model = adapted(policy="ag", slots=1000, interval=10, window=3)
