@@ -27,7 +27,7 @@ class FinetuneStage(TrainingStage):
     rank_equivalent: float | None = Field(None, description="as many entries as LoRA of this rank trains")
     allocation: Literal["uniform", "erk", "global"] = Field("uniform", description="of entries over matrices")
     selection: Literal["random", "magnitude", "gradient", "snip", "fisher"] | None = Field(
-        None, description="positions to begin with; default: random if they move, gradient if they do not"
+        None, description="positions to begin with; default: gradient, for spiel-ma random"
     )
     where: Literal["all", "kept", "seft"] | None = Field(
         None, description="kept: on surviving weights; seft: anywhere, then pruned again; default: kept under masks"
@@ -36,7 +36,9 @@ class FinetuneStage(TrainingStage):
         None, description="bitsandbytes holds the weights below the adapter in 4 or 8 bits; lossy"
     )
     interval: int = Field(10, description="updates between two choices of positions")
-    window: int = Field(5, description="updates before a choice during which gradients are looked at")
+    window: int | None = Field(
+        None, description="updates before a choice during which gradients are looked at; default: all of the interval"
+    )
     replace: float = Field(0.2, description="share of the entries that the choice at the beginning replaces")
     anneal: Literal["linear", "cosine"] = Field("linear", description="how that share falls to 0")
     adapter_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the values in the adapter's file")
@@ -56,7 +58,8 @@ class FinetuneStage(TrainingStage):
             )
         try:
             check_budget(self.density, self.num_weights, self.rank_equivalent)
-            check_schedule(self.interval, self.window, self.replace, self.anneal)
+            window = self.interval if self.window is None else self.window
+            check_schedule(self.interval, window, self.replace, self.anneal)
         except RecipeError as error:
             raise Mistake(error.message, hint=error.hint) from error
         if self.allocation == "global" and self.selection == "random":

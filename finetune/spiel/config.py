@@ -57,7 +57,7 @@ class SpielConfig(PeftConfig):
         where: on a base with masks, "kept": only weights that are not pruned; "pruned": only those that are; "seft":
             anywhere, and merging prunes to the exact pattern again; "all". None: "kept" if there are masks, else "all".
         seed: of everything that is drawn at random.
-        interval, window, share, anneal: see `reselection.Reselection`.
+        interval, window, share, anneal: see `reselection.Reselection`. A window of None is as long as the interval.
         slots: growth candidates that are followed, per entry to be replaced.
         backend: "csr", "dense" or "weight" instead of the choice by device, dtype and density.
         file_dtype: of the values in the adapter's file, "float32" or "bfloat16". They are trained in float32.
@@ -83,7 +83,7 @@ class SpielConfig(PeftConfig):
     where: str | None = None
     seed: int = 0
     interval: int = 10
-    window: int = 5
+    window: int | None = None
     share: float = 0.2
     anneal: str = "linear"
     slots: int = 2
@@ -103,6 +103,7 @@ class SpielConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         check_budget(self.density, self.num_weights, self.rank_equivalent)
+        self.window = self.interval if self.window is None else self.window
         check_schedule(self.interval, self.window, self.share, self.anneal)
         _one_of("allocation", self.allocation, ALLOCATIONS)
         _one_of("policy", self.policy, POLICIES)

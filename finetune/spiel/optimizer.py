@@ -73,8 +73,9 @@ class SpielOptimizer(torch.optim.Optimizer):
                 hint="leave 8 bits out; it takes less memory already",
             )
         first = 1.0 if self.config.selection == "random" else self.config.share
+        window = self.config.interval if self.config.window is None else self.config.window
         self.schedule = Reselection(
-            self.config.interval, self.config.window, self.config.share, self.config.anneal, total_updates, first
+            self.config.interval, window, self.config.share, self.config.anneal, total_updates, first
         )
         own = {id(slot.values) for slot in self._slots}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]

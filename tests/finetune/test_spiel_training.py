@@ -104,7 +104,7 @@ def test_new_entries_begin_with_adams_own_moments(micro, clip):
 
 
 def test_windows_that_follow_each_other_know_nothing_of_each_other():
-    """Without updates between them: every choice is by the gradients of its own window, among positions that are free."""
+    """With no update between them: every choice is by its own window's gradients, among positions that are free."""
     model = adapted(policy="ag", slots=1000, interval=3, window=3, share=0.5)
     first = layers_of(model, "default")[0]
     optimizer = optimizer_of(model, lr=0.0)
