@@ -153,8 +153,6 @@ def every_key(batch: int, kv_heads: int, length: int, capacity: int) -> Tensor:
 class FilledCache(Cache):
     """For `layers` layers, with room for `capacity` tokens from the begin."""
 
-    turn: Any = None  # compress/blockturn.py
-
     def __init__(self, layers: int, capacity: int) -> None:
         steps = Steps()
         super().__init__(layers=[FilledLayer(steps, capacity) for _ in range(layers)])

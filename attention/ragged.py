@@ -5,8 +5,6 @@ Layers and what a model gets from them: raggedlayer.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -24,7 +22,6 @@ class RaggedCache(Cache):
     """
 
     layers: list[RaggedLayer]  # type: ignore[assignment]
-    turn: Any = None  # compress/blockturn.py
 
     def __init__(self, plan: HeadPlan, reserve: int = 0, prefill: str = "blocks") -> None:
         self.shared = Shared(plan, reserve, prefill)

@@ -1,10 +1,11 @@
-"""One token through a decoder block of the Llama kind in two calls of compiled code: attention, and the MLP.
+"""One token through a decoder block of the Llama kind in two calls of compiled code, attention and the MLP, or one.
 
 For one token the Python around a block's products takes 0.5 ms, a third of the products themselves in a model of a
 billion weights: interpreter and torch have left the caches while weights ran through them. Blocks whose code is known
 to the letter (Llama, Mistral, Qwen2) get a forward that hands addresses to csrc/step.cpp instead. What each call looks
 at first: that modules and tensors are those it was prepared for (watch.py), and that nobody counts, hooks, compiles, or
-wants a gradient. Whatever is not as expected goes through the modules themselves, each half on its own.
+wants a gradient. Whatever is not as expected goes through the modules themselves, each half on its own. Behind a block
+that went this way the next one takes a single call (blockturn.py).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..kernels.modules.sparse_linear import dense_only
 from ..kernels.modules.watch import globally_hooked
 from ..kernels.ready import cpu_ready
 from .blockhalves import AttentionPart, FeedPart
-from .blockturn import Turn, layer_of, turn_of
+from .blockturn import Turn, layer_of, leave, turn_of
 
 KNOWN_WORDS = {"position_ids", "use_cache", "cache_position"}  # nothing that the halves compute depends on them
 
@@ -91,7 +92,7 @@ def _forward(
         return attended + self.mlp(self.post_attention_layernorm(attended))
     if place is not None and halves.attention is not None:
         config = self.self_attn.config
-        past_key_values.turn = Turn(halves.attention, position_embeddings, attention_mask, config, place, fed)
+        leave(past_key_values, Turn(halves.attention, position_embeddings, attention_mask, config, place, fed))
     return fed
 
 

@@ -19,6 +19,8 @@ from ..attention.ragged import RaggedCache
 from ..kernels.modules.step import current_step
 from .blockhalves import AttentionPart, FeedPart, held, turned
 
+_ATTRIBUTE = "_gossamer_turn"
+
 
 class Turn:
     """A token of every sequence that a block has been through, in a cache; `x`: what the last block returned."""
@@ -66,8 +68,13 @@ class Turn:
 
 
 def turn_of(past: Any) -> Turn | None:
-    """The last one through a cache of ours."""
-    return past.turn if type(past) in (FilledCache, RaggedCache) else None
+    """The last one through a cache."""
+    return getattr(past, _ATTRIBUTE, None)
+
+
+def leave(past: Any, turn: Turn) -> None:
+    """`turn` is the last one through a cache now."""
+    setattr(past, _ATTRIBUTE, turn)
 
 
 def layer_of(attention: Any, past: Any, mask: Any, index: int, dtype: torch.dtype) -> Any:

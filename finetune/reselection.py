@@ -65,6 +65,11 @@ class Reselection:
         return self.share * (1 + math.cos(math.pi * done / self.total)) / 2
 
 
+def window_of(interval: int, window: int | None) -> int:
+    """As long as the interval, where none is given."""
+    return interval if window is None else window
+
+
 def check_schedule(interval: int, window: int, share: float, anneal: str) -> None:
     """RecipeError for what cannot be a schedule."""
     if not 1 <= window <= interval:

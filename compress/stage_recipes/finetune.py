@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from ...errors import RecipeError
 from ...finetune.budget import check_budget
 from ...finetune.methods import DEFAULT_METHOD, method_names
-from ...finetune.reselection import check_schedule
+from ...finetune.reselection import check_schedule, window_of
 from ..mistakes import Mistake
 from .training import TrainingStage
 
@@ -58,8 +58,7 @@ class FinetuneStage(TrainingStage):
             )
         try:
             check_budget(self.density, self.num_weights, self.rank_equivalent)
-            window = self.interval if self.window is None else self.window
-            check_schedule(self.interval, window, self.replace, self.anneal)
+            check_schedule(self.interval, window_of(self.interval, self.window), self.replace, self.anneal)
         except RecipeError as error:
             raise Mistake(error.message, hint=error.hint) from error
         if self.allocation == "global" and self.selection == "random":

@@ -9,7 +9,7 @@ from peft.config import PeftConfig
 
 from ...errors import RecipeError
 from ..budget import ALLOCATIONS, check_budget
-from ..reselection import check_schedule
+from ..reselection import check_schedule, window_of
 from .product import BACKENDS
 
 POLICIES = ("static", "ag", "ma")
@@ -103,7 +103,7 @@ class SpielConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         check_budget(self.density, self.num_weights, self.rank_equivalent)
-        self.window = self.interval if self.window is None else self.window
+        self.window = window_of(self.interval, self.window)
         check_schedule(self.interval, self.window, self.share, self.anneal)
         _one_of("allocation", self.allocation, ALLOCATIONS)
         _one_of("policy", self.policy, POLICIES)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import RecipeError, TrainingError
-from ..reselection import Reselection
+from ..reselection import Reselection, window_of
 from .config import SpielConfig
 from .layer import Linear, layers_of
 from .moments import read_adam, start_adam, start_sm3, step_adam, step_sm3, write_adam
@@ -73,7 +73,7 @@ class SpielOptimizer(torch.optim.Optimizer):
                 hint="leave 8 bits out; it takes less memory already",
             )
         first = 1.0 if self.config.selection == "random" else self.config.share
-        window = self.config.interval if self.config.window is None else self.config.window
+        window = window_of(self.config.interval, self.config.window)
         self.schedule = Reselection(
             self.config.interval, window, self.config.share, self.config.anneal, total_updates, first
         )

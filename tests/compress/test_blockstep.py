@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
-from activation_cases import core_policy, gate_policy, give, linear_policy, plain_model
+from activation_cases import gate_policy, give, linear_policy, plain_model
+from decoding import CLOSE, DTYPES, by_modules, counted_ways, decode, halves, loaded
 from exports import dense_twin, save_family_sparse
 from families import save_family
 from headplans import plan_for
@@ -20,97 +19,19 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import gossamer
 from gossamer.attention.filled import FilledCache
-from gossamer.compress import blockstep
-from gossamer.compress.convert import convert
 from gossamer.compress.generate import generate
-from gossamer.compress.heads import apply, new_cache
+from gossamer.compress.heads import apply
 from gossamer.kernels.modules.counting import counting
 from gossamer.kernels.modules.sparse_linear import dense_products
 from gossamer.kernels.modules.watch import Watch
 from gossamer.kernels.tier import current, forced
 
 pytestmark = pytest.mark.skipif(current() is None, reason="the compiled kernels are not there")
-# In 16 bits the halves round where the modules do: only the exponential may differ, by its last bit.
-CLOSE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-DTYPES = list(CLOSE)
 
 
 @pytest.fixture
 def taken(monkeypatch):
-    """How often each half was computed by compiled code, "attention" and "feed", and how often not.
-
-    "whole": how often both in one call, which counts as both.
-    """
-    found = Counter()
-
-    def counted(name, own, made):
-        def call(*words):
-            given = own(*words)
-            found[name if made(given) else "modules"] += 1
-            return given
-
-        return call
-
-    def whole(*words, own=blockstep._whole):
-        given = own(*words)
-        found.update(["attention", "feed", "whole"] if given is not None else [])
-        return given
-
-    monkeypatch.setattr(blockstep, "_attended", counted("attention", blockstep._attended, lambda it: it[0] is not None))
-    monkeypatch.setattr(blockstep, "_fed", counted("feed", blockstep._fed, lambda it: it is not None))
-    monkeypatch.setattr(blockstep, "_whole", whole)
-    return found
-
-
-def halves(found):
-    """What was counted, but for how many calls it took."""
-    return {name: found[name] for name in ("attention", "feed", "modules")}
-
-
-def cache_of(model, batch=1):
-    ragged = new_cache(model)
-    return FilledCache(model.config.num_hidden_layers, 4) if ragged is None else ragged
-
-
-def decode(model, batch=2, prompt=7, tokens=9, cache=None):
-    """Logits of the tokens after a prompt, one by one."""
-    given = torch.randint(3, 90, (batch, prompt + tokens), generator=torch.Generator().manual_seed(3))
-    cache = cache_of(model) if cache is None else cache
-    with torch.no_grad():
-        model(input_ids=given[:, :prompt], past_key_values=cache, use_cache=True)
-        steps = [
-            model(input_ids=given[:, i : i + 1], past_key_values=cache, use_cache=True).logits[:, -1]
-            for i in range(prompt, prompt + tokens)
-        ]
-    return torch.stack(steps, 1)
-
-
-def by_modules(model, **words):
-    usual = blockstep._one_token
-    blockstep._one_token = lambda *args: False
-    try:
-        return decode(model, **words)
-    finally:
-        blockstep._one_token = usual
-
-
-def loaded(kind, folder, dtype, family="llama"):
-    """A model whose layers are all of one kind."""
-    if kind == "dense":
-        return gossamer.load(save_family(family, folder / "m"), dtype=dtype)
-    if kind == "bitmask":
-        return gossamer.load(save_family_sparse(family, folder / "m", dtype=dtype))
-    if kind == "int8":
-        convert(save_family_sparse(family, folder / "floats", dtype=dtype), folder / "m", to="sparse", values="int8")
-        return gossamer.load(folder / "m")
-    if kind == "neurons":
-        return gossamer.load(give(save_family(family, folder / "m"), core_policy(family)), dtype=dtype)
-    policy = linear_policy(family, 0.5)
-    for name, entry in policy.linears.items():
-        policy.linears[name] = replace(entry, left=None, right=None)
-    if kind == "active":
-        return gossamer.load(give(save_family(family, folder / "m"), policy), dtype=dtype)
-    return gossamer.load(give(save_family_sparse(family, folder / "m", dtype=dtype), policy))  # "dual"
+    return counted_ways(monkeypatch)
 
 
 KINDS = [
@@ -202,74 +123,6 @@ def test_memory_that_holds_no_token_is_not_read(tmp_path, monkeypatch):
         torch.Tensor, "new_empty", lambda self, *shape, **words: own(self, *shape, **words).fill_(torch.nan)
     )
     assert torch.equal(decode(model), wanted)
-
-
-@pytest.mark.parametrize("planned", [False, True])
-def test_a_copied_cache_goes_its_own_way(planned, tmp_path, taken):
-    """Copied in the middle of a sequence, deep or by pickle: what is stored in one is not in the other."""
-    model = loaded("bitmask", tmp_path, torch.bfloat16)
-    if planned:
-        apply(model, plan_for(model))
-
-    def step(cache, token):
-        with torch.no_grad():
-            return model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0, -1]
-
-    def begun():
-        cache = cache_of(model)
-        with torch.no_grad():
-            model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=cache, use_cache=True)
-        return cache, [step(cache, 8), step(cache, 9)]
-
-    ways = {"own": [11, 12, 13], "other": [14, 15, 16]}
-    wanted = {}
-    for name, tokens in ways.items():
-        cache, _ = begun()
-        wanted[name] = [step(cache, token) for token in tokens]
-    copies = [copy.deepcopy] if planned else [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))]
-    for made in copies:
-        cache, _ = begun()
-        assert cache.turn is not None
-        other = made(cache)
-        assert other.turn is None
-        for i in range(3):
-            assert torch.equal(step(other, ways["other"][i]), wanted["other"][i])
-            assert torch.equal(step(cache, ways["own"][i]), wanted["own"][i])
-    assert taken["modules"] == 0 < taken["whole"]
-
-
-def test_what_a_block_is_given_is_looked_at_again_where_it_is_not_what_came_before(tmp_path, taken):
-    """Blocks called by hand, the second with another tensor, rotation or mask than the first returned or had."""
-    model = loaded("dense", tmp_path, torch.float32)
-    first, second = model.model.layers[:2]
-    decode(model)
-
-    def two(change):
-        cache = FilledCache(3, 8)
-        with torch.no_grad():
-            model(input_ids=torch.tensor([[5, 6]]), past_key_values=cache, use_cache=True)
-            x = model.model.embed_tokens(torch.tensor([[7]]))
-            given = {"past_key_values": cache, "use_cache": True, "attention_mask": None}
-            given["position_embeddings"] = model.model.rotary_emb(x, position_ids=torch.tensor([[2]]))
-            y = first(x, **given)
-            taken.clear()
-            y, given = change(y, given)
-            return second(y, **given)
-
-    same = two(lambda y, given: (y, given))
-    assert taken["whole"] == 1
-    assert torch.equal(two(lambda y, given: (y.clone(), given)), same)
-    cos_sin = lambda given: tuple(one.clone() for one in given["position_embeddings"])  # noqa: E731
-    assert torch.equal(two(lambda y, given: (y, given | {"position_embeddings": cos_sin(given)})), same)
-    assert taken["whole"] == 0
-    other = two(lambda y, given: (2 * y, given))
-    assert not torch.allclose(other, same)
-    flat = torch.zeros(1, 1, 1, 3)
-    torch.testing.assert_close(two(lambda y, given: (y, given | {"attention_mask": flat})), same, rtol=1e-5, atol=1e-5)
-    assert halves(taken) == {"attention": 0, "feed": 1, "modules": 1}
-    first.train(), second.train()  # noqa: B018
-    torch.testing.assert_close(two(lambda y, given: (y, given)), same, rtol=1e-5, atol=1e-5)
-    assert not taken
 
 
 class _Seen:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gossamer.finetune.spiel import product
-from gossamer.finetune.spiel.positions import check, draw, generator, is_kept, to_csr, to_flat
+from gossamer.finetune.spiel.positions import ByColumn, check, draw, generator, is_kept, to_csr, to_flat
 from gossamer.finetune.spiel.product import BACKENDS, choose, delta_product
 from gossamer.pruning.mask import Mask
 
@@ -54,6 +54,25 @@ def test_against_the_dense_matrix(backend):
     want.backward(gy)
     torch.testing.assert_close(x.grad, x2.grad, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(values.grad, whole.grad.view(-1)[flat], rtol=1e-5, atol=1e-5)
+
+
+def test_the_order_by_columns_follows_positions_that_move():
+    """In place, as an optimizer moves them, and to a layer of other entries."""
+    rows, cols, kept = 9, 7, ByColumn()
+    _, values, rowptr, columns = delta(rows, cols, 20, torch.float32)
+    for seed in range(4):
+        flat = draw(20 if seed < 3 else 5, rows, cols, generator(seed, "moved"))
+        if seed < 3:
+            for held, new in zip((rowptr, columns), to_csr(flat, rows, cols), strict=True):
+                held.copy_(new)
+        else:
+            values, (rowptr, columns) = torch.randn(5, requires_grad=True), to_csr(flat, rows, cols)
+        x = torch.randn(3, cols, requires_grad=True)
+        gy = torch.randn(3, rows)
+        delta_product(x, values, rowptr, columns, rows, "csr", by_column=kept).backward(gy)
+        dense = torch.zeros(rows * cols)
+        dense[flat] = values.detach()
+        torch.testing.assert_close(x.grad, gy @ dense.view(rows, cols))
 
 
 @pytest.mark.parametrize("backend", ["csr", "dense"])
