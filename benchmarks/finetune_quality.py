@@ -32,8 +32,8 @@ SEEDS = [0, 1, 2, 3, 4]
 SPARSE = ("spiel-ag", "spiel-ma", "static", "random")
 ADAPTERS = (*SPARSE, "lora")
 METHODS = ("base", *ADAPTERS, "full")  # of the first and last no rank is asked: theirs is 0
-GRIDS = {"spiel-ma": (2e-3, 5e-3, 1e-2), "full": (1e-3, 2e-3, 5e-3), "base": (0.0,)}
-GRID = (5e-3, 1e-2, 2e-2)  # of the others
+GRIDS = {"spiel-ma": (5e-2, 1e-1, 2e-1), "full": (2e-3, 5e-3, 1e-2), "base": (0.0,)}
+GRID = (1e-2, 2e-2, 5e-2)  # of the others
 LADDER = tuple(float(f"{digit}e{power}") for power in range(-6, 0) for digit in (1, 2, 5))
 SEQLEN, BATCH, WINDOWS = 256, 8, 200
 

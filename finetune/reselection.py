@@ -20,7 +20,8 @@ class Reselection:
 
     Attributes:
         interval: updates between two choices.
-        window: the last updates before a choice, during which the whole matrix's gradient is looked at.
+        window: the last updates before a choice, during which gradients of positions without an entry are summed.
+        look_every: of these updates, one in so many forms the gradient of a whole matrix.
         share: of the entries that the choice at the beginning replaces.
         anneal: how the share falls to 0 at `total` updates: "linear", or "cosine".
         total: updates of the training.
@@ -29,13 +30,14 @@ class Reselection:
 
     interval: int
     window: int
+    look_every: int
     share: float
     anneal: str
     total: int
     first: float
 
     def __post_init__(self) -> None:
-        check_schedule(self.interval, self.window, self.share, self.anneal)
+        check_schedule(self.interval, self.window, self.look_every, self.share, self.anneal)
         if self.total < 1:
             raise RecipeError(f"the number of updates must be at least 1, got {self.total}")
 
@@ -47,6 +49,14 @@ class Reselection:
         """Whether the update that follows `done` finished ones lies in a window whose choice will happen."""
         ahead = self.choice_after(done)
         return ahead - done <= self.window and self.replaced(ahead) > 0
+
+    def looks(self, done: int, matrix: int) -> bool:
+        """Whether the update that follows `done` finished ones of a window looks at matrix number `matrix`.
+
+        Matrices take turns, so that every update costs about as much, and each is looked at as early and as often.
+        """
+        turns = min(self.look_every, self.window)
+        return (done + self.window - self.choice_after(done)) % turns == matrix % turns
 
     def choice_after(self, done: int) -> int:
         """The number of finished updates at the next choice."""
@@ -70,8 +80,10 @@ def window_of(interval: int, window: int | None) -> int:
     return interval if window is None else window
 
 
-def check_schedule(interval: int, window: int, share: float, anneal: str) -> None:
+def check_schedule(interval: int, window: int, look_every: int, share: float, anneal: str) -> None:
     """RecipeError for what cannot be a schedule."""
+    if look_every < 1:
+        raise RecipeError(f"look_every must be at least 1, got {look_every}")
     if not 1 <= window <= interval:
         raise RecipeError(
             f"a window of {window} updates every {interval} is not allowed; 1 <= window <= interval",

@@ -39,6 +39,7 @@ class FinetuneStage(TrainingStage):
     window: int | None = Field(
         None, description="updates before a choice during which gradients are looked at; default: all of the interval"
     )
+    look_every: int = Field(5, description="one in so many of these updates looks at all gradients of a matrix")
     replace: float = Field(0.2, description="share of the entries that the choice at the beginning replaces")
     anneal: Literal["linear", "cosine"] = Field("linear", description="how that share falls to 0")
     adapter_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the values in the adapter's file")
@@ -58,7 +59,8 @@ class FinetuneStage(TrainingStage):
             )
         try:
             check_budget(self.density, self.num_weights, self.rank_equivalent)
-            check_schedule(self.interval, window_of(self.interval, self.window), self.replace, self.anneal)
+            window = window_of(self.interval, self.window)
+            check_schedule(self.interval, window, self.look_every, self.replace, self.anneal)
         except RecipeError as error:
             raise Mistake(error.message, hint=error.hint) from error
         if self.allocation == "global" and self.selection == "random":

@@ -2,18 +2,22 @@
 
 A position enters when its gradient in one backward pass is larger than the accumulated gradient of the weakest that is
 held; from then on everything about it is summed up. So positions whose gradient is large or persistent are found, and
-nothing of the size of the matrix is kept. With room for all positions the sums are exact.
+nothing of the size of the matrix is kept. With room for all positions the sums are exact. In updates that do not look,
+what is held goes on, from a product sampled at its positions, and nothing enters.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...kernels.bitmask.dispatch import unpack_bits
 from ...pruning.mask import Mask
+from .positions import to_csr
+from .product import sampled
 from .ranks import gather, world_size
 from .top import TopPool, best
 
@@ -37,9 +41,8 @@ class Candidates:
     updates, as they were applied; m, v: Adam's moments over finished updates; age int32: their number since the
     position is held.
     scale: applied over seen (clipping, loss scale), of the last update that is known.
+    looks: whether positions may enter in this update.
     """
-
-    needs_matrix = True
 
     def __init__(
         self, rows: int, cols: int, capacity: int, taken: Tensor, allowed: Mask | None, power: int = 1
@@ -52,15 +55,21 @@ class Candidates:
         self.tensors = {name: torch.empty(0, device=device) for name in _FLOATS}
         self.tensors["position"] = torch.empty(0, dtype=torch.int64, device=device)
         self.tensors["age"] = torch.empty(0, dtype=torch.int32, device=device)
-        self.projection, self.scale = 0.0, 1.0
+        self.projection, self.scale, self.looks = 0.0, 1.0, True
         self._floor = 0.0
         self._first: int | None = None
         self._pool = TopPool(capacity, device)
+
+    @property
+    def matrix(self) -> Literal["needed", "welcome"]:
+        return "needed" if self.looks else "welcome"
 
     def begin(self, first: int | None) -> None:
         if first is not None and first != self._first:
             self.forget()
             self._first = first
+        if not self.looks:
+            return
         self._pool = TopPool(self.capacity, self.taken.device)
         scores = self.scores()
         full = len(scores) == self.capacity and self.capacity
@@ -72,15 +81,16 @@ class Candidates:
         self.projection = 0.0
 
     def see(self, first_row: int, block: Tensor) -> None:
-        """Adds a block of gradients to what is held, and remembers what is larger than the weakest of it."""
+        """Adds a block of gradients to what is held; if it looks, remembers what is larger than the weakest of it."""
         flat, first = self._prepared(first_row, block).reshape(-1), first_row * self.cols
-        flat[_within(self.taken, first, len(flat)) - first] = 0.0
         position = self.tensors["position"]
         held = torch.searchsorted(position, torch.tensor([first, first + len(flat)], device=position.device)).tolist()
         own = position[held[0] : held[1]] - first
         self.tensors["now"][held[0] : held[1]] += flat[own]
-        flat[own] = 0.0
-        self._pool.offer(first, flat, self._floor)
+        if self.looks:
+            flat[own] = 0.0
+            flat[_within(self.taken, first, len(flat)) - first] = 0.0
+            self._pool.offer(first, flat, self._floor)
 
     def _prepared(self, first_row: int, block: Tensor) -> Tensor:
         if self.allowed is not None:
@@ -89,11 +99,16 @@ class Candidates:
         return block.square_() if self.power == 2 else block
 
     def outer(self, output_gradient: Tensor, x: Tensor) -> None:
-        """Never called: the matrix is needed."""
+        """Adds to what is held."""
+        now = self.tensors["now"]
+        if len(now):
+            found = sampled(output_gradient, x, *to_csr(self.tensors["position"], self.rows, self.cols)).to(now.dtype)
+            now += found.square_() if self.power == 2 else found
 
     def end(self, gradient: Tensor) -> None:
         self.projection += float(gradient.sum(dtype=torch.float64))
-        self._enter(self._pool.position, self._pool.value)
+        if self.looks:
+            self._enter(self._pool.position, self._pool.value)
 
     def _enter(self, position: Tensor, value: Tensor) -> None:
         """New positions with their gradient in this pass; the weakest of all are let go."""

@@ -57,7 +57,7 @@ class SpielConfig(PeftConfig):
         where: on a base with masks, "kept": only weights that are not pruned; "pruned": only those that are; "seft":
             anywhere, and merging prunes to the exact pattern again; "all". None: "kept" if there are masks, else "all".
         seed: of everything that is drawn at random.
-        interval, window, share, anneal: see `reselection.Reselection`. A window of None is as long as the interval.
+        interval, window, look_every, share, anneal: see `reselection.Reselection`. A window of None is as long as the interval.
         slots: growth candidates that are followed, per entry to be replaced.
         backend: "csr", "dense" or "weight" instead of the choice by device, dtype and density.
         file_dtype: of the values in the adapter's file, "float32" or "bfloat16". They are trained in float32.
@@ -84,6 +84,7 @@ class SpielConfig(PeftConfig):
     seed: int = 0
     interval: int = 10
     window: int | None = None
+    look_every: int = 5
     share: float = 0.2
     anneal: str = "linear"
     slots: int = 2
@@ -104,7 +105,7 @@ class SpielConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         check_budget(self.density, self.num_weights, self.rank_equivalent)
         self.window = window_of(self.interval, self.window)
-        check_schedule(self.interval, self.window, self.share, self.anneal)
+        check_schedule(self.interval, self.window, self.look_every, self.share, self.anneal)
         _one_of("allocation", self.allocation, ALLOCATIONS)
         _one_of("policy", self.policy, POLICIES)
         _one_of("selection", self.selection, SELECTIONS)

@@ -29,6 +29,7 @@ from .select import selecting
 from .written import ADAPTER, lost, merged, oriented, save_adapter
 
 BUDGET = ("density", "num_weights", "rank_equivalent")
+SCHEDULE = ("interval", "window", "look_every", "anneal")
 SCORED_ROWS = 64  # of the training text, for a selection by data
 
 
@@ -103,7 +104,7 @@ class Adapting(Method):
 
 class _Spiel(Adapting):
     reads = frozenset(
-        (*BUDGET, "allocation", "selection", "where", "interval", "window", "replace", "anneal")
+        (*BUDGET, "allocation", "selection", "where", *SCHEDULE, "replace")
         + ("adapter_dtype", "base_quant")
     )
     optimizers = frozenset({"adamw", "adamw-8bit"})
@@ -145,7 +146,7 @@ class _Spiel(Adapting):
             share=options["replace"],
             file_dtype=options["adapter_dtype"],
             task_type="CAUSAL_LM",  # type: ignore[arg-type]
-            **{name: options[name] for name in (*BUDGET, "allocation", "where", "interval", "window", "anneal")},
+            **{name: options[name] for name in (*BUDGET, "allocation", "where", *SCHEDULE)},
         )
 
     def tuner(self, model: Any, names: list[str], options: Mapping[str, Any], seed: int) -> SpielModel:
@@ -168,6 +169,7 @@ class SpielAG(_Spiel):
 class SpielMA(_Spiel):
     """Positions move to where SM3's row and column moments are largest; half the memory of SpIEL-AG. Trained by SM3."""
 
+    reads = _Spiel.reads - {"look_every"}
     optimizers = frozenset({"adamw"})
     policy = "ma"
     selection = "random"
@@ -177,7 +179,7 @@ class SpielMA(_Spiel):
 class Static(_Spiel):
     """Positions are chosen once, by the gradient on a few rows unless `selection` says otherwise."""
 
-    reads = _Spiel.reads - {"interval", "window", "replace", "anneal"}
+    reads = _Spiel.reads - {*SCHEDULE, "replace"}
     policy = "static"
 
 

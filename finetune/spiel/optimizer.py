@@ -75,8 +75,9 @@ class SpielOptimizer(torch.optim.Optimizer):
         first = 1.0 if self.config.selection == "random" else self.config.share
         window = window_of(self.config.interval, self.config.window)
         self.schedule = Reselection(
-            self.config.interval, window, self.config.share, self.config.anneal, total_updates, first
-        )
+            self.config.interval, window, self.config.look_every, self.config.share, self.config.anneal, total_updates,
+            first,
+        )  # fmt: skip
         own = {id(slot.values) for slot in self._slots}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
         groups: list[dict[str, Any]] = [
@@ -212,11 +213,11 @@ class SpielOptimizer(torch.optim.Optimizer):
             write_adam(state, m, v)
 
     def _arm(self, renew: bool = False) -> None:
-        """Trackers exist during windows only. `renew`: make them again from loaded state."""
+        """Trackers exist during windows only, and are told whether they look. `renew`: make them from loaded state."""
         done = self.param_groups[0]["updates"]
         wanted = self._policy.moves and self.schedule.is_open(done)
         share = self.schedule.replaced(self.schedule.choice_after(done))
-        for slot in self._slots:
+        for number, slot in enumerate(self._slots):
             watches, state = slot.layer.watches, self.state[slot.values]
             if wanted and (renew or slot.adapter not in watches):
                 count = int(share * len(slot.values))
@@ -229,6 +230,8 @@ class SpielOptimizer(torch.optim.Optimizer):
             elif not wanted:
                 watches.pop(slot.adapter, None)
                 state.pop("watch", None)
+            if wanted:
+                watches[slot.adapter].looks = self.schedule.looks(done, number)  # type: ignore[attr-defined]
 
     def _watched(self) -> Iterator[tuple[Slot, Tracker]]:
         for slot in self._slots:

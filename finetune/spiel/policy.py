@@ -1,13 +1,13 @@
 """Where positions go while they are trained: the policies behind one interface.
 
 SpIEL-AG and SpIEL-MA: Ansell et al., "Scaling Sparse Fine-Tuning to Large Language Models", 2024. Here candidates are
-looked for in every backward pass of a window instead of its first, the moments of a new entry are Adam's own over the
+looked for several times in a window instead of in its first backward pass, the moments of a new entry are Adam's own over the
 finished updates of the window, and rows and columns that never held an entry can be chosen under MA.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -28,11 +28,13 @@ class Tracker(Watch, Protocol):
         tensors: everything it knows, at the end of an update.
         projection: sum of the entries' gradients in this update.
         scale: what gradients counted at the last update, over what was seen of them.
+        looks: whether the update under way looks for positions that it does not know.
     """
 
     tensors: dict[str, Tensor]
     projection: float
     scale: float
+    looks: bool
 
     def fold(self, scale: float, betas: tuple[float, float]) -> None:
         """An update is finished, whose gradients count `scale` times what was seen."""
@@ -111,12 +113,12 @@ class RowsAndColumns:
     tensors: rows, cols: of finished updates; now_rows, now_cols: of this one so far.
     """
 
-    needs_matrix = False
+    matrix: Literal["none"] = "none"
 
     def __init__(self, rows: int, cols: int, device: torch.device) -> None:
         sizes = {"rows": rows, "cols": cols, "now_rows": rows, "now_cols": cols}
         self.tensors = {name: torch.zeros(size, device=device) for name, size in sizes.items()}
-        self.projection, self.scale = 0.0, 1.0
+        self.projection, self.scale, self.looks = 0.0, 1.0, True
         self._first: int | None = None
 
     def begin(self, first: int | None) -> None:

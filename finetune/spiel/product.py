@@ -5,8 +5,8 @@
     dense    x S^T with S written out as a dense matrix for the moment of the product: for any device, dtype and base
     weight   x (W + S)^T + b with a copy of the base weight W: one product fewer where W has the precision of S
 
-None of them keeps a matrix between forward and backward: saved are x, the delta and references to W. While somebody
-watches (growth of new entries), every back end forms the dense gradient dW = gy^T x, some rows at a time.
+None of them keeps a matrix between forward and backward: saved are x, the delta and references to W. Who watches (growth
+of new entries) may ask for the dense gradient dW = gy^T x: every back end then forms it, some rows at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -29,9 +29,14 @@ CSR_DENSITY = 0.03  # beyond, dense products are faster on a CPU
 
 
 class Watch(Protocol):
-    """Sees the gradient of the whole matrix in every backward pass, entries without a delta included."""
+    """Sees the gradient of the whole matrix in backward passes, entries without a delta included.
 
-    needs_matrix: bool
+    `matrix`, read in every pass: "needed", it is formed for `see`; "welcome", `see` where it is formed anyway, else
+    `outer`; "none", always `outer`.
+    """
+
+    @property
+    def matrix(self) -> Literal["needed", "welcome", "none"]: ...
 
     def begin(self, first: int | None) -> None:
         """A backward pass of this layer starts. `first`: the number of the pass where the delta has no gradient yet.
@@ -41,10 +46,10 @@ class Watch(Protocol):
         """
 
     def see(self, first_row: int, block: Tensor) -> None:
-        """Rows of dW, in the delta's dtype; may be overwritten. Only called if `needs_matrix`."""
+        """Rows of dW, in the delta's dtype; may be overwritten."""
 
     def outer(self, output_gradient: Tensor, x: Tensor) -> None:
-        """The two factors of dW, [tokens, out] and [tokens, in]. Only called if not `needs_matrix`."""
+        """The two factors of dW instead, [tokens, out] and [tokens, in]."""
 
     def end(self, gradient: Tensor) -> None:
         """The pass is over; `gradient` [K] is that of the delta's own entries."""
@@ -179,11 +184,14 @@ def _delta_gradient(
     watch: Watch | None = ctx.watch
     if watch is not None:
         watch.begin(_pass_number() if values.grad is None or not bool(values.grad.any()) else None)
-        if not watch.needs_matrix:
-            watch.outer(gy, x)
-    if ctx.backend == "csr" and (watch is None or not watch.needs_matrix):
-        zero = _csr(torch.zeros_like(values), rowptr, columns, (ctx.rows, x.shape[1]))
-        gradient = torch.sparse.sampled_addmm(zero, turned, _by_channel(x, values).t(), beta=0.0).values()
+    formed = ctx.backend != "csr" or (watch is not None and watch.matrix == "needed")
+    sees = watch is not None and formed and watch.matrix != "none"
+    if not formed:
+        gy, x = turned.t(), _by_channel(x, values).t()
+    if watch is not None and not sees:
+        watch.outer(gy, x)
+    if not formed:
+        gradient = sampled(gy, x, rowptr, columns)
     else:
         gradient = torch.empty_like(values)
         if ctx.backend == "csr":
@@ -192,11 +200,17 @@ def _delta_gradient(
             block = block.to(values.dtype)
             place = to_flat(rowptr[first : first + len(block) + 1] - start, columns[start:stop], x.shape[1])
             gradient[start:stop] = block.reshape(-1)[place]
-            if watch is not None and watch.needs_matrix:
+            if watch is not None and sees:
                 watch.see(first, block)
     if watch is not None:
         watch.end(gradient)
     return gradient
+
+
+def sampled(gy: Tensor, x: Tensor, rowptr: Tensor, columns: Tensor) -> Tensor:
+    """gy^T x at the positions alone, [K]; gy [tokens, out] and x [tokens, in] of one dtype, best channel by channel."""
+    zero = _csr(gy.new_zeros(len(columns)), rowptr, columns, (gy.shape[1], x.shape[1]))
+    return torch.sparse.sampled_addmm(zero, gy.t(), x, beta=0.0).values()
 
 
 def _pass_number() -> int:

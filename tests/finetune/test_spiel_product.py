@@ -90,22 +90,29 @@ def test_small_deltas_on_a_bfloat16_layer_are_not_rounded_away(backend):
     torch.testing.assert_close(values.grad, x.float().sum(0)[columns.long()], rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("matrix", ["needed", "welcome", "none"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_somebody_who_watches_sees_the_whole_gradient(backend, monkeypatch):
-    rows, cols = 9, 6
+def test_who_watches_gets_the_whole_gradient_or_its_factors(backend, matrix, monkeypatch):
+    rows, cols, asked = 9, 6, matrix
     monkeypatch.setattr(product, "BLOCK", 4 * cols)
     _, values, rowptr, columns = delta(rows, cols, 8, torch.float32)
     weight = torch.randn(rows, cols)
     x, gy = torch.randn(4, cols), torch.randn(4, rows)
     seen = torch.full((rows, cols), float("nan"))
+    by_factors = matrix == "none" or (matrix == "welcome" and backend == "csr")
 
     class Watch:
-        needs_matrix = True
+        matrix = asked
 
         def begin(self, first):
             pass
 
+        def outer(self, output_gradient, x):
+            assert by_factors
+            seen.copy_(output_gradient.t() @ x)
+
         def see(self, first, block):
+            assert not by_factors
             seen[first : first + len(block)] = block
             block.fill_(float("nan"))  # a block may be overwritten
 

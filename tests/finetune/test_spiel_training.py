@@ -28,12 +28,46 @@ def same(a, b):
 
 
 def test_schedule():
-    schedule = Reselection(20, 5, 0.2, "linear", 100, 1.0)
+    schedule = Reselection(20, 5, 1, 0.2, "linear", 100, 1.0)
     assert [t for t in range(101) if schedule.is_due(t)] == [5, 25, 45, 65, 85]
     assert [t for t in range(30) if schedule.is_open(t)] == [0, 1, 2, 3, 4, 20, 21, 22, 23, 24]
     assert [schedule.replaced(t) for t in (5, 25, 85, 100)] == pytest.approx([1.0, 0.15, 0.03, 0.0])
-    assert Reselection(20, 5, 0.2, "cosine", 100, 1.0).replaced(50) == pytest.approx(0.1)
+    assert Reselection(20, 5, 1, 0.2, "cosine", 100, 1.0).replaced(50) == pytest.approx(0.1)
     assert not any(schedule.is_open(t) for t in range(86, 101))  # no window whose choice never comes
+
+
+@pytest.mark.parametrize(("window", "every"), [(5, 5), (5, 3), (5, 1), (2, 5), (1, 4)])
+def test_matrices_take_turns_to_be_looked_at(window, every):
+    schedule = Reselection(20, window, every, 0.2, "linear", 100, 1.0)
+    turns = min(window, every)
+    for start in (0, 20, 40) if window == 5 else (0, 20):
+        opened = [t for t in range(start - 5, start + 20) if t >= 0 and schedule.is_open(t)][:window]
+        looks = [[schedule.looks(t, matrix) for t in opened] for matrix in range(2 * turns)]
+        assert all(sum(update) == 2 for update in zip(*looks, strict=True))  # as many in every update
+        assert all(sum(matrix) >= window // turns >= 1 for matrix in looks)
+
+
+@pytest.mark.parametrize("backend", ["csr", "dense", "weight"])
+def test_between_looks_what_is_held_goes_on_and_nothing_enters(backend):
+    """The second layer looks in the second of three updates: its sums are those of the last two."""
+    model = adapted(policy="ag", slots=1000, interval=10, window=3, look_every=2, backend=backend)
+    second = layers_of(model, "default")[1]
+    optimizer = optimizer_of(model, lr=0.0)
+    weight = second.get_base_layer().weight
+    taken, m, total = second.flat("default"), torch.zeros(weight.numel()), torch.zeros(weight.numel())
+    for step in range(3):
+        assert second.watches["default"].looks == (step == 1)
+        twin = Net()  # the deltas are 0
+        loss_of(twin, step).backward()
+        train(model, optimizer, step, step + 1)
+        if step:
+            m, total = 0.9 * m + 0.1 * twin.second.weight.grad.view(-1), total + twin.second.weight.grad.view(-1)
+    total[taken] = 0.0
+    want = total.abs().topk(len(taken)).indices.sort().values
+    assert torch.equal(second.flat("default"), want)
+    held = optimizer.state[second.spiel_values["default"]]
+    torch.testing.assert_close(held["m"], m[want], rtol=2e-3, atol=1e-7)
+    assert held["birth"].tolist() == [1] * len(want)
 
 
 @pytest.mark.parametrize("policy", ["static", "ag", "ma"])
