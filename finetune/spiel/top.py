@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-STRIDE = 17  # of a sample; odd, so that it meets all columns of a matrix
+STRIDE = 61  # of a sample; odd, so that it meets all columns of a matrix
 
 
 class TopPool:
@@ -29,9 +29,10 @@ class TopPool:
         if not self.capacity:
             return
         size, floor = values.abs(), max(floor, self.floor)
-        fit = (size > max(floor, _below_the_largest(size, self.capacity))).nonzero().flatten()
-        if len(fit) < self.capacity:
-            fit = (size > floor).nonzero().flatten()
+        guess = _below_the_largest(size, self.capacity) if floor == 0 else 0.0
+        fit = _where(size > max(floor, guess))
+        if guess and len(fit) < self.capacity:
+            fit = _where(size > floor)
         if len(fit) > self.capacity:  # sort no more than can stay
             least = size[fit].topk(self.capacity, sorted=False).values.min()
             fit = fit[size[fit] >= least]
@@ -57,8 +58,25 @@ def _below_the_largest(size: Tensor, count: int) -> float:
     return float(sample.topk(least, sorted=False).values.min()) if 8 * least < len(sample) else 0.0
 
 
+def _where(chosen: Tensor) -> Tensor:
+    """Indices of the few that are true, [n] bool, ascending: words of eight are searched first, four times as fast."""
+    whole = len(chosen) // 8 * 8
+    words = chosen[:whole].view(torch.int64).nonzero()
+    places = 8 * words + torch.arange(8, device=chosen.device)
+    rest = chosen[whole:].nonzero().flatten() + whole
+    return torch.cat([places[chosen[:whole].view(-1, 8)[words.flatten()]], rest])
+
+
 def best(position: Tensor, score: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest scores, in ascending order of position; ties go to the lower position."""
-    by_position = position.argsort()
-    order = by_position[score[by_position].argsort(descending=True, stable=True)][:count]
-    return order[position[order].argsort()]
+    """Indices of the `count` highest scores, in ascending order of position; ties go to the lower position.
+
+    What is not a number is higher than all.
+    """
+    if len(score) <= count:
+        return position.argsort()
+    score = score.nan_to_num(torch.inf, torch.inf)
+    least = score.topk(count, sorted=False).values.min() if count else torch.inf
+    higher, equal = (score > least).nonzero().flatten(), (score == least).nonzero().flatten()
+    equal = equal[position[equal].argsort()][: count - len(higher)]
+    chosen = torch.cat([higher, equal])
+    return chosen[position[chosen].argsort()]
