@@ -6,9 +6,9 @@
 A stack of gated MLP blocks of the given width, 256 tokens, float32; forward, backward and one optimizer step. Every
 method runs in a process of its own, the processes take turns, and each reports the time of a step and the memory that
 training added to what the frozen model takes. Steps of spiel-ag differ over the interval between two choices of
-positions, so the time is the mean over an interval, at each of its steps the fastest of all intervals but the first. The
-bars: 1.3 times LoRA's time, 1.1 times its memory. spiel-ag forms the gradient of whole matrices, of each in one of five
-steps; "every" does so in every step (`look_every=1`).
+positions, so the time is the mean over an interval, at each of its steps the fastest of all intervals but the first.
+The bars: 1.3 times LoRA's time, 1.1 times its memory. spiel-ag forms the gradient of whole matrices, of each in one of
+five steps; "every" does so in every step (`look_every=1`).
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ class SpielConfig(PeftConfig):
         where: on a base with masks, "kept": only weights that are not pruned; "pruned": only those that are; "seft":
             anywhere, and merging prunes to the exact pattern again; "all". None: "kept" if there are masks, else "all".
         seed: of everything that is drawn at random.
-        interval, window, look_every, share, anneal: see `reselection.Reselection`. A window of None is as long as the interval.
+        interval, window, look_every, share, anneal: see `reselection.Reselection`. A window of None is as long as the
+            interval.
         slots: growth candidates that are followed, per entry to be replaced.
         backend: "csr", "dense" or "weight" instead of the choice by device, dtype and density.
         file_dtype: of the values in the adapter's file, "float32" or "bfloat16". They are trained in float32.

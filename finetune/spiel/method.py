@@ -104,8 +104,7 @@ class Adapting(Method):
 
 class _Spiel(Adapting):
     reads = frozenset(
-        (*BUDGET, "allocation", "selection", "where", *SCHEDULE, "replace")
-        + ("adapter_dtype", "base_quant")
+        (*BUDGET, "allocation", "selection", "where", *SCHEDULE, "replace") + ("adapter_dtype", "base_quant")
     )
     optimizers = frozenset({"adamw", "adamw-8bit"})
     policy = "ag"

@@ -1,8 +1,8 @@
 """Where positions go while they are trained: the policies behind one interface.
 
 SpIEL-AG and SpIEL-MA: Ansell et al., "Scaling Sparse Fine-Tuning to Large Language Models", 2024. Here candidates are
-looked for several times in a window instead of in its first backward pass, the moments of a new entry are Adam's own over the
-finished updates of the window, and rows and columns that never held an entry can be chosen under MA.
+looked for several times in a window instead of in its first backward pass, the moments of a new entry are Adam's own
+over the finished updates of the window, and rows and columns that never held an entry can be chosen under MA.
 """
 
 from __future__ import annotations

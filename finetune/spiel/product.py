@@ -5,8 +5,8 @@
     dense    x S^T with S written out as a dense matrix for the moment of the product: for any device, dtype and base
     weight   x (W + S)^T + b with a copy of the base weight W: one product fewer where W has the precision of S
 
-None of them keeps a matrix between forward and backward: saved are x, the delta and references to W. Who watches (growth
-of new entries) may ask for the dense gradient dW = gy^T x: every back end then forms it, some rows at a time.
+None of them keeps a matrix between forward and backward: saved are x, the delta and references to W. Who watches
+(growth of new entries) may ask for the dense gradient dW = gy^T x: every back end then forms it, some rows at a time.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 STRIDE = 61  # of a sample; odd, so that it meets all columns of a matrix
 
 
