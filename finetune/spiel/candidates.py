@@ -4,6 +4,11 @@ A position enters when its gradient in one backward pass is larger than the accu
 held; from then on everything about it is summed up. So positions whose gradient is large or persistent are found, and
 nothing of the size of the matrix is kept. With room for all positions the sums are exact. In updates that do not look,
 what is held goes on, from a product sampled at its positions, and nothing enters.
+
+With `spread`, positions compete by G_ij^2 / (r_i c_j): G is the accumulated gradient of entry (i, j), r_i and c_j are
+the norms of its row and column in the whole gradients that were looked at. That lies between G^2, the gain of a step of
+fixed length, and G^2 / (r_i^2 c_j^2), the gain of a Newton step if curvature goes with those squares. G alone puts most
+entries on the few channels that are large, where they overshoot together.
 """
 
 from __future__ import annotations
@@ -16,12 +21,14 @@ from torch import Tensor
 
 from ...kernels.bitmask.dispatch import unpack_bits
 from ...pruning.mask import Mask
+from . import channels
 from .positions import to_csr
 from .product import sampled
-from .ranks import gather, world_size
+from .ranks import average, gather, world_size
 from .top import TopPool, best
 
 _FLOATS = ("total", "now", "m", "v")
+_HELD = (*_FLOATS, "position", "age")
 
 
 @dataclass(frozen=True)
@@ -39,15 +46,18 @@ class Candidates:
 
     tensors: position int64 [C] ascending; now: gradient of this update so far, as it is seen; total: of finished
     updates, as they were applied; m, v: Adam's moments over finished updates; age int32: their number since the
-    position is held.
+    position is held; with `spread` those of `channels`.
     scale: applied over seen (clipping, loss scale), of the last update that is known.
     looks: whether positions may enter in this update.
     """
 
     def __init__(
-        self, rows: int, cols: int, capacity: int, taken: Tensor, allowed: Mask | None, power: int = 1
-    ) -> None:
+        self, rows: int, cols: int, capacity: int, taken: Tensor, allowed: Mask | None, power: int = 1,
+        spread: bool = False,
+    ) -> None:  # fmt: skip
         """taken: positions that are none of the candidates, ascending. power: of the gradients that are summed."""
+        self.spread = spread
+        self.projection, self.scale, self.looks = 0.0, 1.0, True
         self.rows, self.cols, self.capacity, self.taken, self.allowed, self.power = (
             rows, cols, capacity, taken, allowed, power,
         )  # fmt: skip
@@ -55,21 +65,27 @@ class Candidates:
         self.tensors = {name: torch.empty(0, device=device) for name in _FLOATS}
         self.tensors["position"] = torch.empty(0, dtype=torch.int64, device=device)
         self.tensors["age"] = torch.empty(0, dtype=torch.int32, device=device)
-        self.projection, self.scale, self.looks = 0.0, 1.0, True
+        if spread:
+            self.tensors |= channels.start(rows, cols, device)
         self._floor = 0.0
         self._first: int | None = None
+        self._known: tuple[Tensor, Tensor] | None = None
+        self._columns: Tensor | None = None
         self._pool = TopPool(capacity, device)
 
     @property
     def matrix(self) -> Literal["needed", "welcome"]:
         return "needed" if self.looks else "welcome"
 
-    def begin(self, first: int | None) -> None:
+    def begin(self, first: int | None, gy: Tensor, x: Tensor) -> None:
         if first is not None and first != self._first:
             self.forget()
             self._first = first
         if not self.looks:
             return
+        if self.spread:
+            rows, cols = channels.so_far(self.tensors, self.scale, self.scale)
+            self._known, self._columns = (rows, cols) if bool(cols.any()) else None, None
         self._pool = TopPool(self.capacity, self.taken.device)
         scores = self.scores()
         full = len(scores) == self.capacity and self.capacity
@@ -79,6 +95,24 @@ class Candidates:
         """The update that is under way does not count."""
         self.tensors["now"].zero_()
         self.projection = 0.0
+        if self.spread:
+            channels.forget(self.tensors)
+
+    def _weight_of(self, position: Tensor, squares: tuple[Tensor, Tensor]) -> Tensor:
+        """What a gradient is multiplied by in comparisons, given squared norms of rows and columns."""
+        rows, cols = map(_weights, squares)
+        return rows[position // self.cols] * cols[position % self.cols]
+
+    def _during_pass(self) -> tuple[Tensor, Tensor]:
+        """Squared norms to offer by: those known when the pass began; in a first look those of its own rows so far.
+
+        Columns are then those of its first block, the same for all blocks.
+        """
+        rows, cols = self._known or channels.so_far(self.tensors, self.scale, self.scale)
+        if self._known is None:
+            self._columns = cols if self._columns is None else self._columns
+            cols = self._columns
+        return rows, cols
 
     def see(self, first_row: int, block: Tensor) -> None:
         """Adds a block of gradients to what is held; if it looks, remembers what is larger than the weakest of it."""
@@ -88,6 +122,10 @@ class Candidates:
         own = position[held[0] : held[1]] - first
         self.tensors["now"][held[0] : held[1]] += flat[own]
         if self.looks:
+            if self.spread:
+                channels.add_block(self.tensors, first_row, block)
+                rows, cols = map(_weights, self._during_pass())
+                block.mul_(cols).mul_(rows[first_row : first_row + len(block)].unsqueeze(1))
             flat[own] = 0.0
             flat[_within(self.taken, first, len(flat)) - first] = 0.0
             self._pool.offer(first, flat, self._floor)
@@ -98,23 +136,24 @@ class Candidates:
             block.masked_fill_(~unpack_bits(bits, self.cols), 0.0)
         return block.square_() if self.power == 2 else block
 
-    def outer(self, output_gradient: Tensor, x: Tensor) -> None:
+    def sample(self, gy: Tensor, x: Tensor) -> None:
         """Adds to what is held."""
         now = self.tensors["now"]
         if len(now):
-            found = sampled(output_gradient, x, *to_csr(self.tensors["position"], self.rows, self.cols)).to(now.dtype)
+            found = sampled(gy, x, *to_csr(self.tensors["position"], self.rows, self.cols)).to(now.dtype)
             now += found.square_() if self.power == 2 else found
 
     def end(self, gradient: Tensor) -> None:
         self.projection += float(gradient.sum(dtype=torch.float64))
         if self.looks:
-            self._enter(self._pool.position, self._pool.value)
+            position, value = self._pool.position, self._pool.value
+            self._enter(position, value / self._weight_of(position, self._during_pass()) if self.spread else value)
 
     def _enter(self, position: Tensor, value: Tensor) -> None:
         """New positions with their gradient in this pass; the weakest of all are let go."""
         fresh = {name: torch.zeros_like(value) for name in _FLOATS}
         fresh |= {"now": value, "position": position, "age": torch.zeros_like(position, dtype=torch.int32)}
-        self._replace({name: torch.cat([old, fresh[name]]) for name, old in self.tensors.items()})
+        self._replace({name: torch.cat([self.tensors[name], fresh[name]]) for name in _HELD})
 
     def _replace(self, tensors: dict[str, Tensor]) -> None:
         keep = best(tensors["position"], self._scores(tensors), self.capacity)
@@ -122,16 +161,23 @@ class Candidates:
             self.tensors[name] = tensor[keep]
 
     def scores(self) -> Tensor:
-        """|accumulated gradient|, [C]."""
+        """|accumulated gradient|, weighted by its channels, [C]."""
         return self._scores(self.tensors)
 
     def _scores(self, tensors: dict[str, Tensor]) -> Tensor:
         """In the units of applied gradients: else one batch of a large loss scale would outweigh all before it."""
-        return (tensors["total"] + tensors["now"] * self.scale).abs()
+        size = (tensors["total"] + tensors["now"] * self.scale).abs()
+        if not self.spread:
+            return size
+        return size * self._weight_of(tensors["position"], channels.so_far(self.tensors, self.scale, self.scale))
 
     def fold(self, scale: float, betas: tuple[float, float]) -> None:
         """An update is finished: its gradient, times `scale`, goes into the moments, the same on every rank."""
         self.projection, self.scale = 0.0, scale
+        if self.spread and self.looks:
+            for name in ("now_rows", "now_cols"):
+                self.tensors[name] = average(self.tensors[name])
+            channels.fold(self.tensors, scale, scale)
         if world_size() > 1:
             self._replace(_merged(self.tensors))
         held = self.tensors
@@ -147,6 +193,11 @@ class Candidates:
         return Grown(*(self.tensors[name][keep] for name in ("position", "m", "v", "age")))
 
 
+def _weights(squares: Tensor) -> Tensor:
+    """1 / sqrt(norm), 0 where nothing was."""
+    return squares.pow(-0.25).nan_to_num(0.0, 0.0)
+
+
 def _within(ascending: Tensor, first: int, length: int) -> Tensor:
     edges = torch.searchsorted(ascending, torch.tensor([first, first + length], device=ascending.device)).tolist()
     return ascending[edges[0] : edges[1]]
@@ -158,7 +209,7 @@ def _merged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     Summed on the CPU in the order of the ranks, so that every rank gets the same bits.
     """
     device = tensors["position"].device
-    everyone = {name: torch.cat(gather(tensor.cpu())) for name, tensor in tensors.items()}
+    everyone = {name: torch.cat(gather(tensors[name].cpu())) for name in _HELD}
     position, place = everyone["position"].unique(return_inverse=True)
     now = torch.zeros(len(position)).index_add_(0, place, everyone["now"]) / world_size()
     order = everyone["age"].argsort(stable=True)

@@ -86,7 +86,7 @@ class SpielConfig(PeftConfig):
     interval: int = 10
     window: int | None = None
     look_every: int = 5
-    share: float = 0.2
+    share: float = 0.5
     anneal: str = "linear"
     slots: int = 2
     backend: str | None = None

@@ -50,7 +50,7 @@ class SpielOptimizer(torch.optim.Optimizer):
         lr: float,
         total_updates: int,
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] = (0.6, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         eight_bit: bool = False,

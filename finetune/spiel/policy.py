@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...pruning.mask import Mask
+from . import channels
 from .candidates import Candidates, Grown
 from .layer import Linear
 from .positions import contains, is_kept
@@ -76,13 +77,13 @@ class Static:
 
 
 class AccumulatedGradient:
-    """AG: where the gradient summed over the window is largest."""
+    """AG: where the gradient summed over the window is largest, for the channels that it lies on: see `Candidates`."""
 
     moments, moves = "adam", True
 
     def tracker(self, layer: Linear, adapter: str, count: int, slots: int) -> Candidates:
         taken, allowed = layer.flat(adapter), layer.allowed(adapter)
-        return Candidates(layer.out_features, layer.in_features, slots * count, taken, allowed)
+        return Candidates(layer.out_features, layer.in_features, slots * count, taken, allowed, spread=True)
 
     def grow(self, layer: Linear, adapter: str, tracker: Candidates, state: dict[str, Tensor], count: int) -> Grown:
         return tracker.grown(count)
@@ -108,46 +109,39 @@ POLICIES: dict[str, type[Policy]] = {"static": Static, "ag": AccumulatedGradient
 
 
 class RowsAndColumns:
-    """A tracker of the squared norms of the output gradient and the input, per channel: sum gy_i^2 and sum x_j^2.
-
-    tensors: rows, cols: of finished updates; now_rows, now_cols: of this one so far.
-    """
+    """A tracker of the squares of the output gradient and the input, per channel. tensors: see `channels`."""
 
     matrix: Literal["none"] = "none"
 
     def __init__(self, rows: int, cols: int, device: torch.device) -> None:
-        sizes = {"rows": rows, "cols": cols, "now_rows": rows, "now_cols": cols}
-        self.tensors = {name: torch.zeros(size, device=device) for name, size in sizes.items()}
+        self.tensors = channels.start(rows, cols, device)
         self.projection, self.scale, self.looks = 0.0, 1.0, True
         self._first: int | None = None
 
-    def begin(self, first: int | None) -> None:
+    def begin(self, first: int | None, gy: Tensor, x: Tensor) -> None:
         if first is not None and first != self._first:
             self.forget()
             self._first = first
+        channels.add(self.tensors, gy, x)
 
     def forget(self) -> None:
         """The update that is under way does not count."""
         self.projection = 0.0
-        self.tensors["now_rows"].zero_()
-        self.tensors["now_cols"].zero_()
+        channels.forget(self.tensors)
 
     def see(self, first_row: int, block: Tensor) -> None:
-        """Never called: no matrix is needed."""
+        """Never called: no matrix is asked for."""
 
-    def outer(self, output_gradient: Tensor, x: Tensor) -> None:
-        self.tensors["now_rows"] += output_gradient.to(torch.float32).square().sum(0)
-        self.tensors["now_cols"] += x.to(torch.float32).square().sum(0)
+    def sample(self, gy: Tensor, x: Tensor) -> None:
+        """Never called either."""
 
     def end(self, gradient: Tensor) -> None:
         self.projection += float(gradient.sum(dtype=torch.float64))
 
     def fold(self, scale: float, betas: tuple[float, float]) -> None:
-        """Squares of gradients count `scale` squared; inputs are what they are."""
-        self.tensors["rows"] += self.tensors["now_rows"] * scale**2
-        self.tensors["cols"] += self.tensors["now_cols"]
-        self.scale = scale
-        self.forget()
+        """An update is finished."""
+        self.projection, self.scale = 0.0, scale
+        channels.fold(self.tensors, scale, 1.0)  # inputs are what they are
 
 
 def filled(accumulator: Tensor, norms: Tensor) -> Tensor:

@@ -37,6 +37,33 @@ def adapted(net: nn.Module | None = None, **config: Any) -> Any:
     return get_peft_model(net or Net(), SpielConfig(**(values | config)))
 
 
+class Squares:
+    """Summed gradient of a linear layer's weight, and squares of its rows and columns in each backward pass."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        out, cols = linear.weight.shape
+        self.gradient, self.rows, self.cols = torch.zeros(out, cols), torch.zeros(out), torch.zeros(cols)
+
+    def backward(self, linear: nn.Linear, loss: Tensor) -> None:
+        """`loss` of a model with `linear`, which gets its gradient."""
+        linear.weight.grad = None
+        loss.backward()
+        assert linear.weight.grad is not None
+        self.gradient += linear.weight.grad
+        self.rows += linear.weight.grad.square().sum(1)
+        self.cols += linear.weight.grad.square().sum(0)
+
+    def add(self, other: Squares, scale: float = 1.0) -> None:
+        """Another one's, whose gradients count `scale` times."""
+        self.gradient += scale * other.gradient
+        self.rows += scale**2 * other.rows
+        self.cols += scale**2 * other.cols
+
+    def scores(self) -> Tensor:
+        """|G_ij| / sqrt(row norm * column norm), flat."""
+        return (self.gradient.abs() / torch.outer(self.rows, self.cols).pow(0.25)).reshape(-1)
+
+
 def batch(number: int, rows: int = 6, width: int = 13) -> tuple[Tensor, Tensor]:
     source = torch.Generator().manual_seed(number)
     return torch.randn(rows, width, generator=source), torch.randint(5, (rows,), generator=source)

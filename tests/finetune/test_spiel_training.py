@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from spiel_models import QUICK, Net, adapted, batch, loss_of, optimizer_of, train
+from spiel_models import QUICK, Net, Squares, adapted, batch, loss_of, optimizer_of, train
 from torch import nn
 
 from gossamer.errors import TrainingError
 from gossamer.finetune.reselection import Reselection
+from gossamer.finetune.spiel import product
 from gossamer.finetune.spiel.candidates import Candidates
 from gossamer.finetune.spiel.layer import layers_of
 
@@ -54,16 +55,19 @@ def test_between_looks_what_is_held_goes_on_and_nothing_enters(backend):
     second = layers_of(model, "default")[1]
     optimizer = optimizer_of(model, lr=0.0)
     weight = second.get_base_layer().weight
-    taken, m, total = second.flat("default"), torch.zeros(weight.numel()), torch.zeros(weight.numel())
+    twin = Net()  # the deltas are 0
+    taken, m, total = second.flat("default"), torch.zeros(weight.numel()), Squares(twin.second)
     for step in range(3):
         assert second.watches["default"].looks == (step == 1)
-        twin = Net()  # the deltas are 0
-        loss_of(twin, step).backward()
+        update = Squares(twin.second)
+        update.backward(twin.second, loss_of(twin, step))
         train(model, optimizer, step, step + 1)
         if step:
-            m, total = 0.9 * m + 0.1 * twin.second.weight.grad.view(-1), total + twin.second.weight.grad.view(-1)
-    total[taken] = 0.0
-    want = total.abs().topk(len(taken)).indices.sort().values
+            m = 0.6 * m + 0.4 * update.gradient.reshape(-1)
+            total.gradient += update.gradient
+        if step == 1:
+            total.rows, total.cols = update.rows, update.cols  # of the update that looks
+    want = total.scores().index_fill(0, taken, 0.0).topk(len(taken)).indices.sort().values
     assert torch.equal(second.flat("default"), want)
     held = optimizer.state[second.spiel_values["default"]]
     torch.testing.assert_close(held["m"], m[want], rtol=2e-3, atol=1e-7)
@@ -96,7 +100,9 @@ def test_training_learns_and_keeps_the_number_of_entries(policy):
 def test_static_entries_are_trained_by_adamw():
     model = adapted(policy="static")
     twin = copy.deepcopy(model)
-    other = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], 0.02, eps=1e-6, weight_decay=0.1)
+    other = torch.optim.AdamW(
+        [p for p in twin.parameters() if p.requires_grad], 0.02, betas=(0.6, 0.999), eps=1e-6, weight_decay=0.1
+    )
     train(model, optimizer_of(model, weight_decay=0.1), 0, 6)
     train(twin, other, 0, 6)
     for (_, ours), (_, theirs) in zip(state(model), state(twin), strict=True):
@@ -105,31 +111,31 @@ def test_static_entries_are_trained_by_adamw():
 
 @pytest.mark.parametrize(("micro", "clip"), [(1, None), (3, None), (2, 0.05)])
 def test_new_entries_begin_with_adams_own_moments(micro, clip):
-    """With room for every candidate: the positions of the largest summed gradient, and dense Adam's state there."""
-    model = adapted(policy="ag", slots=1000, interval=10, window=3)
+    """With room for every candidate: the positions of the best scores, and dense Adam's state there."""
+    model = adapted(policy="ag", slots=1000, interval=10, window=3, look_every=1)
     first = layers_of(model, "default")[0]
     optimizer = optimizer_of(model, lr=0.0)
     taken = first.flat("default")
     weight = first.get_base_layer().weight
     size = weight.numel()
-    m, v, total = torch.zeros(size), torch.zeros(size), torch.zeros(size)
+    twin = Net()  # the deltas are 0
+    m, v, total = torch.zeros(size), torch.zeros(size), Squares(twin.first)
     for step in range(3):
         optimizer.zero_grad()
-        dense = torch.zeros(size)
+        update, scale = Squares(twin.first), 1.0
         for i in range(micro):
-            twin = Net()  # the deltas are 0
-            (loss_of(twin, step * micro + i) / micro).backward()
-            dense += twin.first.weight.grad.reshape(-1)
+            update.backward(twin.first, loss_of(twin, step * micro + i) / micro)
             (loss_of(model, step * micro + i) / micro).backward()
         if clip:
             values = [p for p in model.parameters() if p.requires_grad]
-            norm = nn.utils.clip_grad_norm_(values, clip)
-            dense *= clip / float(norm)
+            scale = clip / float(nn.utils.clip_grad_norm_(values, clip))
         optimizer.step()
-        m, v, total = 0.9 * m + 0.1 * dense, 0.999 * v + 0.001 * dense**2, total + dense
+        total.add(update, scale)
+        dense = scale * update.gradient.reshape(-1)
+        m, v = 0.6 * m + 0.4 * dense, 0.999 * v + 0.001 * dense**2
     free = torch.ones(size, dtype=torch.bool)
     free[taken] = False
-    want = total.abs().masked_fill(~free, 0).topk(len(taken)).indices.sort().values
+    want = total.scores().masked_fill(~free, 0).topk(len(taken)).indices.sort().values
     assert torch.equal(first.flat("default"), want)
     held = optimizer.state[first.spiel_values["default"]]
     torch.testing.assert_close(held["m"], m[want], rtol=2e-3, atol=1e-7)
@@ -137,24 +143,32 @@ def test_new_entries_begin_with_adams_own_moments(micro, clip):
     assert held["birth"].tolist() == [0] * len(want)
 
 
+def test_blocks_of_a_gradient_come_to_the_same_choice(monkeypatch):
+    found = []
+    for block in (10_000, 4 * 17):
+        monkeypatch.setattr(product, "BLOCK", block)
+        model = adapted(policy="ag", slots=1000, interval=4, window=4, look_every=2, share=0.5)
+        train(model, optimizer_of(model), 0, 12, micro=2)
+        found.append([flat for flat, _ in state(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_windows_that_follow_each_other_know_nothing_of_each_other():
     """With no update between them: every choice is by its own window's gradients, among positions that are free."""
-    model = adapted(policy="ag", slots=1000, interval=3, window=3, share=0.5)
+    model = adapted(policy="ag", slots=1000, interval=3, window=3, share=0.5, look_every=1)
     first = layers_of(model, "default")[0]
     optimizer = optimizer_of(model, lr=0.0)
+    twin = Net()  # the deltas are 0
     for window in range(3):
-        taken, total = first.flat("default"), torch.zeros(first.get_base_layer().weight.numel())
+        taken, total = first.flat("default"), Squares(twin.first)
         for step in range(3 * window, 3 * window + 3):
-            twin = Net()  # the deltas are 0
-            loss_of(twin, step).backward()
-            total += twin.first.weight.grad.reshape(-1)
+            total.backward(twin.first, loss_of(twin, step))
             train(model, optimizer, step, step + 1)
         found = first.flat("default")
         assert torch.equal(found, found.unique())
         count = int(optimizer.history[-1]["share"] * len(taken))
         assert count > 0
-        total[taken] = 0.0
-        want = total.abs().topk(count).indices
+        want = total.scores().index_fill(0, taken, 0.0).topk(count).indices
         assert set(found.tolist()) - set(taken.tolist()) == set(want.tolist())
 
 
@@ -179,7 +193,7 @@ def test_a_small_sketch_finds_persistent_gradients():
     for _ in range(12):
         gradient = torch.randn(rows * cols, generator=source)
         gradient[hot] += 2
-        sketch.begin(None)
+        sketch.begin(None, torch.ones(1, rows), torch.ones(1, cols))
         for first in range(0, rows, 7):
             sketch.see(first, gradient.view(rows, cols)[first : first + 7].clone())
         sketch.end(torch.zeros(1))
