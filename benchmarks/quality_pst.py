@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +127,9 @@ def render(lines: Sequence[Line]) -> str:
         if not cells:
             continue
         dense = next(line["before"] for line in lines if line["kind"] == "cell" and line["model"] == model)
-        tokens = ", ".join(
-            f"{count:,}" for count in sorted({one["tokens"] for of in cells.values() for one in of.values()})
-        )
-        parts += [f"## {model}\n", f"Untouched: {dense:.3f}. {tokens} tokens.\n"]
+        tokens = _counts(one for of in cells.values() for one in of.values())
+        tried = _counts(line for line in lines if line["kind"] == "trial" and line["model"] == model)
+        parts += [f"## {model}\n", f"Untouched: {dense:.3f}. {tokens} tokens; rates by trials of {tried} tokens.\n"]
         header = ["", "trained", *(f"{100 * float(s):g} %" for s in SPARSITIES), "rates"]
         parts += [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
         for row in ROWS:
@@ -144,6 +143,11 @@ def render(lines: Sequence[Line]) -> str:
         parts += [f"- {sparsity}: {verdict(cells, sparsity)}" for sparsity in SPARSITIES if (PST, sparsity) in cells]
         parts.append("")
     return "\n".join(parts)
+
+
+def _counts(lines: Iterable[Line]) -> str:
+    """Numbers of tokens, in words."""
+    return " or ".join(f"{count:,}" for count in sorted({line["tokens"] for line in lines})) or "no"
 
 
 def verdict(cells: Mapping[tuple[str, str | None], Mapping[int, Line]], sparsity: str) -> str:
@@ -166,7 +170,7 @@ Perplexity on windows of {SEQLEN} tokens, made by `python benchmarks/quality.py 
 matrix to the sparsity while it trains (factors of rank {RANK} and {RANK}, rows and columns of the score). Others are
 pruned first, by magnitude or Wanda inside every matrix, and train under the masks: MaskLoRA of rank {EQUAL_RANK} has as
 many numbers as PST, `full` trains all kept weights. Mean over seeds, the smallest and the largest in brackets. Every
-row had 3 learning rates at every sparsity on a quarter of the tokens, {TRIALS}.
+row had 3 learning rates at every sparsity, {TRIALS}.
 """
 
 
