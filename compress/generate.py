@@ -60,7 +60,9 @@ class Chooser:
         logits = logits.float() / self.how.temperature
         if 0 < self.how.top_k < logits.shape[-1]:
             least = logits.topk(self.how.top_k).values[:, -1:]
-            logits = logits.masked_fill(logits < least, float("-inf"))
+            higher, equal = logits > least, logits == least
+            first = equal.cumsum(-1) <= self.how.top_k - higher.sum(-1, keepdim=True)  # of equals as argmax has it
+            logits = logits.masked_fill(~(higher | (equal & first)), float("-inf"))
         if self.how.top_p < 1:
             ordered, order = logits.sort(descending=True)
             chances = ordered.softmax(-1)

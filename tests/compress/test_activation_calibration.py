@@ -33,7 +33,7 @@ from gossamer.compress.source import open_source
 from gossamer.errors import DataError, ModelError, RecipeError
 
 LENGTH, WINDOWS = 24, 8
-EDGE = 1e-3  # an input on the edge of its threshold may fall on either side
+EDGE = 2e-2  # an input on the edge of its threshold may fall on either side, in few windows
 FEW = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "gpt2"]
 MLPS = {"llama": "silu", "mistral": "silu", "qwen2": "silu", "qwen3": "silu", "gemma2": "gelu_tanh", "phi3": "silu"}
 MLPS |= {"opt": "relu", "gpt2": "gelu_tanh"}
@@ -109,10 +109,13 @@ def test_one_pass_gives_what_decoding_token_by_token_gives(name: str, tinies) ->
     assert len(policy.linears) == 3 * len(FAMILIES[name].prunable) or name == "gemma2"
     losses = tiny.walk.run(policy).losses
     start = tiny.walk.start
-    for window in (0, 5):
-        ids = tiny.windows[window]
+    gaps = []
+    for window, ids in enumerate(tiny.windows):
         logits = token_by_token(tiny.folder, ids, start, policy)[:-1]
-        assert losses[window] == pytest.approx(float(nn.functional.cross_entropy(logits, ids[start + 1 :])), abs=EDGE)
+        gaps.append(abs(losses[window] - float(nn.functional.cross_entropy(logits, ids[start + 1 :]))))
+    assert len(gaps) == WINDOWS
+    assert sorted(gaps)[WINDOWS // 2] < 1e-5
+    assert max(gaps) < EDGE
 
 
 @pytest.mark.parametrize("name", FEW)
