@@ -75,8 +75,9 @@ def choose(op: str, rows: int, cols: int, dtype: torch.dtype, density: float) ->
         return Choice(mode == "sparse", math.nan, math.nan, measured=False)
     sparsity = round(_STEP * (1.0 - density)) / _STEP
     key = f"{op} {rows}x{cols} {name(dtype)} {sparsity:.0%}"
-    machine = Machine.of(tier.name, torch.get_num_threads())
     with _lock:
+        # Asked in here: a thread that begins while another one measures with one thread would hear of one.
+        machine = Machine.of(tier.name, torch.get_num_threads())
         if machine not in _known:
             _known[machine] = load(machine)
         entries = _known[machine]
