@@ -107,7 +107,7 @@ def prepared(options: argparse.Namespace, method: str) -> tuple[int, Callable[[]
             policy=method.removeprefix("spiel-").removesuffix("-every"),
             backend=options.backend,
             interval=INTERVAL,
-            look_every=1 if method.endswith("-every") else 5,
+            **({"look_every": 1} if method.endswith("-every") else {}),
         )
         model = get_peft_model(net, config)
         optimizer = SpielOptimizer(model, 1e-4, 1000)

@@ -87,5 +87,6 @@ that it was (forgetting), made by `python benchmarks/finetune_quality.py --rende
 as LoRA of the rank, for as many tokens. Learning rates are searched until the best lies between two worse ones ("edge":
 not yet), by the loss on the held-out split of the training text, with the first seed; the test text has no say. Mean
 over seeds, the smallest and the largest in brackets. Seconds are those of the whole command, median over seeds, one
-thread of a machine with other work; `full` trains all weights, and is what a dense model comes to with the same tokens.
+thread of a machine with other work, and some runs were paused; `full` trains all weights, and is what a dense model
+comes to with the same tokens.
 """

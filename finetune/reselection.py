@@ -80,8 +80,8 @@ def window_of(interval: int, window: int | None) -> int:
     return interval if window is None else window
 
 
-def check_schedule(interval: int, window: int, look_every: int, share: float, anneal: str) -> None:
-    """RecipeError for what cannot be a schedule."""
+def check_schedule(interval: int, window: int, look_every: int, share: float | None, anneal: str) -> None:
+    """RecipeError for what cannot be a schedule; a share of None is left to the policy."""
     if look_every < 1:
         raise RecipeError(f"look_every must be at least 1, got {look_every}")
     if not 1 <= window <= interval:
@@ -89,7 +89,7 @@ def check_schedule(interval: int, window: int, look_every: int, share: float, an
             f"a window of {window} updates every {interval} is not allowed; 1 <= window <= interval",
             hint="gradients are looked at during the last `window` of every `interval` updates",
         )
-    if not 0 < share <= 1:
+    if share is not None and not 0 < share <= 1:
         raise RecipeError(f"the share that is replaced must be in (0, 1], got {share:g}")
     if anneal not in ANNEALS:
         raise RecipeError(f"anneal {anneal!r} is unknown; allowed: {', '.join(ANNEALS)}")

@@ -40,7 +40,10 @@ class FinetuneStage(TrainingStage):
         None, description="updates before a choice during which gradients are looked at; default: all of the interval"
     )
     look_every: int = Field(5, description="one in so many of these updates looks at all gradients of a matrix")
-    replace: float = Field(0.5, description="share of the entries that the choice at the beginning replaces")
+    replace: float | None = Field(
+        None,
+        description="share of the entries that the choice at the beginning replaces; default: 0.5, for spiel-ma 0.2",
+    )
     anneal: Literal["linear", "cosine"] = Field("linear", description="how that share falls to 0")
     adapter_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the values in the adapter's file")
     score_rank: int = Field(8, ge=1, description="pst: columns of the factors of the learned score")

@@ -77,7 +77,7 @@ class Candidates:
     def matrix(self) -> Literal["needed", "welcome"]:
         return "needed" if self.looks else "welcome"
 
-    def begin(self, first: int | None, gy: Tensor, x: Tensor) -> None:
+    def begin(self, first: int | None) -> None:
         if first is not None and first != self._first:
             self.forget()
             self._first = first
@@ -136,7 +136,7 @@ class Candidates:
             block.masked_fill_(~unpack_bits(bits, self.cols), 0.0)
         return block.square_() if self.power == 2 else block
 
-    def sample(self, gy: Tensor, x: Tensor) -> None:
+    def outer(self, gy: Tensor, x: Tensor) -> None:
         """Adds to what is held."""
         now = self.tensors["now"]
         if len(now):

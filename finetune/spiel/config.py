@@ -16,6 +16,7 @@ POLICIES = ("static", "ag", "ma")
 SELECTIONS = ("random", "magnitude", "gradient", "snip", "fisher")
 BY_DATA = ("gradient", "snip", "fisher")
 PLACES = ("all", "kept", "pruned", "seft")
+SHARES = {"static": 0.5, "ag": 0.5, "ma": 0.2}  # of the entries that the first choice replaces; static makes none
 FILE_DTYPES = ("float32", "bfloat16")
 
 
@@ -58,7 +59,7 @@ class SpielConfig(PeftConfig):
             anywhere, and merging prunes to the exact pattern again; "all". None: "kept" if there are masks, else "all".
         seed: of everything that is drawn at random.
         interval, window, look_every, share, anneal: see `reselection.Reselection`. A window of None is as long as the
-            interval.
+            interval; a share of None is the policy's, 0.5 for "ag" and 0.2 for "ma".
         slots: growth candidates that are followed, per entry to be replaced.
         backend: "csr", "dense" or "weight" instead of the choice by device, dtype and density.
         file_dtype: of the values in the adapter's file, "float32" or "bfloat16". They are trained in float32.
@@ -86,7 +87,7 @@ class SpielConfig(PeftConfig):
     interval: int = 10
     window: int | None = None
     look_every: int = 5
-    share: float = 0.5
+    share: float | None = None
     anneal: str = "linear"
     slots: int = 2
     backend: str | None = None
@@ -105,10 +106,11 @@ class SpielConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         check_budget(self.density, self.num_weights, self.rank_equivalent)
+        _one_of("policy", self.policy, POLICIES)
         self.window = window_of(self.interval, self.window)
+        self.share = share_of(self.policy, self.share)
         check_schedule(self.interval, self.window, self.look_every, self.share, self.anneal)
         _one_of("allocation", self.allocation, ALLOCATIONS)
-        _one_of("policy", self.policy, POLICIES)
         _one_of("selection", self.selection, SELECTIONS)
         _one_of("file_dtype", self.file_dtype, FILE_DTYPES)
         _one_of("bias", self.bias, ("none", "all", "spiel_only"))
@@ -128,6 +130,11 @@ class SpielConfig(PeftConfig):
     def is_loaded(self) -> bool:
         """Whether it comes from a saved adapter: its layers wait for positions instead of choosing some."""
         return self._from_file
+
+
+def share_of(policy: str, share: float | None) -> float:
+    """The policy's own, where none is given."""
+    return SHARES[policy] if share is None else share
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

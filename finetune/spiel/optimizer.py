@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...errors import RecipeError, TrainingError
 from ..reselection import Reselection, window_of
-from .config import SpielConfig
+from .config import SpielConfig, share_of
 from .layer import Linear, layers_of
 from .moments import read_adam, start_adam, start_sm3, step_adam, step_sm3, write_adam
 from .policy import Policy, Tracker, get_policy
@@ -55,8 +55,9 @@ class SpielOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         eight_bit: bool = False,
     ) -> None:
-        """`total_updates`: of the whole training; the share of replaced entries falls to 0 there. `eight_bit`: Adam's
-        moments of the entries in 8 bits, 18 bytes of state per entry instead of 24.
+        """`total_updates`: of the whole training; the share of replaced entries falls to 0 there. `betas`: the first is
+        lower than usual, since entries take rates at which momentum carries them too far (measured: docs/adapters.md).
+        `eight_bit`: Adam's moments of the entries in 8 bits, 18 bytes of state per entry instead of 24.
 
         Raises:
             TrainingError: the model has no trainable sparse adapter, or several.
@@ -72,12 +73,16 @@ class SpielOptimizer(torch.optim.Optimizer):
                 f"policy {self.config.policy} keeps no moments per entry that could be held in 8 bits",
                 hint="leave 8 bits out; it takes less memory already",
             )
-        first = 1.0 if self.config.selection == "random" else self.config.share
-        window = window_of(self.config.interval, self.config.window)
+        share = share_of(self.config.policy, self.config.share)
         self.schedule = Reselection(
-            self.config.interval, window, self.config.look_every, self.config.share, self.config.anneal, total_updates,
-            first,
-        )  # fmt: skip
+            interval=self.config.interval,
+            window=window_of(self.config.interval, self.config.window),
+            look_every=self.config.look_every,
+            share=share,
+            anneal=self.config.anneal,
+            total=total_updates,
+            first=1.0 if self.config.selection == "random" else share,
+        )
         own = {id(slot.values) for slot in self._slots}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
         groups: list[dict[str, Any]] = [

@@ -118,11 +118,10 @@ class RowsAndColumns:
         self.projection, self.scale, self.looks = 0.0, 1.0, True
         self._first: int | None = None
 
-    def begin(self, first: int | None, gy: Tensor, x: Tensor) -> None:
+    def begin(self, first: int | None) -> None:
         if first is not None and first != self._first:
             self.forget()
             self._first = first
-        channels.add(self.tensors, gy, x)
 
     def forget(self) -> None:
         """The update that is under way does not count."""
@@ -132,8 +131,8 @@ class RowsAndColumns:
     def see(self, first_row: int, block: Tensor) -> None:
         """Never called: no matrix is asked for."""
 
-    def sample(self, gy: Tensor, x: Tensor) -> None:
-        """Never called either."""
+    def outer(self, gy: Tensor, x: Tensor) -> None:
+        channels.add(self.tensors, gy, x)
 
     def end(self, gradient: Tensor) -> None:
         self.projection += float(gradient.sum(dtype=torch.float64))

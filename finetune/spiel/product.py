@@ -32,25 +32,24 @@ class Watch(Protocol):
     """Sees the gradient dW of the whole matrix in backward passes, entries without a delta included.
 
     `matrix`, read in every pass: "needed", dW is formed for `see`; "welcome", `see` where it is formed anyway, else
-    `sample`; "none", neither.
+    `outer`; "none", always `outer`.
     """
 
     @property
     def matrix(self) -> Literal["needed", "welcome", "none"]: ...
 
-    def begin(self, first: int | None, gy: Tensor, x: Tensor) -> None:
-        """A backward pass of this layer starts, with the two factors of dW, [tokens, out] and [tokens, in].
+    def begin(self, first: int | None) -> None:
+        """A backward pass of this layer starts. `first`: the number of the pass where the delta has no gradient yet.
 
-        `first`: the number of the pass where the delta has no gradient yet. Then an update begins, and what earlier
-        passes gave was either used or thrown away (a loss scale that overflowed skips the update). A layer that is
-        called twice begins twice with the same number.
+        Then an update begins, and what earlier passes gave was either used or thrown away (a loss scale that
+        overflowed skips the update). A layer that is called twice begins twice with the same number.
         """
 
     def see(self, first_row: int, block: Tensor) -> None:
         """Rows of dW, in the delta's dtype; may be overwritten."""
 
-    def sample(self, gy: Tensor, x: Tensor) -> None:
-        """The factors in the delta's dtype, channel by channel in memory, where nobody forms dW."""
+    def outer(self, gy: Tensor, x: Tensor) -> None:
+        """The two factors of dW instead, [tokens, out] and [tokens, in]."""
 
     def end(self, gradient: Tensor) -> None:
         """The pass is over; `gradient` [K] is that of the delta's own entries."""
@@ -183,15 +182,16 @@ def _delta_gradient(
     ctx: Any, gy: Tensor, turned: Tensor, x: Tensor, values: Tensor, rowptr: Tensor, columns: Tensor
 ) -> Tensor:
     watch: Watch | None = ctx.watch
-    wanted = "none"
     if watch is not None:
-        watch.begin(_pass_number() if values.grad is None or not bool(values.grad.any()) else None, gy, x)
-        wanted = watch.matrix
-    if ctx.backend == "csr" and wanted != "needed":
+        watch.begin(_pass_number() if values.grad is None or not bool(values.grad.any()) else None)
+    formed = ctx.backend != "csr" or (watch is not None and watch.matrix == "needed")
+    sees = watch is not None and formed and watch.matrix != "none"
+    if not formed:
         gy, x = turned.t(), _by_channel(x, values).t()
+    if watch is not None and not sees:
+        watch.outer(gy, x)
+    if not formed:
         gradient = sampled(gy, x, rowptr, columns)
-        if watch is not None and wanted == "welcome":
-            watch.sample(gy, x)
     else:
         gradient = torch.empty_like(values)
         if ctx.backend == "csr":
@@ -200,7 +200,7 @@ def _delta_gradient(
             block = block.to(values.dtype)
             place = to_flat(rowptr[first : first + len(block) + 1] - start, columns[start:stop], x.shape[1])
             gradient[start:stop] = block.reshape(-1)[place]
-            if watch is not None and wanted != "none":
+            if watch is not None and sees:
                 watch.see(first, block)
     if watch is not None:
         watch.end(gradient)

@@ -30,9 +30,9 @@ class Scores(Candidates):
 
     weight: Tensor | None = None
 
-    def begin(self, first: int | None, gy: Tensor, x: Tensor) -> None:
+    def begin(self, first: int | None) -> None:
         """Every pass counts: gradients are cleared after each of them, and no update is under way."""
-        super().begin(None, gy, x)
+        super().begin(None)
 
     def _prepared(self, first_row: int, block: Tensor) -> Tensor:
         if self.weight is not None:

@@ -193,13 +193,32 @@ def test_a_small_sketch_finds_persistent_gradients():
     for _ in range(12):
         gradient = torch.randn(rows * cols, generator=source)
         gradient[hot] += 2
-        sketch.begin(None, torch.ones(1, rows), torch.ones(1, cols))
+        sketch.begin(None)
         for first in range(0, rows, 7):
             sketch.see(first, gradient.view(rows, cols)[first : first + 7].clone())
         sketch.end(torch.zeros(1))
         assert len(sketch.tensors["position"]) <= 40
     sketch.fold(1.0, (0.9, 0.999))
     assert len(set(sketch.grown(20).flat.tolist()) & set(hot.tolist())) >= 14
+
+
+@pytest.mark.parametrize(("height", "least"), [(40, 20), (20, 20), (7, 18)])  # norms of columns are a guess in a part
+def test_spread_weighs_a_gradient_by_its_channels(height, least):
+    """In one look, block by block: the best by G^2 / (r c), or nearly, which are others than those by |G|."""
+    source = torch.Generator().manual_seed(1)
+    rows, cols = 40, 50
+    scale = torch.outer(30 ** torch.rand(rows, generator=source), 30 ** torch.rand(cols, generator=source))
+    gradient = torch.randn(rows, cols, generator=source) * scale
+    sketch = Candidates(rows, cols, 40, torch.empty(0, dtype=torch.int64), None, spread=True)
+    sketch.begin(None)
+    for first in range(0, rows, height):
+        sketch.see(first, gradient[first : first + height].clone())
+    sketch.end(torch.zeros(1))
+    sketch.fold(1.0, (0.9, 0.999))
+    found = set(sketch.grown(20).flat.tolist())
+    norms = torch.outer(gradient.norm(dim=1), gradient.norm(dim=0))
+    assert len(found & set((gradient**2 / norms).view(-1).topk(20).indices.tolist())) >= least
+    assert len(found & set(gradient.abs().view(-1).topk(20).indices.tolist())) <= 14
 
 
 @pytest.mark.parametrize("policy", ["static", "ag", "ma"])
