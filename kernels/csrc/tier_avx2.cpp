@@ -172,7 +172,7 @@ struct Mask {
     using S = Avx2;
     using W = Weight;
     using V = __m256;
-    static constexpr int kStep = 8, kXBytes = 4;
+    static constexpr int kStep = 8, kXBytes = 4, kChains = 2, kBatch = 4;
     template <class Use>
     static const std::uint16_t* row(const std::uint8_t* mask, const std::uint16_t* values, Use use) {
         for (int word = 0; word < 2; ++word) {

@@ -162,7 +162,7 @@ struct Mask {
     using S = Neon;
     using W = Weight;
     using V = typename SplitDot<Channel<W>>::V;
-    static constexpr int kStep = 8, kXBytes = 4;
+    static constexpr int kStep = 8, kXBytes = 4, kChains = 1, kBatch = 8;
     template <class Use>
     static const std::uint16_t* row(const std::uint8_t* mask, const std::uint16_t* values, Use use) {
         const uint64x2_t counts = vreinterpretq_u64_u8(vcntq_u8(vld1q_u8(mask)));

@@ -115,7 +115,7 @@ struct Mask {
     using S = Scalar;
     using W = Weight;
     using V = S::F;
-    static constexpr int kStep = S::kLanes, kXBytes = 4;
+    static constexpr int kStep = S::kLanes, kXBytes = 4, kChains = 1, kBatch = 8;
     template <class Use>
     static const std::uint16_t* row(const std::uint8_t* mask, const std::uint16_t* values, Use use) {
         for (int i = 0; i < tiles::kCols / kStep; ++i) {

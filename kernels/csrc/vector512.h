@@ -189,7 +189,7 @@ struct SplitMask {
     using S = Avx512;
     using W = typename C::W;
     using V = __m512i;
-    static constexpr int kStep = 32, kXBytes = 4;
+    static constexpr int kStep = 32, kXBytes = 4, kChains = 1, kBatch = 8;
     template <class Use>
     static const std::uint16_t* row(const std::uint8_t* mask, const std::uint16_t* values, Use use) {
         return expand_row(mask, values, use);
