@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ...kernels.bitmask.dispatch import unpack_bits
+from ...kernels.csr.dispatch import csr_sampled
 from ...pruning.mask import Mask
 from . import channels
 from .positions import to_csr
-from .product import sampled
 from .ranks import average, gather, world_size
 from .top import TopPool, best
 
@@ -140,7 +140,7 @@ class Candidates:
         """Adds to what is held."""
         now = self.tensors["now"]
         if len(now):
-            found = sampled(gy, x, *to_csr(self.tensors["position"], self.rows, self.cols)).to(now.dtype)
+            found = csr_sampled(gy, x, *to_csr(self.tensors["position"], self.rows, self.cols)).to(now.dtype)
             now += found.square_() if self.power == 2 else found
 
     def end(self, gradient: Tensor) -> None:

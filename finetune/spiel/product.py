@@ -1,7 +1,6 @@
 """The products of a linear layer with a sparse delta S [out, in], forward and backward, by three back ends.
 
-    csr      x S^T by torch's sparse product; the gradient of S by a sampled product: for CPUs at low density. Both
-             are two to four times as fast on operands that lie channel by channel, transposes included
+    csr      x S^T by a sparse product; the gradient of S by a sampled product: for CPUs at low density (kernels/csr)
     dense    x S^T with S written out as a dense matrix for the moment of the product: for any device, dtype and base
     weight   x (W + S)^T + b with a copy of the base weight W: one product fewer where W has the precision of S
 
@@ -11,9 +10,7 @@ None of them keeps a matrix between forward and backward: saved are x, the delta
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, Literal, Protocol
 
 import torch
@@ -21,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from ...kernels.csr.dispatch import csr_linear, csr_sampled, is_fast
 from .positions import ByColumn, to_flat
 
 BACKENDS = ("csr", "dense", "weight")
@@ -57,7 +55,7 @@ class Watch(Protocol):
 
 def choose(device: str, weight_dtype: torch.dtype | None, density: float) -> str:
     """The back end for a layer. `weight_dtype`: of a base whose plain weight may be copied, else None."""
-    if device == "cpu" and density <= CSR_DENSITY and torch.backends.mkl.is_available():
+    if density <= CSR_DENSITY and is_fast(device):
         return "csr"
     return "weight" if weight_dtype in (torch.float32, torch.float64) else "dense"
 
@@ -115,8 +113,7 @@ class _DeltaProduct(torch.autograd.Function):
         ctx.rows, ctx.backend, ctx.watch, ctx.by_column = rows, backend, watch, by_column
         with torch.autocast(x.device.type, enabled=False):
             if backend == "csr":
-                y = (_csr(values, rowptr, columns, (rows, x.shape[1])) @ _by_channel(x, values)).t()
-                return y.to(x.dtype)
+                return csr_linear(x.to(values.dtype), rowptr, columns, values).to(x.dtype)
             matrix = _matrix(x, values, rowptr, columns, rows, weight)
             return functional.linear(x, matrix, bias)
 
@@ -126,32 +123,13 @@ class _DeltaProduct(torch.autograd.Function):
         x, values, rowptr, columns, weight = ctx.saved_tensors
         gx = gs = gb = None
         with torch.autocast(x.device.type, enabled=False):
-            turned = _by_channel(gy, values) if ctx.backend == "csr" else gy
             if ctx.needs_input_grad[0]:
-                gx = _input_gradient(ctx, turned, x, values, rowptr, columns, weight)
+                gx = _input_gradient(ctx, gy, x, values, rowptr, columns, weight)
             if ctx.needs_input_grad[1]:
-                gs = _delta_gradient(ctx, gy, turned, x, values, rowptr, columns)
+                gs = _delta_gradient(ctx, gy, x, values, rowptr, columns)
             if ctx.needs_input_grad[5]:
                 gb = gy.sum(0)
         return gx, gs, None, None, None, gb, None, None, None, None
-
-
-def _by_channel(x: Tensor, values: Tensor) -> Tensor:
-    """x [tokens, channels] as [channels, tokens] in the delta's dtype, in memory too."""
-    return values.new_empty(x.shape[1], x.shape[0]).copy_(x.t())
-
-
-def _csr(values: Tensor, rowptr: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
-    _hear_beta_warning()
-    return torch.sparse_csr_tensor(rowptr, columns, values, shape, check_invariants=False)
-
-
-@cache
-def _hear_beta_warning() -> None:
-    """torch says once per process that its CSR tensors are in beta; users of an adapter cannot do anything about it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.eye(2).to_sparse_csr()
 
 
 def _matrix(x: Tensor, values: Tensor, rowptr: Tensor, columns: Tensor, rows: int, weight: Tensor | None) -> Tensor:
@@ -170,32 +148,26 @@ def _matrix(x: Tensor, values: Tensor, rowptr: Tensor, columns: Tensor, rows: in
 def _input_gradient(
     ctx: Any, gy: Tensor, x: Tensor, values: Tensor, rowptr: Tensor, columns: Tensor, weight: Tensor | None
 ) -> Tensor:
-    """`gy`: of back end "csr" channel by channel."""
     if ctx.backend == "csr":
         colptr, rows, order = ctx.by_column(rowptr, columns, x.shape[1])
-        delta = _csr(values.index_select(0, order), colptr, rows, (x.shape[1], ctx.rows))
-        return (delta @ gy).t().to(x.dtype)
+        return csr_linear(gy.to(values.dtype), colptr, rows, values.index_select(0, order)).to(x.dtype)
     return gy @ _matrix(x, values, rowptr, columns, ctx.rows, weight)
 
 
-def _delta_gradient(
-    ctx: Any, gy: Tensor, turned: Tensor, x: Tensor, values: Tensor, rowptr: Tensor, columns: Tensor
-) -> Tensor:
+def _delta_gradient(ctx: Any, gy: Tensor, x: Tensor, values: Tensor, rowptr: Tensor, columns: Tensor) -> Tensor:
     watch: Watch | None = ctx.watch
     if watch is not None:
         watch.begin(_pass_number() if values.grad is None or not bool(values.grad.any()) else None)
     formed = ctx.backend != "csr" or (watch is not None and watch.matrix == "needed")
     sees = watch is not None and formed and watch.matrix != "none"
-    if not formed:
-        gy, x = turned.t(), _by_channel(x, values).t()
+    if ctx.backend == "csr":
+        gy, x = gy.to(values.dtype), x.to(values.dtype)
     if watch is not None and not sees:
         watch.outer(gy, x)
     if not formed:
-        gradient = sampled(gy, x, rowptr, columns)
+        gradient = csr_sampled(gy, x, rowptr, columns)
     else:
         gradient = torch.empty_like(values)
-        if ctx.backend == "csr":
-            gy, x = gy.to(values.dtype), x.to(values.dtype)
         for first, start, stop, block in _gradient_rows(gy, x, rowptr):
             block = block.to(values.dtype)
             place = to_flat(rowptr[first : first + len(block) + 1] - start, columns[start:stop], x.shape[1])
@@ -205,12 +177,6 @@ def _delta_gradient(
     if watch is not None:
         watch.end(gradient)
     return gradient
-
-
-def sampled(gy: Tensor, x: Tensor, rowptr: Tensor, columns: Tensor) -> Tensor:
-    """gy^T x at the positions alone, [K]; gy [tokens, out] and x [tokens, in] of one dtype, best channel by channel."""
-    zero = _csr(gy.new_zeros(len(columns)), rowptr, columns, (gy.shape[1], x.shape[1]))
-    return torch.sparse.sampled_addmm(zero, gy.t(), x, beta=0.0).values()
 
 
 def _pass_number() -> int:

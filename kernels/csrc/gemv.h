@@ -69,6 +69,7 @@ struct FinishCall {
     void* y;  // [batch, outputs]: the parts added up in their order, rounded
 };
 
+struct CsrMatrix;   // csr.h
 struct DualCall;    // dual.h
 struct NeuronCall;  // neuron.h
 struct WindowPart;  // window.h
@@ -112,6 +113,11 @@ struct Tier {
     void (*window_run)(int dtype, const WindowPart&);
     // Sums of one query over its total to y [width].
     void (*window_finish)(int dtype, const float* sums, float total, std::int64_t width, void* y);
+    // Of rows_csr.h.
+    void (*turn)(const float* x, std::int64_t tokens, std::int64_t cols, float* out);
+    void (*csr_rows)(const CsrMatrix&, const float* values, const float* x, std::int64_t tokens, float* y);
+    void (*csr_dots)(const CsrMatrix&, const float* gy, const float* x, std::int64_t groups, std::int64_t row_begin,
+                     std::int64_t row_end, bool more, float* out);
 };
 
 // The same tables, defined in tier_*.cpp. A tier that was not compiled is absent from tiers().

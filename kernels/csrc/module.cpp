@@ -10,6 +10,7 @@
 
 #include "active.h"
 #include "bitmask.h"
+#include "csr.h"
 #include "dual.h"
 #include "gemv.h"
 #include "memory.h"
@@ -27,7 +28,7 @@ namespace nb = nanobind;
 namespace {
 
 // Raised whenever a signature changes, so that a stale build is noticed (kernels/extension.py).
-constexpr int kInterface = 11;
+constexpr int kInterface = 12;
 
 using Address = std::uintptr_t;
 
@@ -182,6 +183,25 @@ void define_window(nb::module_& m) {
     }, nb::call_guard<nb::gil_scoped_release>());
 }
 
+void define_csr(nb::module_& m) {
+    const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
+    namespace g = gossamer;
+    m.def("csr_linear", [](Address tier, Address rowptr, Address columns, std::int64_t rows, std::int64_t cols,
+                           std::int64_t count, Address values, Address x, std::int64_t tokens, Address y, int threads) {
+        const g::CsrMatrix matrix{at<const std::int32_t>(rowptr), at<const std::int32_t>(columns), rows, cols, count};
+        return g::csr_linear(*at<const g::Tier>(tier), matrix, at<const float>(values), at<const float>(x), tokens,
+                             at<float>(y), threads);
+    }, unlocked);
+    m.def("csr_sampled", [](Address tier, Address rowptr, Address columns, std::int64_t rows, std::int64_t cols,
+                            std::int64_t count, Address gy, Address x, std::int64_t tokens, Address room, Address out,
+                            int threads) {
+        const g::CsrMatrix matrix{at<const std::int32_t>(rowptr), at<const std::int32_t>(columns), rows, cols, count};
+        return g::csr_sampled(*at<const g::Tier>(tier), matrix, at<const float>(gy), at<const float>(x), tokens,
+                              at<float>(room), at<float>(out), threads);
+    }, unlocked);
+    m.def("csr_room", g::csr_room);
+}
+
 void define_norm(nb::module_& m) {
     m.def("rms_norm", [](int dtype, Address x, Address weight, std::int64_t rows, std::int64_t cols, float epsilon, Address y) {
         gossamer::rms_norm(dtype, at<const void>(x), at<const void>(weight), rows, cols, epsilon, at<void>(y));
@@ -274,6 +294,7 @@ NB_MODULE(_C, m) {
     define_dual(m);
     define_neuron(m);
     define_window(m);
+    define_csr(m);
     define_norm(m);
     define_step(m);
 }

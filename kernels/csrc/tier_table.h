@@ -5,6 +5,7 @@
 #include "float16.h"
 #include "rows_bitmask.h"
 #include "rows_channel.h"
+#include "rows_csr.h"
 #include "rows_dense.h"
 #include "rows_dual.h"
 #include "rows_gate.h"
@@ -170,11 +171,14 @@ void window_finish_(int dtype, const float* sums, float total, std::int64_t widt
     });
 }
 
+using Unit = Channel<float>::S;
+
 constexpr Tier make_tier(const char* name) {
     return Tier{name,         dense_row_, bitmask_row_, dense_prepare_, bitmask_prepare_, dense_run_,   bitmask_run_,
                 int8_bytes_,  int8_prepare_, int8_run_,  channel_run_,   narrow_,          expand_row_, compact_,
                 subtract_,    dual_run_,     channel_finish_, dual_finish_,  neuron_run_,   gate_,
-                window_sizes_, window_prepare_, window_run_, window_finish_};
+                window_sizes_, window_prepare_, window_run_, window_finish_,
+                turn_group<Unit>, csr_rows<Unit>, csr_dots<Unit>};
 }
 
 }  // namespace

@@ -1,0 +1,1 @@
+"""Many rows times a sparse matrix in CSR, and products sampled at its positions: for sparse deltas."""
