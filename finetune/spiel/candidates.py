@@ -72,6 +72,7 @@ class Candidates:
         self._known: tuple[Tensor, Tensor] | None = None
         self._columns: Tensor | None = None
         self._pool = TopPool(capacity, device)
+        self._csr: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     @property
     def matrix(self) -> Literal["needed", "welcome"]:
@@ -138,9 +139,11 @@ class Candidates:
 
     def outer(self, gy: Tensor, x: Tensor) -> None:
         """Adds to what is held."""
-        now = self.tensors["now"]
+        now, position = self.tensors["now"], self.tensors["position"]
         if len(now):
-            found = csr_sampled(gy, x, *to_csr(self.tensors["position"], self.rows, self.cols)).to(now.dtype)
+            if self._csr is None or self._csr[0] is not position:
+                self._csr = position, to_csr(position, self.rows, self.cols)
+            found = csr_sampled(gy, x, *self._csr[1]).to(now.dtype)
             now += found.square_() if self.power == 2 else found
 
     def end(self, gradient: Tensor) -> None:
@@ -195,7 +198,7 @@ class Candidates:
 
 def _weights(squares: Tensor) -> Tensor:
     """1 / sqrt(norm), 0 where nothing was."""
-    return squares.pow(-0.25).nan_to_num(0.0, 0.0)
+    return squares.rsqrt().sqrt().nan_to_num(0.0, 0.0)  # a power of -0.25 takes many times as long
 
 
 def _within(ascending: Tensor, first: int, length: int) -> Tensor:

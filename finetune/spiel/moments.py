@@ -55,11 +55,19 @@ def step_adam(values: Tensor, gradient: Tensor, state: dict[str, Tensor], done: 
     m.mul_(beta1).add_(gradient, alpha=1 - beta1)
     v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     write_adam(state, m, v)
-    age = (done - state["birth"]).to(torch.float32)
-    m = m / (1 - torch.pow(beta1, age))
-    v = v / (1 - torch.pow(beta2, age))
+    age = done - state["birth"]
+    m = m / _corrections(beta1, age, done)
+    v = v / _corrections(beta2, age, done)
     values.mul_(1 - group["lr"] * group["weight_decay"])
     values.add_((m / (v.sqrt() + group["eps"])).to(values.dtype), alpha=-group["lr"])
+
+
+def _corrections(beta: float, age: Tensor, done: int) -> Tensor:
+    """1 - beta^age [K], ages of 1 to `done`: powers once per age where that is fewer than once per entry."""
+    if done >= len(age):
+        return 1 - torch.pow(beta, age.to(torch.float32))
+    powers = torch.pow(beta, torch.arange(done + 1, dtype=torch.float32, device=age.device))
+    return 1 - powers.index_select(0, age)
 
 
 def start_sm3(rows: int, cols: int, device: torch.device) -> dict[str, Tensor]:

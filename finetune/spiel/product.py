@@ -18,12 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ...kernels.csr.dispatch import csr_linear, csr_sampled, is_fast
+from ...kernels.csr.dispatch import csr_linear, csr_sampled, densest
 from .positions import ByColumn, to_flat
 
 BACKENDS = ("csr", "dense", "weight")
 BLOCK = 1 << 22  # entries of dW that exist at a time
-CSR_DENSITY = 0.03  # beyond, dense products are faster on a CPU
 
 
 class Watch(Protocol):
@@ -55,7 +54,7 @@ class Watch(Protocol):
 
 def choose(device: str, weight_dtype: torch.dtype | None, density: float) -> str:
     """The back end for a layer. `weight_dtype`: of a base whose plain weight may be copied, else None."""
-    if density <= CSR_DENSITY and is_fast(device):
+    if density <= densest(device):
         return "csr"
     return "weight" if weight_dtype in (torch.float32, torch.float64) else "dense"
 

@@ -8,6 +8,7 @@ import torch
 from gossamer.finetune.spiel import product
 from gossamer.finetune.spiel.positions import ByColumn, check, draw, generator, is_kept, to_csr, to_flat
 from gossamer.finetune.spiel.product import BACKENDS, choose, delta_product
+from gossamer.kernels.tier import available, forced
 from gossamer.pruning.mask import Mask
 
 
@@ -140,6 +141,9 @@ def test_nothing_of_the_size_of_the_weight_is_saved():
 
 def test_the_choice_of_the_back_end():
     assert choose("cpu", torch.float32, 0.01) == "csr"
+    assert choose("cpu", torch.float32, 0.09) == ("csr" if available() else "weight")
+    with forced(None):
+        assert choose("cpu", torch.float32, 0.09) == "weight"
     assert choose("cpu", torch.float32, 0.2) == "weight"
     assert choose("cpu", torch.bfloat16, 0.2) == "dense"
     assert choose("cuda", torch.bfloat16, 0.01) == "dense"
