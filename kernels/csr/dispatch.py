@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import KernelError
 from ..arguments import check_memory, name
 from ..backend import choose
+from ..library import operator
 from ..tier import Tier, current
 from . import reference
 
@@ -33,6 +34,20 @@ def csr_linear(x: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor) -> Te
     Each token has the same bits alone or among others, for any number of threads. Raises KernelError for shapes, dtypes
     and devices that do not fit, positions beyond the matrix (compiled code only) and where a gradient is required.
     """
+    run = _linear_operator if torch.compiler.is_compiling() else _linear
+    return run(x, rowptr, columns, values)
+
+
+def csr_sampled(gy: Tensor, x: Tensor, rowptr: Tensor, columns: Tensor) -> Tensor:
+    """gy^T x at the positions of S alone, [K]; gy [tokens, rows] and x [tokens, cols] of one dtype.
+
+    The same bits for any number of threads. Raises KernelError as `csr_linear` does.
+    """
+    run = _sampled_operator if torch.compiler.is_compiling() else _sampled
+    return run(gy, x, rowptr, columns)
+
+
+def _linear(x: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     rows = _checked(rowptr, columns, {"x": x, "values": values})
     if x.dim() != 2 or values.shape != columns.shape:
         raise KernelError(
@@ -49,11 +64,7 @@ def csr_linear(x: Tensor, rowptr: Tensor, columns: Tensor, values: Tensor) -> Te
     return _good(good, y, rows, x.shape[1])
 
 
-def csr_sampled(gy: Tensor, x: Tensor, rowptr: Tensor, columns: Tensor) -> Tensor:
-    """gy^T x at the positions of S alone, [K]; gy [tokens, rows] and x [tokens, cols] of one dtype.
-
-    The same bits for any number of threads. Raises KernelError as `csr_linear` does.
-    """
+def _sampled(gy: Tensor, x: Tensor, rowptr: Tensor, columns: Tensor) -> Tensor:
     rows = _checked(rowptr, columns, {"gy": gy, "x": x})
     if gy.dim() != 2 or x.dim() != 2 or gy.shape != (x.shape[0], rows):
         raise KernelError(
@@ -103,3 +114,15 @@ def _good(good: bool, made: Tensor, rows: int, cols: int) -> Tensor:
             f"rowptr does not rise from 0 to the number of columns, or a column lies beyond a [{rows}, {cols}] matrix"
         )
     return made
+
+
+_linear_operator = operator(
+    "csr_linear(Tensor x, Tensor rowptr, Tensor columns, Tensor values) -> Tensor",
+    _linear,
+    lambda x, rowptr, columns, values: x.new_empty(x.shape[0], rowptr.shape[0] - 1),
+)
+_sampled_operator = operator(
+    "csr_sampled(Tensor gy, Tensor x, Tensor rowptr, Tensor columns) -> Tensor",
+    _sampled,
+    lambda gy, x, rowptr, columns: x.new_empty(columns.shape[0]),
+)

@@ -79,8 +79,8 @@ void csr_rows(const CsrMatrix& matrix, const float* values, const float* x, std:
     csr_rows_of<S, static_cast<int>(csr::kTokens) / S::kLanes>(matrix, values, x, tokens, y);
 }
 
-// Products of output gradients [rows][32] and inputs [cols][32] at the positions of rows [begin, end), summed over the
-// tokens of kGroups groups, which lie `gy_step` and `x_step` floats apart.
+// Products of output gradients [kGroups][rows][32] and inputs [kGroups][cols][32] at the positions of rows [begin, end),
+// summed over all tokens; `more`: added to what out holds.
 template <class S, int kGroups>
 void csr_dots_of(const CsrMatrix& matrix, const float* gy, const float* x, std::int64_t begin, std::int64_t end, bool more,
                  float* out) {
@@ -111,7 +111,7 @@ void csr_dots_of(const CsrMatrix& matrix, const float* gy, const float* x, std::
     }
 }
 
-// Of all groups, two at a time; `more`: added to what out holds.
+// The same of any number of groups, two at a time.
 template <class S>
 void csr_dots(const CsrMatrix& matrix, const float* gy, const float* x, std::int64_t groups, std::int64_t begin,
               std::int64_t end, bool more, float* out) {

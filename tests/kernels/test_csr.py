@@ -165,6 +165,20 @@ def test_refusals(on):
         csr_sampled(torch.ones(3, 5), x, rowptr, columns)
 
 
+def test_operators(on):
+    _, _, rowptr, columns, values = sparse(9, 20, 0.4)
+    gy, x = operands(12, 9, 20)
+    torch.library.opcheck(torch.ops.gossamer.csr_linear.default, (x, rowptr, columns, values))
+    torch.library.opcheck(torch.ops.gossamer.csr_sampled.default, (gy, x, rowptr, columns))
+
+    def both(gy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return csr_linear(x * 2, rowptr, columns, values) + 1, csr_sampled(gy, x * 2, rowptr, columns) + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, compiled(gy, x), both(gy, x)))
+
+
 @pytest.fixture(params=[name for name in BACKENDS if name != "torch"])
 def compiled(request):
     """Every compiled tier; their promises on bits and positions are not those of torch's own products."""
