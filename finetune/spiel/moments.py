@@ -63,11 +63,11 @@ def step_adam(values: Tensor, gradient: Tensor, state: dict[str, Tensor], done: 
 
 
 def _corrections(beta: float, age: Tensor, done: int) -> Tensor:
-    """1 - beta^age [K], ages of 1 to `done`: powers once per age where that is fewer than once per entry."""
-    if done >= len(age):
+    """1 - beta^age, ages of 1 to `done`: powers once per age where that is fewer than once per entry."""
+    if done >= age.numel():
         return 1 - torch.pow(beta, age.to(torch.float32))
     powers = torch.pow(beta, torch.arange(done + 1, dtype=torch.float32, device=age.device))
-    return 1 - powers.index_select(0, age)
+    return 1 - powers[age]
 
 
 def start_sm3(rows: int, cols: int, device: torch.device) -> dict[str, Tensor]:
