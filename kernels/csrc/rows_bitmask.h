@@ -4,7 +4,7 @@
 // kept), row(mask, values, use), which calls use(i, V) for every step of a row's 128 columns and returns the address
 // behind its values, mul(acc, V, x), prepare_step(x, out), W, kChains, kBatch.
 // kChains: sums that a row's steps take turns in, added up at its end. One sum is a chain of multiplications, each of
-// which waits for the one before: two were 1.2 times as fast as one with AVX2's 16 steps.
+// which waits for the one before: two were 1.2 times as fast as one with AVX2's 16 steps (Zen 3).
 // kBatch: rows of x whose sums fit into registers; more of them take the tiles again, out of the cache.
 // row may read 64 bytes beyond the last kept value: the packed tensor ends with that many. It should find the values of
 // every step from the mask alone: adding up the steps' counts one after the other is a chain of dependent instructions,

@@ -8,7 +8,7 @@ import torch
 from gossamer.finetune.spiel import product
 from gossamer.finetune.spiel.positions import ByColumn, check, draw, generator, is_kept, to_csr, to_flat
 from gossamer.finetune.spiel.product import BACKENDS, choose, delta_product
-from gossamer.kernels.tier import available, forced
+from gossamer.kernels.tier import available, current, forced
 from gossamer.pruning.mask import Mask
 
 
@@ -141,9 +141,12 @@ def test_nothing_of_the_size_of_the_weight_is_saved():
 
 def test_the_choice_of_the_back_end():
     assert choose("cpu", torch.float32, 0.01) == "csr"
-    assert choose("cpu", torch.float32, 0.09) == ("csr" if available() else "weight")
-    with forced(None):
-        assert choose("cpu", torch.float32, 0.09) == "weight"
+    vectors = current() is not None and current().name != "scalar"
+    assert choose("cpu", torch.float32, 0.09) == ("csr" if vectors else "weight")
+    for slow in ("scalar", None) if available() else (None,):
+        with forced(slow):
+            assert choose("cpu", torch.float32, 0.09) == "weight"
+            assert choose("cpu", torch.float32, 0.02) == "csr"
     assert choose("cpu", torch.float32, 0.2) == "weight"
     assert choose("cpu", torch.bfloat16, 0.2) == "dense"
     assert choose("cuda", torch.bfloat16, 0.01) == "dense"

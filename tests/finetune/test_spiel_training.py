@@ -18,6 +18,7 @@ from gossamer.finetune.reselection import Reselection
 from gossamer.finetune.spiel import product
 from gossamer.finetune.spiel.candidates import Candidates
 from gossamer.finetune.spiel.layer import layers_of
+from gossamer.finetune.spiel.moments import step_adam
 
 
 def state(model, adapter="default"):
@@ -219,6 +220,21 @@ def test_spread_weighs_a_gradient_by_its_channels(height, least):
     norms = torch.outer(gradient.norm(dim=1), gradient.norm(dim=0))
     assert len(found & set((gradient**2 / norms).view(-1).topk(20).indices.tolist())) >= least
     assert len(found & set(gradient.abs().view(-1).topk(20).indices.tolist())) <= 14
+
+
+@pytest.mark.parametrize("shape", [(1,), (40,), (5, 8)])
+@pytest.mark.parametrize("done", [7, 60])  # fewer updates than entries, and more
+def test_every_entry_is_corrected_by_its_own_age(shape, done):
+    source = torch.Generator().manual_seed(0)
+    values, gradient, m = (torch.randn(shape, generator=source) for _ in range(3))
+    v = torch.rand(shape, generator=source)
+    birth = torch.randint(0, done, shape, generator=source, dtype=torch.int32)
+    state = {"m": m.clone(), "v": v.clone(), "birth": birth}
+    group = {"betas": (0.6, 0.999), "eps": 1e-8, "lr": 0.1, "weight_decay": 0.0}
+    m, v, age = 0.6 * m + 0.4 * gradient, 0.999 * v + 0.001 * gradient**2, (done - birth).double()
+    wanted = values - 0.1 * (m / (1 - 0.6**age)) / ((v / (1 - 0.999**age)).sqrt() + 1e-8)
+    step_adam(values, gradient, state, done, group)
+    torch.testing.assert_close(values, wanted.float(), rtol=2e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("policy", ["static", "ag", "ma"])

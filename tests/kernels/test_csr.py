@@ -23,6 +23,15 @@ def on(request):
         yield request.param
 
 
+@pytest.fixture(params=[name for name in BACKENDS if name != "torch"])
+def compiled(request):
+    """Every compiled tier; their promises on bits and positions are not those of torch's own products."""
+    if not tier.available():
+        pytest.skip("no compiled code here")
+    with backend(request.param):
+        yield request.param
+
+
 def sparse(rows: int, cols: int, density: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """(dense matrix, mask, rowptr, columns, values); whole rows and columns without entries at low densities."""
     generator = torch.Generator().manual_seed(rows * 1000 + cols)
@@ -177,12 +186,3 @@ def test_operators(on):
     torch._dynamo.reset()
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     assert all(map(torch.equal, compiled(gy, x), both(gy, x)))
-
-
-@pytest.fixture(params=[name for name in BACKENDS if name != "torch"])
-def compiled(request):
-    """Every compiled tier; their promises on bits and positions are not those of torch's own products."""
-    if not tier.available():
-        pytest.skip("no compiled code here")
-    with backend(request.param):
-        yield request.param
