@@ -8,7 +8,7 @@ from functools import cache
 from types import ModuleType
 
 VARIABLE = "GOSSAMER_DISABLE_EXTENSION"
-INTERFACE = 12  # must equal kInterface in csrc/module.cpp
+INTERFACE = 13  # must equal kInterface in csrc/module.cpp
 
 
 @cache

@@ -117,19 +117,21 @@ class Candidates:
 
     def see(self, first_row: int, block: Tensor) -> None:
         """Adds a block of gradients to what is held; if it looks, remembers what is larger than the weakest of it."""
-        flat, first = self._prepared(first_row, block).reshape(-1), first_row * self.cols
+        block, first = self._prepared(first_row, block).contiguous(), first_row * self.cols
+        flat = block.view(-1)
         position = self.tensors["position"]
         held = torch.searchsorted(position, torch.tensor([first, first + len(flat)], device=position.device)).tolist()
         own = position[held[0] : held[1]] - first
         self.tensors["now"][held[0] : held[1]] += flat[own]
         if self.looks:
+            weights = None
             if self.spread:
                 channels.add_block(self.tensors, first_row, block)
                 rows, cols = map(_weights, self._during_pass())
-                block.mul_(cols).mul_(rows[first_row : first_row + len(block)].unsqueeze(1))
+                weights = rows[first_row : first_row + len(block)], cols
             flat[own] = 0.0
             flat[_within(self.taken, first, len(flat)) - first] = 0.0
-            self._pool.offer(first, flat, self._floor)
+            self._pool.offer(first, block, self._floor, weights)
 
     def _prepared(self, first_row: int, block: Tensor) -> Tensor:
         if self.allowed is not None:

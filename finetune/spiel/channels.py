@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...kernels.entries.dispatch import channel_squares
+
 
 def start(rows: int, cols: int, device: torch.device) -> dict[str, Tensor]:
     """Zeros, float32."""
@@ -25,9 +27,9 @@ def add(tensors: dict[str, Tensor], gy: Tensor, x: Tensor) -> None:
 
 def add_block(tensors: dict[str, Tensor], first_row: int, block: Tensor) -> None:
     """Rows of a gradient."""
-    squares = block.to(torch.float32).square()
-    tensors["now_rows"][first_row : first_row + len(block)] += squares.sum(1)
-    tensors["now_cols"] += squares.sum(0)
+    rows, cols = channel_squares(block)
+    tensors["now_rows"][first_row : first_row + len(block)] += rows
+    tensors["now_cols"] += cols
 
 
 def forget(tensors: dict[str, Tensor]) -> None:

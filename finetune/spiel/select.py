@@ -88,10 +88,10 @@ def strongest_weights(layers: list[Linear], adapter_name: str, shares: list[int]
         pool = TopPool(min(held * k, layer.room(adapter_name)), weight.device)
         allowed = layer.allowed(adapter_name)
         for first in range(0, len(weight), height := max(1, (1 << 22) // layer.in_features)):
-            slab = weight[first : first + height].float().reshape(-1)
+            slab = weight[first : first + height].detach().float()
             if allowed is not None:
-                place = torch.arange(len(slab), device=slab.device) + first * layer.in_features
-                slab = slab.masked_fill(~is_kept(allowed, place), 0.0)
+                place = torch.arange(slab.numel(), device=slab.device) + first * layer.in_features
+                slab = slab.masked_fill(~is_kept(allowed, place).view_as(slab), 0.0)
             pool.offer(first * layer.in_features, slab)
         order = pool.position.argsort()
         found.append((pool.position[order], pool.value[order].abs()))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...kernels.entries.dispatch import entries_beyond
+
 STRIDE = 61  # of a sample; odd, so that it meets all columns of a matrix
 
 
@@ -23,19 +25,25 @@ class TopPool:
         self.value = torch.empty(0, device=device)
         self.floor = 0.0
 
-    def offer(self, first: int, values: Tensor, floor: float = 0.0) -> None:
-        """values [n] of positions first ... first + n - 1; magnitudes that do not exceed `floor` are passed by."""
+    def offer(
+        self, first: int, matrix: Tensor, floor: float = 0.0, weights: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """matrix [rows, cols] of positions from `first` on, row by row, times weights of its rows and columns.
+
+        Magnitudes that do not exceed `floor` are passed by.
+        """
         if not self.capacity:
             return
-        size, floor = values.abs(), max(floor, self.floor)
-        guess = _below_the_largest(size, self.capacity) if floor == 0 else 0.0
-        fit = _where(size > max(floor, guess))
-        if guess and len(fit) < self.capacity:
-            fit = _where(size > floor)
-        if len(fit) > self.capacity:  # sort no more than can stay
-            least = size[fit].topk(self.capacity, sorted=False).values.min()
-            fit = fit[size[fit] >= least]
-        self.add(fit + first, values[fit])
+        floor = max(floor, self.floor)
+        guess = _below_the_largest(_sample(matrix, weights), self.capacity) if floor == 0 else 0.0
+        position, value = entries_beyond(matrix, max(floor, guess), weights)
+        if guess and len(position) < self.capacity:
+            position, value = entries_beyond(matrix, floor, weights)
+        if len(position) > self.capacity:  # sort no more than can stay
+            size = value.abs()
+            stays = size >= size.topk(self.capacity, sorted=False).values.min()
+            position, value = position[stays], value[stays]
+        self.add(position + first, value)
 
     def add(self, position: Tensor, value: Tensor) -> None:
         """Numbers [n] at any positions that are not in the pool."""
@@ -49,21 +57,20 @@ class TopPool:
             self.floor = float(self.value.abs().min())
 
 
-def _below_the_largest(size: Tensor, count: int) -> float:
+def _sample(matrix: Tensor, weights: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Weighted magnitudes of one entry in STRIDE."""
+    size = matrix.reshape(-1)[::STRIDE].abs()
+    if weights is None:
+        return size
+    place, width = torch.arange(0, matrix.numel(), STRIDE, device=matrix.device), matrix.shape[1]
+    return size * weights[1][place % width] * weights[0][place // width]
+
+
+def _below_the_largest(sample: Tensor, count: int) -> float:
     """A number that likely is below the `count` largest and above most others, from one in STRIDE; else 0."""
     expected = count / STRIDE
     least = int(expected + 4 * expected**0.5) + 8
-    sample = size[::STRIDE]
     return float(sample.topk(least, sorted=False).values.min()) if 8 * least < len(sample) else 0.0
-
-
-def _where(chosen: Tensor) -> Tensor:
-    """Indices of the few that are true, [n] bool, ascending: words of eight are searched first, four times as fast."""
-    whole = len(chosen) // 8 * 8
-    words = chosen[:whole].view(torch.int64).nonzero()
-    places = 8 * words + torch.arange(8, device=chosen.device)
-    rest = chosen[whole:].nonzero().flatten() + whole
-    return torch.cat([places[chosen[:whole].view(-1, 8)[words.flatten()]], rest])
 
 
 def best(position: Tensor, score: Tensor, count: int) -> Tensor:

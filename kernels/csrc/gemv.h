@@ -71,6 +71,7 @@ struct FinishCall {
 
 struct CsrMatrix;   // csr.h
 struct DualCall;    // dual.h
+struct EntryRow;    // entries.h
 struct NeuronCall;  // neuron.h
 struct WindowPart;  // window.h
 struct WindowSizes;
@@ -118,6 +119,9 @@ struct Tier {
     void (*csr_rows)(const CsrMatrix&, const float* values, const float* x, std::int64_t tokens, float* y);
     void (*csr_dots)(const CsrMatrix&, const float* gy, const float* x, std::int64_t groups, std::int64_t row_begin,
                      std::int64_t row_end, bool more, float* out);
+    // Of rows_entries.h.
+    void (*square_sums)(const float* matrix, std::int64_t rows, std::int64_t cols, float* row_sums, float* col_sums);
+    std::int64_t (*beyond)(const EntryRow&, std::int64_t* position, float* value);
 };
 
 // The same tables, defined in tier_*.cpp. A tier that was not compiled is absent from tiers().

@@ -12,6 +12,7 @@
 #include "bitmask.h"
 #include "csr.h"
 #include "dual.h"
+#include "entries.h"
 #include "gemv.h"
 #include "memory.h"
 #include "neuron.h"
@@ -28,7 +29,7 @@ namespace nb = nanobind;
 namespace {
 
 // Raised whenever a signature changes, so that a stale build is noticed (kernels/extension.py).
-constexpr int kInterface = 12;
+constexpr int kInterface = 13;
 
 using Address = std::uintptr_t;
 
@@ -202,6 +203,31 @@ void define_csr(nb::module_& m) {
     m.def("csr_room", g::csr_room);
 }
 
+void define_entries(nb::module_& m) {
+    const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
+    namespace g = gossamer;
+    m.def("channel_squares", [](Address tier, Address matrix, std::int64_t rows, std::int64_t cols, Address room,
+                                Address row_sums, Address col_sums, int threads) {
+        g::channel_squares(*at<const g::Tier>(tier), at<const float>(matrix), rows, cols, at<float>(room),
+                           at<float>(row_sums), at<float>(col_sums), threads);
+    }, unlocked);
+    m.def("square_room", g::square_room);
+    m.def("count_entries", [](Address tier, Address matrix, std::int64_t rows, std::int64_t cols, Address row_weights,
+                              Address col_weights, float floor, Address starts, int threads) {
+        const g::EntryCall call{at<const float>(matrix), rows, cols, at<const float>(row_weights),
+                                at<const float>(col_weights), floor};
+        return g::count_entries(*at<const g::Tier>(tier), call, at<std::int64_t>(starts), threads);
+    }, unlocked);
+    m.def("find_entries", [](Address tier, Address matrix, std::int64_t rows, std::int64_t cols, Address row_weights,
+                             Address col_weights, float floor, Address starts, Address position, Address value,
+                             int threads) {
+        const g::EntryCall call{at<const float>(matrix), rows, cols, at<const float>(row_weights),
+                                at<const float>(col_weights), floor};
+        g::find_entries(*at<const g::Tier>(tier), call, at<const std::int64_t>(starts), at<std::int64_t>(position),
+                        at<float>(value), threads);
+    }, unlocked);
+}
+
 void define_norm(nb::module_& m) {
     m.def("rms_norm", [](int dtype, Address x, Address weight, std::int64_t rows, std::int64_t cols, float epsilon, Address y) {
         gossamer::rms_norm(dtype, at<const void>(x), at<const void>(weight), rows, cols, epsilon, at<void>(y));
@@ -295,6 +321,7 @@ NB_MODULE(_C, m) {
     define_neuron(m);
     define_window(m);
     define_csr(m);
+    define_entries(m);
     define_norm(m);
     define_step(m);
 }

@@ -8,6 +8,7 @@
 #include "rows_csr.h"
 #include "rows_dense.h"
 #include "rows_dual.h"
+#include "rows_entries.h"
 #include "rows_gate.h"
 #include "rows_int8.h"
 #include "rows_neuron.h"
@@ -178,7 +179,8 @@ constexpr Tier make_tier(const char* name) {
                 int8_bytes_,  int8_prepare_, int8_run_,  channel_run_,   narrow_,          expand_row_, compact_,
                 subtract_,    dual_run_,     channel_finish_, dual_finish_,  neuron_run_,   gate_,
                 window_sizes_, window_prepare_, window_run_, window_finish_,
-                turn_group<Unit>, csr_rows<Unit>, csr_dots<Unit>};
+                turn_group<Unit>, csr_rows<Unit>, csr_dots<Unit>, square_sums<Unit>,
+                beyond<Unit>};
 }
 
 }  // namespace

@@ -32,7 +32,7 @@ def test_a_pool_keeps_the_largest(kind, capacity, pieces):
         values = values.sort().values
     pool, first = TopPool(capacity, torch.device("cpu")), 0
     for piece in values.split(pieces):
-        pool.offer(first, piece)
+        pool.offer(first, piece.view(1, -1))
         first += len(piece)
     want = largest(values.tolist(), capacity)
     if kind == "few levels" and len(pieces) > 1 and capacity < 40_000:  # pieces are cut to size one by one
@@ -45,7 +45,7 @@ def test_a_pool_keeps_the_largest(kind, capacity, pieces):
 
 def test_a_pool_passes_by_what_does_not_exceed_the_floor():
     pool = TopPool(100, torch.device("cpu"))
-    pool.offer(10, torch.tensor([0.5, -2.0, 1.0, NAN, 3.0, 0.0, 0.1, 0.2, -1.5]), 1.0)
+    pool.offer(10, torch.tensor([[0.5, -2.0, 1.0, NAN, 3.0, 0.0, 0.1, 0.2, -1.5]]), 1.0)
     assert pool.position.tolist() == [11, 14, 18]
 
 
