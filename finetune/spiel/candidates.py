@@ -23,9 +23,9 @@ from ...kernels.bitmask.dispatch import unpack_bits
 from ...kernels.csr.dispatch import csr_sampled
 from ...pruning.mask import Mask
 from . import channels
-from .positions import to_csr
+from .positions import merged, to_csr
 from .ranks import average, gather, world_size
-from .top import TopPool, best
+from .top import TopPool, highest
 
 _FLOATS = ("total", "now", "m", "v")
 _HELD = (*_FLOATS, "position", "age")
@@ -155,13 +155,14 @@ class Candidates:
             self._enter(position, value / self._weight_of(position, self._during_pass()) if self.spread else value)
 
     def _enter(self, position: Tensor, value: Tensor) -> None:
-        """New positions with their gradient in this pass; the weakest of all are let go."""
+        """New positions, ascending, with their gradient in this pass; the weakest of all are let go."""
         fresh = {name: torch.zeros_like(value) for name in _FLOATS}
         fresh |= {"now": value, "position": position, "age": torch.zeros_like(position, dtype=torch.int32)}
-        self._replace({name: torch.cat([self.tensors[name], fresh[name]]) for name in _HELD})
+        order = merged(self.tensors["position"], position)
+        self._replace({name: torch.cat([self.tensors[name], fresh[name]])[order] for name in _HELD})
 
     def _replace(self, tensors: dict[str, Tensor]) -> None:
-        keep = best(tensors["position"], self._scores(tensors), self.capacity)
+        keep = highest(self._scores(tensors), self.capacity)
         for name, tensor in tensors.items():
             self.tensors[name] = tensor[keep]
 
@@ -194,7 +195,7 @@ class Candidates:
 
     def grown(self, count: int) -> Grown:
         """The best `count` of what is held, or fewer."""
-        keep = best(self.tensors["position"], self.scores(), count)
+        keep = highest(self.scores(), count)
         return Grown(*(self.tensors[name][keep] for name in ("position", "m", "v", "age")))
 
 

@@ -19,7 +19,9 @@ from .config import SpielConfig, share_of
 from .layer import Linear, layers_of
 from .moments import read_adam, start_adam, start_sm3, step_adam, step_sm3, write_adam
 from .policy import Policy, Tracker, get_policy
+from .positions import merged
 from .ranks import average, check_equal
+from .top import highest
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,9 @@ class SpielOptimizer(torch.optim.Optimizer):
 
     def _move(self, slot: Slot, grown: Any, done: int) -> None:
         values, state = slot.values, self.state[slot.values]
-        stay = values.abs().argsort(stable=True)[len(grown.flat) :].sort().values
-        flat = torch.cat([slot.layer.flat(slot.adapter)[stay], grown.flat])
-        order = flat.argsort()
+        stay = highest(values.abs(), len(values) - len(grown.flat))
+        staying = slot.layer.flat(slot.adapter)[stay]
+        order = merged(staying, grown.flat)
         if "birth" in state:
             m, v = read_adam(state)
             write_adam(state, torch.cat([m[stay], grown.m])[order], torch.cat([v[stay], grown.v])[order])
@@ -188,7 +190,7 @@ class SpielOptimizer(torch.optim.Optimizer):
             state["birth"] = torch.cat([state["birth"][stay], born])[order]
             state["fresh"] = (order >= len(stay)).clone()
         kept = torch.cat([values[stay], values.new_zeros(len(grown.flat))])[order]
-        slot.layer.set_delta(slot.adapter, flat[order], kept)
+        slot.layer.set_delta(slot.adapter, torch.cat([staying, grown.flat])[order], kept)
         if values.grad is not None:
             values.grad.zero_()  # of other positions now
 

@@ -26,6 +26,18 @@ def to_flat(rowptr: Tensor, columns: Tensor, cols: int) -> Tensor:
     return torch.repeat_interleave(rows * cols, rowptr.diff().long(), output_size=len(columns)) + columns
 
 
+def merged(ascending: Tensor, more: Tensor) -> Tensor:
+    """Indices that put torch.cat([ascending, more]) in ascending order; both ascend, and nothing is in both."""
+    total, device = len(ascending) + len(more), more.device
+    place = torch.searchsorted(ascending, more) + torch.arange(len(more), device=device)
+    order = torch.empty(total, dtype=torch.int64, device=device)
+    others = torch.ones(total, dtype=torch.bool, device=device)
+    others[place] = False
+    order[place] = torch.arange(len(ascending), total, device=device)
+    order[others] = torch.arange(len(ascending), device=device)
+    return order
+
+
 class ByColumn:
     """Positions column by column, made when they are first asked for and again when they have changed."""
 

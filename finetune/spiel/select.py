@@ -20,7 +20,7 @@ from .config import BY_DATA, SpielConfig
 from .layer import Linear, layers_of
 from .positions import is_kept
 from .ranks import check_equal
-from .top import TopPool, best
+from .top import TopPool, highest
 
 HELD = 4  # positions that are followed, per position to be chosen
 
@@ -106,9 +106,9 @@ def strongest_weights(layers: list[Linear], adapter_name: str, shares: list[int]
 
 
 def _chosen(found: list[tuple[Tensor, Tensor]], shares: list[int], rooms: list[int], allocation: str) -> list[Tensor]:
-    """The best positions per layer, ascending; under "global" the counts are those of a common threshold."""
+    """The best of the found positions per layer; both ascend. Under "global" the counts are of a common threshold."""
     counts = shares if allocation != "global" else global_counts([score for _, score in found], shares, rooms)
-    return [position[best(position, score, k)] for (position, score), k in zip(found, counts, strict=True)]
+    return [position[highest(score, k)] for (position, score), k in zip(found, counts, strict=True)]
 
 
 def global_counts(scores: list[Tensor], shares: list[int], rooms: list[int]) -> list[int]:

@@ -14,7 +14,7 @@ class TopPool:
     """Keeps the `capacity` largest in magnitude of what it is offered, never zeros; of equal ones the lower position.
 
     Attributes:
-        position: int64, in no particular order.
+        position: int64, ascending where they were offered so.
         value: with their signs.
         floor: no magnitude up to this can enter any more.
     """
@@ -78,11 +78,16 @@ def best(position: Tensor, score: Tensor, count: int) -> Tensor:
 
     What is not a number is higher than all.
     """
-    if len(score) <= count:
-        return position.argsort()
+    order = position.argsort()
+    return order[highest(score[order], count)]
+
+
+def highest(score: Tensor, count: int) -> Tensor:
+    """The same where positions ascend already: no sort."""
+    if len(score) <= count or not count:
+        return torch.arange(min(count, len(score)), device=score.device)
     score = score.nan_to_num(torch.inf, torch.inf)
-    least = score.topk(count, sorted=False).values.min() if count else torch.inf
-    higher, equal = (score > least).nonzero().flatten(), (score == least).nonzero().flatten()
-    equal = equal[position[equal].argsort()][: count - len(higher)]
-    chosen = torch.cat([higher, equal])
-    return chosen[position[chosen].argsort()]
+    least = score.kthvalue(len(score) - count + 1).values
+    chosen = score > least
+    chosen[(score == least).nonzero().flatten()[: count - int(chosen.sum())]] = True
+    return chosen.nonzero().flatten()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gossamer.finetune.spiel.top import TopPool, best
+from gossamer.finetune.spiel.positions import merged
+from gossamer.finetune.spiel.top import TopPool, best, highest
 
 NAN, INF = float("nan"), float("inf")
 
@@ -56,3 +57,15 @@ def test_best_breaks_ties_by_position_and_puts_nan_first(count):
     order = [4, 5, 3, 2, 0, 1]  # nan and inf are equal: position 30 is before 60
     want = sorted(order[:count], key=lambda i: position[i])
     assert best(position, score, count).tolist() == want
+    ascending = position.argsort()
+    assert position[ascending][highest(score[ascending], count)].tolist() == sorted(position[want].tolist())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("size", [0, 1, 1000])
+def test_two_ascending_lists_become_one(size, share):
+    generator = torch.Generator().manual_seed(size)
+    every = torch.randperm(3 * size, generator=generator)[:size].sort().values
+    more = torch.rand(size, generator=generator) < share
+    both = torch.cat([every[~more], every[more]])
+    assert torch.equal(both[merged(every[~more], every[more])], every)
