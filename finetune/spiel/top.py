@@ -87,7 +87,10 @@ def highest(score: Tensor, count: int) -> Tensor:
     if len(score) <= count or not count:
         return torch.arange(min(count, len(score)), device=score.device)
     score = score.nan_to_num(torch.inf, torch.inf)
-    least = score.kthvalue(len(score) - count + 1).values
+    if score.device.type == "cpu":
+        least = score.kthvalue(len(score) - count + 1).values
+    else:  # where torch refuses kthvalue under deterministic algorithms
+        least = score.topk(count, sorted=False).values.min()
     chosen = score > least
     chosen[(score == least).nonzero().flatten()[: count - int(chosen.sum())]] = True
     return chosen.nonzero().flatten()
