@@ -42,10 +42,12 @@ SEQLEN, BATCH, WINDOWS = 256, 8, 200
 class Task:
     """A model and its texts, below the folder of models and data.
 
+    `weights`: of the matrices that adapters train beside.
     `split`: train on this first share of the text and test on the rest, where there is one file for both.
     """
 
     model: str
+    weights: int
     train: str
     test: str
     before: str
@@ -56,13 +58,26 @@ class Task:
 
 TASKS = {
     "stories-shakespeare": Task(
-        "stories260k", "shakespeare/train.txt", "shakespeare/valid.txt", "tinystories/evaluation.txt", (1, 2), 1_000_000
+        "stories260k",
+        226_560,
+        "shakespeare/train.txt",
+        "shakespeare/valid.txt",
+        "tinystories/evaluation.txt",
+        (1, 2),
+        1_000_000,
     ),
     "stories-gsm8k": Task(
-        "stories260k", "gsm8k/train.txt", "gsm8k/test.txt", "tinystories/evaluation.txt", (1, 2), 1_000_000
+        "stories260k", 226_560, "gsm8k/train.txt", "gsm8k/test.txt", "tinystories/evaluation.txt", (1, 2), 1_000_000
     ),
     "tiny-wikitext": Task(
-        "tiny-llama", "wikitext2/wiki.test.raw", "wikitext2/wiki.test.raw", "gsm8k/test.txt", (2, 8), 1_000_000, 0.8
+        "tiny-llama",
+        4_423_680,
+        "wikitext2/wiki.test.raw",
+        "wikitext2/wiki.test.raw",
+        "gsm8k/test.txt",
+        (2, 8),
+        1_000_000,
+        0.8,
     ),
 }
 
@@ -94,7 +109,7 @@ def main() -> None:
                 f"test {cell['test']:.3f}, before {cell['before']:.3f}, {cell['seconds']:.0f} s",
                 flush=True,
             )
-    made = render(cells, {name: task.model for name, task in TASKS.items()}, SEQLEN, WINDOWS)
+    made = render(cells, {name: (task.model, task.weights) for name, task in TASKS.items()}, SEQLEN, WINDOWS)
     options.page.write_text(made, encoding="utf-8")
     print(f"wrote {options.page}")
 

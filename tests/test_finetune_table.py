@@ -36,11 +36,11 @@ def test_claims_are_paired_over_seeds(ours, verdict):
     cells = [cell("lora", 0.01, seed, 1.0, 8.0 + seed) for seed in range(3)]
     cells += [cell("spiel-ag", 0.02, seed, 1.0, ours + seed + 0.01 * seed) for seed in range(3)]
     cells += [cell("base", 0.0, 0, None, 50.0), cell("spiel-ag", 0.02, 0, 1.0, 3.0, base_quant="nf4")]
-    page = render(cells, {"stories-gsm8k": "stories260k"}, 256, 200)
+    page = render(cells, {"stories-gsm8k": ("stories260k", 1000)}, 256, 200)
     (line,) = [line for line in page.splitlines() if line.startswith("- rank 2, spiel-ag - lora")]
     assert line.endswith(f"3 seeds: {verdict}")
     assert "Untouched: 50.000" in page
-    assert "| 2 | lora | 12 | 0.01 (edge) |" in page
+    assert "| 2 | lora | 12 | 1.20% | 0.01 (edge) |" in page
     assert page.index("1,000 tokens\n") < page.index("beside a base in nf4")
 
 
@@ -65,5 +65,5 @@ def test_what_has_no_rank_is_run_once_and_stands_last():
     for job in finetune_quality.jobs(finetune_quality._options(words), done):
         done.append(cell(job.method, job.learning_rate, job.seed, 1.0, 5.0, rank=job.rank, tokens=job.tokens))
     assert [(c["method"], c["rank"]) for c in done] == [("base", 0), ("full", 0), ("lora", 1), ("lora", 2)]
-    page = render(done, {"stories-gsm8k": "stories260k"}, 256, 200)
+    page = render(done, {"stories-gsm8k": ("stories260k", 1000)}, 256, 200)
     assert page.index("| 1 | lora |") < page.index("| 2 | lora |") < page.index("| - | full |")
