@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cmath>
-#include <cstring>
 
 #include "entries.h"
 #include "gemv.h"
@@ -17,7 +16,7 @@ template <class S>
 void square_sums(const float* matrix, std::int64_t rows, std::int64_t cols, float* row_sums, float* col_sums) {
     using F = typename S::F;
     constexpr int kChains = 4, kLanes = S::kLanes;
-    std::memset(col_sums, 0, sizeof(float) * static_cast<std::size_t>(cols));
+    for (std::int64_t c = 0; c < cols; ++c) col_sums[c] = 0.0f;
     for (std::int64_t r = 0; r < rows; ++r, matrix += cols) {
         F sums[kChains];
         for (F& sum : sums) sum = S::zero();

@@ -93,6 +93,7 @@ extern const Target kInt8;       // packed matrices of int8_gemv
 extern const Target kDual;       // packed matrices of dual_gemv
 extern const Target kNeuron;     // MLPs on lists of neurons that are wrong
 extern const Target kCsr;        // positions of sparse matrices that are wrong
+extern const Target kEntries;    // matrices of awkward shapes whose large entries are found
 extern const Target kWindow;     // ranges of a cache that are wrong
 extern const Target kPlain;      // dense and channel products, which follow nothing but their arguments
 

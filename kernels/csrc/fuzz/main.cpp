@@ -21,7 +21,7 @@ extern "C" const char* __ubsan_default_options() { return "print_stacktrace=1"; 
 namespace gossamer::fuzz {
 namespace {
 
-const Target* const kTargets[] = {&kTiles, &kInt8, &kDual, &kArguments, &kNeuron, &kCsr, &kWindow, &kPlain};
+const Target* const kTargets[] = {&kTiles, &kInt8, &kDual, &kArguments, &kNeuron, &kCsr, &kEntries, &kWindow, &kPlain};
 constexpr unsigned kSeconds = 60;  // for one input
 
 struct Options {
