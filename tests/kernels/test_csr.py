@@ -6,30 +6,14 @@ import math
 
 import pytest
 import torch
-from gemv_cases import BACKENDS, backend, threads
+from gemv_cases import threads
 from torch import Tensor
 
 from gossamer.errors import KernelError
-from gossamer.kernels import tier
 from gossamer.kernels.csr.dispatch import csr_linear, csr_sampled
 
 SHAPES = [(1, 1, 1), (2, 17, 15), (7, 63, 100), (8, 16, 32), (9, 100, 63), (32, 33, 48), (33, 5, 4097), (300, 64, 16)]
 DENSITIES = [0.0, 0.01, 0.3, 1.0]
-
-
-@pytest.fixture(params=BACKENDS)
-def on(request):
-    with backend(request.param):
-        yield request.param
-
-
-@pytest.fixture(params=[name for name in BACKENDS if name != "torch"])
-def compiled(request):
-    """Every compiled tier; their promises on bits and positions are not those of torch's own products."""
-    if not tier.available():
-        pytest.skip("no compiled code here")
-    with backend(request.param):
-        yield request.param
 
 
 def sparse(rows: int, cols: int, density: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:

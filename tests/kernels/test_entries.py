@@ -1,33 +1,18 @@
-"""Large entries and channel norms of a matrix against float64 and a sort: shapes, floors, threads, poisoned memory."""
+"""Large entries and channel norms of a matrix, one by one and in float64: shapes, floors, threads, poisoned memory."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from gemv_cases import BACKENDS, backend, threads
+from gemv_cases import threads
 from torch import Tensor
 
 from gossamer.errors import KernelError
-from gossamer.kernels import tier
 from gossamer.kernels.entries import reference
 from gossamer.kernels.entries.dispatch import channel_squares, entries_beyond
 
 NAN, INF = float("nan"), float("inf")
 SHAPES = [(1, 1), (1, 4097), (7, 63), (64, 100), (65, 33), (129, 16), (300, 257)]
-
-
-@pytest.fixture(params=BACKENDS)
-def on(request):
-    with backend(request.param):
-        yield request.param
-
-
-@pytest.fixture(params=[name for name in BACKENDS if name != "torch"])
-def compiled(request):
-    if not tier.available():
-        pytest.skip("no compiled code here")
-    with backend(request.param):
-        yield request.param
 
 
 def matrix(rows: int, cols: int) -> Tensor:
