@@ -4,6 +4,7 @@
 # make check   format, lint, types, import arrows, stale help pages
 # make fuzz    attack the compiled kernels with malformed input, under the sanitizers (FUZZ_COUNT, FUZZ_SEED, FUZZ_CORPUS)
 # make cross-neon  compile the kernels for 64-bit ARM and compare their results under qemu-aarch64
+# make emulate-avx512  the same for the AVX-512 kernels on a processor that has only AVX2; needs the headers of SIMDe
 # make clean   remove everything that make made
 # Needs Python 3.10 or newer, a C++ compiler and a package index. Re-runs do only what is out of date.
 
@@ -16,7 +17,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 BUILD_FILES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard kernels/csrc/*.*)
 DATA := --calibration demo-model/calibration.txt --eval demo-model/heldout.txt
 
-.PHONY: demo test test-triton check docs fuzz cross-neon clean
+.PHONY: demo test test-triton check docs fuzz cross-neon emulate-avx512 clean
 
 demo: build/demo.txt
 	@cat build/demo.txt
@@ -57,6 +58,12 @@ cross-neon:
 	cmake --build build/neon --parallel 2
 	@if command -v qemu-aarch64 > /dev/null; then qemu-aarch64 build/neon/fuzz --seed $(FUZZ_SEED) --count 2000; \
 	else echo "compiled; there is no qemu-aarch64 to run it"; fi
+
+# What the source of these tiers computes, not the instructions: those run where a processor has them.
+emulate-avx512:
+	cmake -S $(FUZZ) -B build/avx512 -DCMAKE_BUILD_TYPE=Release -DGOSSAMER_SANITIZE=OFF -DGOSSAMER_EMULATE=ON
+	cmake --build build/avx512 --parallel 2
+	build/avx512/fuzz --seed $(FUZZ_SEED) --count 2000
 
 clean:
 	rm -rf $(VENV) build dist demo-model demo-model.partial demo-sparse demo-sparse.partial

@@ -139,6 +139,9 @@ struct Channel<Fp16> {
 
 // 32 weights from a mask of 32 bits and as many values as it has bits.
 inline __m512i expand32(std::uint64_t mask, const std::uint16_t* values) {
+#if defined(GOSSAMER_EMULATED)
+    return _mm512_maskz_expand_epi16(static_cast<__mmask32>(mask), _mm512_loadu_si512(values));
+#else
     __m512i v;
     // vpexpandw with zeroing still waits for the old content of its destination on AMD's Zen 4 and 5, and compilers reuse
     // one register for all of them. Clearing it first, which costs nothing, cuts that chain.
@@ -146,6 +149,7 @@ inline __m512i expand32(std::uint64_t mask, const std::uint16_t* values) {
             : "=&x"(v)
             : "Yk"(static_cast<__mmask32>(mask)), "v"(_mm512_loadu_si512(values)));
     return v;
+#endif
 }
 
 // One row of a tile: four steps, whose places in `values` come from the mask by themselves.
