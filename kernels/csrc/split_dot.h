@@ -6,13 +6,14 @@
 namespace gossamer {
 
 // The dense format of a channel format C. Prepared x is floats in C's order.
-template <class C>
+template <class C, int kRowsTogether = 1>
 struct SplitDot {
     using S = typename C::S;
     using W = typename C::W;
     using F = typename S::F;
     static constexpr int kStep = C::kStep;
     static constexpr int kXBytes = 4;
+    static constexpr int kTogether = kRowsTogether;
     struct V {
         F a, b;
     };

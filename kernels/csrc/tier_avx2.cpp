@@ -152,7 +152,7 @@ struct Channel<Fp16> {
 };
 
 template <class W>
-using Dense = SplitDot<Channel<W>>;
+using Dense = SplitDot<Channel<W>, 4>;
 
 template <class W>
 using Words = WideWords<Channel<W>>;

@@ -23,7 +23,7 @@ struct Pairs {
     using S = Avx512;
     using W = Bf16;
     using V = __m512i;
-    static constexpr int kStep = 32, kXBytes = 2, kChains = 1, kBatch = 8;
+    static constexpr int kStep = 32, kXBytes = 2, kTogether = 1, kChains = 1, kBatch = 8;
     static V load(const W* w) { return _mm512_loadu_si512(w); }
     template <class Use>
     static const std::uint16_t* row(const std::uint8_t* mask, const std::uint16_t* values, Use use) {
