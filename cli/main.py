@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
 import typer
 
@@ -74,10 +75,16 @@ def _gossamer(
     """Make HuggingFace language models sparse, and make the sparsity pay."""
 
 
+@cache
+def command() -> Any:
+    """All commands with their options: 0.1 s to put together, once per process."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Entry point of the command `gossamer`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    app(prog_name="gossamer")
+    command()(prog_name="gossamer")
 
 
 if __name__ == "__main__":

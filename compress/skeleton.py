@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import ModelError
@@ -72,7 +73,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
         config.tie_word_embeddings = False
         config.get_text_config().tie_word_embeddings = False
     try:
-        with init_empty_weights(include_buffers=False), quiet_loading():
+        with init_empty_weights(include_buffers=False), quiet_loading(), _NothingDrawn():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         raise ModelError(
@@ -81,6 +82,18 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
         ) from error
     model.requires_grad_(False)
     return model.eval()
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """No random numbers for meta tensors: constructors ask for them parameter by parameter, 2 ms each for nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_"):  # of tensors, and of torch.nn.init
+            filled = args[0] if args else kwargs.get("tensor")
+            if isinstance(filled, Tensor) and filled.is_meta:
+                return filled
+        return func(*args, **kwargs)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

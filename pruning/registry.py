@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
@@ -69,5 +70,6 @@ def get_method(name: str) -> Method:
     return getattr(importlib.import_module(module), attribute)()
 
 
+@cache
 def _external() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in METHODS}

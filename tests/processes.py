@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import transformers.models.llama.modeling_llama
 import gossamer.compress.run, gossamer.compress.score, gossamer.compress.convert
 from gossamer.compress.stages import evaluate, finetune, prune_kind
-from gossamer.cli.main import main
+from gossamer.cli.main import command, main
+command()
 import rich.console, rich.progress, rich.table, rich.traceback, matplotlib.figure, matplotlib.backends.backend_agg
 sys.path.insert(0, os.environ.pop("LAUNCHER_HELPERS"))
 from pictures import leave_unrendered
