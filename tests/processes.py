@@ -26,9 +26,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import transformers.models.llama.modeling_llama
 import gossamer.compress.run, gossamer.compress.score, gossamer.compress.convert
 from gossamer.compress.stages import evaluate, finetune, prune_kind
+from gossamer.cli import console
 from gossamer.cli.main import command, main
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 command()
-import rich.console, rich.progress, rich.table, rich.traceback, matplotlib.figure, matplotlib.backends.backend_agg
+get_checkpoint_conversion_mapping("llama")  # the table of all models, a quarter of a second once
+import rich.console, rich.progress, rich.status, rich.table, rich.traceback, matplotlib.figure, matplotlib.backends.backend_agg
 sys.path.insert(0, os.environ.pop("LAUNCHER_HELPERS"))
 from pictures import leave_unrendered
 del sys.path[0]
