@@ -11,6 +11,7 @@ import ast
 import hashlib
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,9 +59,19 @@ def _raw_documents(folder: Path) -> Iterator[str]:
             continue
         if where.as_posix() == "pydoc_data/topics.py":
             yield from _topics(tree)
-        for node in ast.walk(tree):
+        for node in _statements(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 yield ast.get_docstring(node) or ""
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """The module and its statements in the order of `ast.walk`, without expressions: those are most of the nodes."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        children = ast.iter_child_nodes(node)
+        waiting.extend(n for n in children if isinstance(n, (ast.stmt, ast.ExceptHandler, ast.match_case)))
+        yield node
 
 
 def _parse(path: Path) -> ast.Module | None:

@@ -31,7 +31,8 @@ from gossamer.cli.main import command, main
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 command()
 get_checkpoint_conversion_mapping("llama")  # the table of all models, a quarter of a second once
-import rich.console, rich.progress, rich.status, rich.table, rich.traceback, matplotlib.figure, matplotlib.backends.backend_agg
+import rich.console, rich.progress, rich.status, rich.table, rich.traceback
+import matplotlib.figure, matplotlib.backends.backend_agg
 sys.path.insert(0, os.environ.pop("LAUNCHER_HELPERS"))
 from pictures import leave_unrendered
 del sys.path[0]
