@@ -10,6 +10,7 @@ from torch import Tensor
 from ...errors import KernelError
 from ..arguments import CODES, MAX_ROWS, name
 from ..int8_gemv.dispatch import dense, describe, int8_dense, int8_gemv, unpack
+from ..int8_gemv.reference import quantise
 from .siblings import product
 from .sparse_linear import SparseLinear
 
@@ -43,6 +44,11 @@ class Int8BitmaskLinear(SparseLinear):
 
     def few_product(self, x: Tensor) -> Tensor:
         return product(self, x, _each)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """x as the kernel quantises it, rounded to its dtype."""
+        numbers, scales = quantise(x.reshape(-1, self.in_features))
+        return (numbers * scales[..., None]).flatten(1)[:, : self.in_features].reshape(x.shape).to(x.dtype)
 
     def expand(self, packed: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
         return int8_dense(packed, rows, cols, dtype)

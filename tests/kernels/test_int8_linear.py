@@ -16,6 +16,7 @@ from gossamer.kernels.bitmask_gemv import dispatch as halves
 from gossamer.kernels.int8_gemv.dispatch import dense, int8_gemv, pack
 from gossamer.kernels.modules import int8_linear
 from gossamer.kernels.modules.int8_linear import Int8BitmaskLinear
+from gossamer.kernels.modules.sparse_linear import dense_products
 
 OUT, IN = 37, 140
 
@@ -50,6 +51,17 @@ def test_few_rows_are_the_int8_product_and_more_the_dense_one(dtype, bias):
         x = normal(*shape, dtype=dtype, seed=4)
         wanted = functional.linear(x, plain.weight)
         assert torch.equal(sparse(x), wanted if plain.bias is None else wanted + plain.bias), shape
+
+
+@pytest.mark.parametrize("shape", [(IN,), (8, IN), (2, 4, IN)])
+def test_torchs_products_in_its_place_quantise_x_as_well(shape):
+    """A benchmark proves a model by them: over 22 layers exact x and quantised x part by 4 % of the logits."""
+    sparse, plain = layers(torch.float32)
+    x = normal(*shape, dtype=torch.float32, seed=5)
+    with dense_products():
+        wanted = sparse(x)
+    assert (sparse(x) - wanted).norm() < 1e-6 * wanted.norm()
+    assert (plain(x) - wanted).norm() > 1e-3 * wanted.norm()
 
 
 def test_both_ways_agree_within_the_quantisation_of_x():
