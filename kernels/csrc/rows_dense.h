@@ -29,9 +29,9 @@ void dense_prepare_row(const void* x, std::int64_t cols, std::uint8_t* out) {
 }
 
 // Weights between one that is read and the one that is asked for.
-template <class W>
-inline std::int64_t scattered_ahead(std::int64_t cols) {
-    constexpr std::int64_t kAhead = 8192 / sizeof(W);
+template <class D>
+std::int64_t scattered_ahead(std::int64_t cols) {
+    constexpr std::int64_t kAhead = 8192 / sizeof(typename D::W);
     return cols < kAhead ? cols : kAhead;
 }
 
@@ -42,16 +42,16 @@ constexpr int dense_chains() {
 }
 
 // kRows rows side by side times B rows of x. The chains of a row are always summed in the same order, so its bits do not
-// depend on its company. Rows that follow each other are left to the processor's own prefetchers: asking for memory ahead made them
-// slower, 1.4 times in large pages. Other rows are not: with kScattered, memory is asked for 8 KiB ahead, or a row if that
-// is less, into the second-level cache, at the end of a row in `next`.
+// depend on its company. Rows that follow each other are left to the processor's own prefetchers: asking for memory ahead
+// made them slower, 1.4 times in large pages. Other rows are not: with kScattered, memory is asked for 8 KiB ahead, or a
+// row if that is less, into the second-level cache, at the end of a row in `next`.
 template <class D, int B, int kRows, bool kScattered>
 void dense_side_by_side(const typename D::W* const* rows, std::int64_t cols, const std::uint8_t* x, std::int64_t stride,
                         float (*out)[B], const typename D::W* const* next) {
     using W = typename D::W;
     using F = typename D::S::F;
     constexpr int kStep = D::kStep, kBytes = D::kStep * D::kXBytes, kChains = dense_chains<D>();
-    const std::int64_t far = scattered_ahead<W>(cols);
+    const std::int64_t far = scattered_ahead<D>(cols);
     constexpr int kLines = kStep * sizeof(W) > 64 ? kStep * sizeof(W) / 64 : 1;
     F acc[kRows][B][kChains];
     for (int r = 0; r < kRows; ++r) {

@@ -7,21 +7,21 @@
 namespace gossamer {
 
 // Row of an active neuron; behind the last one its own again.
-template <class W>
-const W* neuron_row(const NeuronCall& call, const void* matrix, std::int64_t n, std::int64_t end) {
-    return static_cast<const W*>(matrix) + call.active[n < end ? n : end - 1] * call.cols;
+template <class D>
+const typename D::W* neuron_row(const NeuronCall& call, const void* matrix, std::int64_t n, std::int64_t end) {
+    return static_cast<const typename D::W*>(matrix) + call.active[n < end ? n : end - 1] * call.cols;
 }
 
 // One neuron: the gate row, then the up row.
 template <class D, int B>
 void neuron_rows_of(const NeuronCall& call, int first, std::int64_t n, std::int64_t end) {
     using W = typename D::W;
-    const W* gate = neuron_row<W>(call, call.gate, n, end);
-    const W* up = neuron_row<W>(call, call.up, n, end);
-    const W* next_gate = neuron_row<W>(call, call.gate, n + 1, end);
-    const W* next_up = neuron_row<W>(call, call.up, n + 1, end);
+    const W* gate = neuron_row<D>(call, call.gate, n, end);
+    const W* up = neuron_row<D>(call, call.up, n, end);
+    const W* next_gate = neuron_row<D>(call, call.gate, n + 1, end);
+    const W* next_up = neuron_row<D>(call, call.up, n + 1, end);
     // Of short rows, the one after next: the next row alone is too near.
-    const bool near = scattered_ahead<W>(call.cols) == call.cols;
+    const bool near = scattered_ahead<D>(call.cols) == call.cols;
     const std::int64_t at = n * padded_batch(call.batch) + first;
     const auto run = [&](const W* row, const W* next, float* to) {
         float out[1][B];
@@ -40,8 +40,8 @@ std::int64_t neuron_rows_together(const NeuronCall& call, std::int64_t n, std::i
         const W *rows[2 * kNeurons], *next[2 * kNeurons];
         for (int i = 0; i < 2 * kNeurons; ++i) {
             const void* matrix = i < kNeurons ? call.gate : call.up;
-            rows[i] = neuron_row<W>(call, matrix, n + i % kNeurons, end);
-            next[i] = neuron_row<W>(call, matrix, n + i % kNeurons + kNeurons, end);
+            rows[i] = neuron_row<D>(call, matrix, n + i % kNeurons, end);
+            next[i] = neuron_row<D>(call, matrix, n + i % kNeurons + kNeurons, end);
         }
         float out[2 * kNeurons][1];
         dense_side_by_side<D, 1, 2 * kNeurons, true>(rows, call.cols, call.x, call.stride, out, next);
