@@ -6,6 +6,7 @@
 #include "activate.h"
 
 namespace gossamer {
+namespace {  // of the including tier: shared, the linker would take one processor's code for all
 
 // gates = act(gates) ups, both rounded.
 template <class W>
@@ -24,4 +25,5 @@ void gate_rows(int activation, W* gates, const W* ups, std::int64_t count) {
     }
 }
 
+}  // namespace
 }  // namespace gossamer
