@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +95,16 @@ def test_the_environment_variable_in_a_process_of_its_own(launcher, name):
     code += "print(tier.current().name, dense_gemv(torch.ones(1, 3), torch.ones(2, 3)).tolist())"
     done = launcher.run("--version", env={tier.VARIABLE: name}, before=code)
     assert done.stdout.splitlines()[0] == f"{name} [[3.0, 3.0]]", done.stderr
+
+
+def test_no_code_is_shared_between_tiers():
+    """A function that four tiers define under one name is one processor's code for all, whichever the linker keeps."""
+    root = Path(__file__).resolve().parents[2]
+    built = sorted(root.glob("build/cp*/**/tier_*.o"))
+    if not built or shutil.which("nm") is None:
+        pytest.skip("no object files of an installation from this folder, or no nm")
+    listed = subprocess.run(["nm", "-C", *map(str, built)], check=True, capture_output=True, text=True).stdout
+    symbols = [line.split(maxsplit=2)[1:] for line in listed.splitlines() if len(line.split(maxsplit=2)) == 3]
+    assert any("(anonymous namespace)" in name for _, name in symbols)
+    shared = {name for kind, name in symbols if kind in "WVu" and "(anonymous namespace)" not in name}
+    assert shared == set()
